@@ -1,0 +1,158 @@
+"""What the tests share: a tiny tokenizer and tiny random models, a private MOLE_HOME, and the embedded model.
+
+def test_something(tiny_model, tiny_tokenizer):
+    model = tiny_model("qwen3")                     # fresh, seeded, in eval mode: 2 layers, hidden width 32
+
+def test_a_run(home, tiny_folder):                  # $MOLE_HOME is this test's own folder; the base is on disk
+def test_the_real_one(embedded):                    # Base of SmolLM2-135M-Instruct, shared: leave it as it was
+def test_a_real_run(embedded_home):                 # `home` in which smollm2-135m is already converted
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "Convert 3 km to metres. Sort these words: pear, apple, fig. Is the tone of this sentence friendly or rude?",
+    "The quick brown fox jumps over the lazy dog; 0 1 2 3 4 5 6 7 8 9 are the digits of every number.",
+    "user assistant system question answer yes no true false: what is the capital of France? Paris.",
+] * 4
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE of about 400 tokens with a ChatML template: any text round-trips; eos is <|im_end|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        chat_template=CHATML,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizer: Any) -> Callable[..., Any]:
+    """`tiny_model(arch="llama", layers=2, seed=0)`: a random llama, qwen3, gemma3, gpt2 or phi in eval mode."""
+    import torch
+    import transformers as hf
+
+    shared: dict[str, Any] = {
+        "vocab_size": len(tiny_tokenizer),
+        "bos_token_id": tiny_tokenizer.bos_token_id,
+        "eos_token_id": tiny_tokenizer.eos_token_id,
+        "pad_token_id": tiny_tokenizer.pad_token_id,
+    }
+    width: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+    }
+    grouped = {**width, "num_key_value_heads": 2, "head_dim": 8}
+    gpt2 = {"n_embd": 32, "n_head": 4, "n_positions": 512, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
+    def make(arch: str = "llama", layers: int = 2, seed: int = 0) -> Any:
+        config: Any = {
+            "llama": lambda: hf.LlamaConfig(**shared, **grouped, num_hidden_layers=layers),
+            "qwen3": lambda: hf.Qwen3Config(**shared, **grouped, num_hidden_layers=layers),
+            "gemma3": lambda: hf.Gemma3TextConfig(**shared, **grouped, num_hidden_layers=layers, sliding_window=64),
+            "gpt2": lambda: hf.GPT2Config(**shared, **gpt2, n_layer=layers),
+            "phi": lambda: hf.PhiConfig(**shared, **width, num_hidden_layers=layers),
+        }[arch]()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return hf.AutoModelForCausalLM.from_config(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Path:
+    """A local base model folder (tiny llama, safetensors, tokenizer): what `model.name` may be in a run."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_tokenizer: Any) -> Path:
+    """An adapter folder on `tiny_folder`: dynmole, 3 random experts of rank 2, so strong that it changes the output."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from mole import MoleConfig
+
+    settings = MoleConfig(router="dynmole", num_experts=3, r=2, lora_alpha=8, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), settings)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.5)
+    folder = tmp_path_factory.mktemp("adapters") / "tiny-dynmole"
+    model.save_pretrained(str(folder))
+    (folder / "chat_template.jinja").write_text(tiny_tokenizer.chat_template, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """This test's own $MOLE_HOME, also for the processes it starts."""
+    folder = tmp_path / "mole-home"
+    folder.mkdir()
+    monkeypatch.setenv("MOLE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, converted once: in $MOLE_HOME/models when that was set outside, else for this session."""
+    from mole import models
+
+    outside = os.environ.get("MOLE_HOME")
+    cache = Path(outside) / "models" if outside else tmp_path_factory.mktemp("models")
+    return models.convert_embedded(cache / models.EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def embedded(embedded_folder: Path) -> Any:
+    """The real SmolLM2-135M-Instruct as a `models.Base` in float32 on the CPU; shared, so leave it as you found it."""
+    from mole import models
+    from mole.config import ModelConfig
+
+    return models.load_base(ModelConfig(name=str(embedded_folder), dtype="float32", device="cpu"))
+
+
+@pytest.fixture
+def embedded_home(home: Path, embedded_folder: Path) -> Path:
+    """`home` in which `smollm2-135m` is already converted."""
+    from mole import models
+
+    (home / "models").mkdir()
+    (home / "models" / models.EMBEDDED).symlink_to(embedded_folder, target_is_directory=True)
+    return home

@@ -1,0 +1,428 @@
+"""The mixture as a PEFT method: what people do with adapters works, and a round trip gives the same bits."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mole import MoleConfig
+from mole.config import ROUTERS, AdapterConfig
+from mole.errors import ConfigError, InputError, MoleError
+from mole.tuner import MoleModel, mole_config
+
+ROUTED = [name for name in ROUTERS if name != "lora"]
+MoleLayer = MoleModel.tuner_layer_cls
+Make = Callable[..., Any]
+TOKENS = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def settings(router: str = "dynmole", **values: Any) -> Any:
+    return MoleConfig(router=router, task_type="CAUSAL_LM", **{"num_experts": 4, "r": 2, **values})
+
+
+def adapt(model: Any, router: str = "dynmole", seed: int = 0, **values: Any) -> Any:
+    """The model with an adapter whose every weight is random, so that it does something."""
+    model = get_peft_model(model, settings(router, **values))
+    shake(model, seed)
+    return model.eval()
+
+
+def shake(model: Any, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "mole_studio_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def layers_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, MoleLayer)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_saved_adapter_comes_back_bit_for_bit(router: str, tiny_model: Make, tmp_path: Path) -> None:
+    model = adapt(tiny_model(), router)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not list(tmp_path.glob("*.bin"))
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(tiny_model()))
+
+
+@pytest.mark.parametrize("router", ["dynmole", "adamole", "sparsegen"])
+def test_an_adapter_loads_under_any_name(router: str, tiny_model: Make, tmp_path: Path) -> None:
+    model = adapt(tiny_model(), router)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, adapter_name="weekday")
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "again" / "weekday")
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("router", ["dynmole", "adamole", "sparsegen"])
+def test_transformers_own_load_adapter(router: str, tiny_model: Make, tmp_path: Path) -> None:
+    model = adapt(tiny_model(), router)
+    model.save_pretrained(tmp_path)
+    native = tiny_model()
+    native.load_adapter(str(tmp_path))
+    hold_same_adapter(native.eval(), model)
+
+
+@pytest.mark.parametrize("router", ["dynmole", "adamole", "sparsegen"])
+def test_transformers_own_add_adapter(router: str, tiny_model: Make) -> None:
+    native = tiny_model()
+    native.add_adapter(settings(router))
+    assert layers_of(native)
+    assert torch.equal(logits(native.eval()), logits(tiny_model()))
+    shake(native)
+    assert torch.equal(logits(native), logits(adapt(tiny_model(), router)))
+
+
+def hold_same_adapter(loaded: Any, model: Any) -> None:
+    """Same weights bit for bit, and the same logits.
+
+    These loaders leave the weights where they lie in the file, 4 bytes off a cache line behind a bias of one
+    element. A matrix product may round differently there, so logits are held to 1e-6 and to the bit once moved.
+    """
+    ours, theirs = (
+        {n.removeprefix("base_model.model."): w for n, w in m.named_parameters() if "mole_studio_" in n}
+        for m in (model, loaded)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and len(ours) == len(theirs)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
+    for weight in theirs.values():
+        weight.data = weight.data.clone()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_auto_peft_model_finds_the_base_by_itself(tiny_folder: Path, tmp_path: Path) -> None:
+    model = adapt(AutoModelForCausalLM.from_pretrained(tiny_folder))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_loading_onto_the_meta_device_first_gives_the_same(tiny_model: Make, tmp_path: Path) -> None:
+    model = adapt(tiny_model(), "sparsegen")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, low_cpu_mem_usage=True)
+    hold_same_adapter(loaded, model)
+
+
+def test_a_loaded_adapter_is_frozen_unless_asked_to_train(tiny_model: Make, tmp_path: Path) -> None:
+    adapt(tiny_model()).save_pretrained(tmp_path)
+    frozen = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    assert not any(weight.requires_grad for weight in frozen.parameters())
+    training = PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
+    learning = {name for name, weight in training.named_parameters() if weight.requires_grad}
+    assert learning and all("mole_studio_" in name for name in learning)
+
+
+@pytest.mark.parametrize("first", ["mole", "peft"])
+def test_peft_knows_the_adapter_type_whichever_is_imported_first(first: str) -> None:
+    second = "peft" if first == "mole" else "mole"
+    code = f"import {first}, {second}; from peft import PeftType; print(PeftType('MOLE_STUDIO').name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "MOLE_STUDIO"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The configuration
+
+NON_DEFAULT: dict[str, dict[str, Any]] = {
+    "topk": {"top_k": 3},
+    "topp": {"top_p": 0.31},
+    "threshold": {"threshold": 0.07},
+    "dense": {"cv_loss_coef": 0.11},
+    "adamole": {"max_threshold": 0.19, "balance_on_margin": True},
+    "dynmole": {
+        "entropy_threshold": 0.41, "entropy_index": 1.7, "entropy_type": "renyi", "keep_top_k": 3,
+        "top_p": 0.37, "inclusive_top_p": True,
+    },
+    "sparsegen": {"lambda_hidden": 5},
+    "lora": {},
+}  # fmt: skip
+SHARED = {
+    "num_experts": [2, 4], "r": 3, "lora_alpha": 7.0, "lora_dropout": 0.2, "target_modules": ["q_proj"],
+    "balance_loss_coef": 0.21, "entropy_loss_coef": 0.22, "z_loss_coef": 0.23,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_setting_is_in_adapter_config_json_and_comes_back(
+    router: str, tiny_model: Make, tmp_path: Path
+) -> None:
+    values = {"router": router, **SHARED, **NON_DEFAULT[router]}
+    if router == "lora":
+        values["num_experts"] = 1
+    defaults = AdapterConfig.from_flat({"router": router}).to_flat()
+    assert set(values) == set(defaults), "a new setting needs a value here"
+    changed = {name for name in values if values[name] != defaults[name]}
+    assert changed == set(values) - {"router"} - ({"num_experts"} if router == "lora" else set())
+    model = get_peft_model(tiny_model(), MoleConfig(task_type="CAUSAL_LM", **values))
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {name: written[name] for name in values} == values
+    assert written["peft_type"] == "MOLE_STUDIO"
+    restored = PeftConfig.from_pretrained(tmp_path)
+    assert {name: getattr(restored, name) for name in values} == values
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    for before, after in zip(layers_of(model), layers_of(loaded), strict=True):
+        router_before, router_after = before.routers["default"], after.routers["default"]
+        assert router_after.params == router_before.params
+        assert router_after.num_experts == router_before.num_experts
+        assert (after.r, after.scaling, after.dropout) == (before.r, before.scaling, before.dropout)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_config_holds_the_defaults_of_its_router_in_full(router: str) -> None:
+    config = MoleConfig(router=router)
+    flat = AdapterConfig.from_flat({"router": router}).to_flat()
+    assert {name: getattr(config, name) for name in flat} == flat
+
+
+def test_an_adapter_config_becomes_a_peft_config_and_back() -> None:
+    adapter = AdapterConfig.from_flat({"router": "adamole", "max_threshold": 0.2, "num_experts": [2, 6]})
+    assert mole_config(adapter, task_type="CAUSAL_LM").adapter() == adapter
+
+
+@pytest.mark.parametrize(("router", "foreign"), [("topk", {"top_p": 0.5}), ("dense", {"entropy_index": 1.5})])
+def test_a_setting_of_another_router_is_refused_with_those_of_this_one(router: str, foreign: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(foreign))}.*{router}.*balance_loss_coef"):
+        MoleConfig(router=router, **foreign)
+
+
+def test_a_setting_nobody_has_is_refused() -> None:
+    with pytest.raises((TypeError, InputError), match="top_q"):
+        MoleConfig(router="topk", top_q=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("router", "nosuch"), ("num_experts", 0), ("num_experts", [2, 0]), ("r", 0), ("top_p", 1.5), ("lora_dropout", 1.0)],
+)
+def test_a_value_outside_its_bounds_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        MoleConfig(**{"router": "dynmole", field: value})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which projections, how many experts
+
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "adapted"),
+    [
+        ("all-linear", {(layer, name) for layer in (0, 1) for name in PROJECTIONS}),
+        (["q_proj", "v_proj"], {(layer, name) for layer in (0, 1) for name in ("q_proj", "v_proj")}),
+        (r".*\.1\.mlp\.(up|down)_proj", {(1, "up_proj"), (1, "down_proj")}),
+    ],
+    ids=["all-linear", "list", "regex"],
+)
+def test_target_modules(targets: Any, adapted: set[tuple[int, str]], tiny_model: Make, tmp_path: Path) -> None:
+    model = adapt(tiny_model(), target_modules=targets)
+    found = {(int(layer.name.split(".")[2]), layer.name.split(".")[-1]) for layer in layers_of(model)}
+    assert found == adapted
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(model))
+
+
+def test_the_written_config_names_the_projections_in_order(tiny_model: Make, tmp_path: Path) -> None:
+    """`all-linear` becomes a set inside PEFT, whose order would change from process to process."""
+    get_peft_model(tiny_model(), settings()).save_pretrained(tmp_path)
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 14 and names == sorted(names)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize(
+    ("counts", "by_layer"),
+    [([2, 4, 6, 8], [2, 2, 4, 4, 6, 6, 8, 8]), ([8, 2], [8] * 4 + [2] * 4), (3, [3] * 8), ([5], [5] * 8)],
+    ids=str,
+)
+def test_expert_counts_spread_over_equal_groups_of_layers_from_the_bottom_up(
+    counts: Any, by_layer: list[int], arch: str, tiny_model: Make, tmp_path: Path
+) -> None:
+    model = adapt(tiny_model(arch, layers=8), "topk", num_experts=counts, r=1)
+    names = [name for name, module in model.base_model.model.named_modules() if isinstance(module, MoleLayer)]
+    places = [next(int(part) for part in name.split(".") if part.isdigit()) for name in names]
+    found = {place: layer.num_experts["default"] for place, layer in zip(places, layers_of(model), strict=True)}
+    assert [found[place] for place in range(8)] == by_layer
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(arch, layers=8), tmp_path)), logits(model))
+
+
+def test_a_module_that_is_no_projection_is_refused_by_name(tiny_model: Make) -> None:
+    with pytest.raises(InputError, match=r"embed_tokens.*linear"):
+        get_peft_model(tiny_model(), settings(target_modules=["embed_tokens"]))
+
+
+def test_sparsegen_shares_its_sparsity_network_among_layers_of_one_width(tiny_model: Make, tmp_path: Path) -> None:
+    model = adapt(tiny_model(), "sparsegen")
+    networks: dict[int, set[int]] = {}
+    for layer in layers_of(model):
+        networks.setdefault(layer.in_features, set()).add(id(layer.routers["default"].lambda_in.weight))
+    assert {width: len(ids) for width, ids in networks.items()} == {32: 1, 64: 1}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several adapters, switching, disabling
+
+
+@pytest.mark.parametrize(("first", "second"), [("dynmole", "topk"), ("sparsegen", "adamole"), ("lora", "sparsegen")])
+def test_two_adapters_on_one_base_switch_and_are_deleted(first: str, second: str, tiny_model: Make) -> None:
+    alone = [logits(adapt(tiny_model(), first, seed=1)), logits(adapt(tiny_model(), second, seed=2, num_experts=3))]
+    model = adapt(tiny_model(), first, seed=1)
+    model.add_adapter("other", settings(second, num_experts=3))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".other." in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    model.eval()
+    assert torch.equal(logits(model), alone[0])
+    model.set_adapter("other")
+    assert torch.equal(logits(model), alone[1])
+    model.set_adapter("default")
+    assert torch.equal(logits(model), alone[0])
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), alone[0])
+    assert not any("other" in name for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match="other"):
+        model.set_adapter("other")
+
+
+def test_only_the_active_adapter_learns(tiny_model: Make) -> None:
+    model = get_peft_model(tiny_model(), settings("topk"))
+    model.add_adapter("other", settings("adamole"))
+    model.set_adapter("other")
+    learning = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert learning and all(".other." in name for name in learning)
+
+
+def test_two_active_adapters_add_their_updates(tiny_model: Make) -> None:
+    model = adapt(tiny_model(), "topk", target_modules=["q_proj"])
+    model.add_adapter("other", settings("dense", target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    shake(model)
+    layer, x = layers_of(model)[0].eval(), torch.randn(4, 32)
+    both, base = layer(x), layer.base_layer(x)
+    updates = []
+    for name in ("default", "other"):
+        layer.set_adapter(name)
+        updates.append(layer(x) - base)
+    torch.testing.assert_close(both, base + updates[0] + updates[1])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_disabled_adapter_leaves_the_base_bit_for_bit_and_comes_back(router: str, tiny_model: Make) -> None:
+    base, model = logits(tiny_model()), adapt(tiny_model(), router)
+    before = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model.unload()), base)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_fresh_adapter_leaves_the_base_bit_for_bit(router: str, tiny_model: Make) -> None:
+    model = get_peft_model(tiny_model(), settings(router)).eval()
+    assert torch.equal(logits(model), logits(tiny_model()))
+
+
+def test_it_stands_beside_an_adapter_of_another_kind_saved_and_loaded(tiny_model: Make, tmp_path: Path) -> None:
+    get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(tiny_model(), tmp_path).peft_config["default"].peft_type == "LORA"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What cannot be, and what must not break
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_merging_is_refused_with_the_reason(merge: str, tiny_model: Make) -> None:
+    model = adapt(tiny_model())
+    before = logits(model)
+    with pytest.raises(MoleError, match=r"cannot be merged.*depend"):
+        getattr(model, merge)()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("router", ["dynmole", "sparsegen"])
+def test_a_model_that_has_run_can_be_copied_and_the_copy_lives_its_own_life(router: str, tiny_model: Make) -> None:
+    model = adapt(tiny_model(), router).train()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin.eval()), logits(model.eval()))
+    shake(twin, seed=5)
+    assert not torch.equal(logits(twin), logits(model))
+    for layer, copied in zip(layers_of(model), layers_of(twin), strict=True):
+        assert layer.log is not copied.log
+    twin.train()(TOKENS, labels=TOKENS).loss.backward()
+
+
+def test_only_the_adapter_learns(tiny_model: Make) -> None:
+    model = get_peft_model(tiny_model(), settings())
+    model.train()(TOKENS, labels=TOKENS).loss.backward()
+    for name, weight in model.named_parameters():
+        assert weight.requires_grad == ("mole_studio_" in name)
+        assert (weight.grad is not None) == weight.requires_grad, name
+
+
+def test_a_bfloat16_base_keeps_a_float32_router_and_experts(tiny_model: Make) -> None:
+    model = get_peft_model(tiny_model().to(torch.bfloat16), settings("adamole"))
+    assert {w.dtype for n, w in model.named_parameters() if "mole_studio_" in n} == {torch.float32}
+    seen: list[torch.dtype] = []
+    for layer in layers_of(model):
+        layer.routers["default"].register_forward_hook(lambda *args: seen.append(args[2].weights.dtype))
+    assert model(TOKENS).logits.dtype == torch.bfloat16
+    assert set(seen) == {torch.float32}
+
+
+def test_a_bfloat16_base_round_trips_bit_for_bit(tiny_model: Make, tmp_path: Path) -> None:
+    model = adapt(tiny_model().to(torch.bfloat16))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model().to(torch.bfloat16), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_adapter_cast_to_bfloat16_still_routes_in_float32(tiny_model: Make) -> None:
+    model = adapt(tiny_model()).to(torch.bfloat16)
+    router = layers_of(model)[0].routers["default"]
+    assert router(torch.randn(3, 32, dtype=torch.bfloat16)).weights.dtype == torch.float32
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_every_field_of_the_config_says_what_it_is() -> None:
+    declared = {item.name for item in dataclasses.fields(AdapterConfig)} - {"params"}
+    for params in ROUTERS.values():
+        declared |= {item.name for item in dataclasses.fields(params)}
+    held = {item.name: item for item in dataclasses.fields(MoleConfig)}
+    assert all(held[name].metadata["help"] for name in declared)
