@@ -1,0 +1,308 @@
+"""The life of runs: create, find, start detached, queue, stop, resume, delete, export.
+
+A run is a folder (`mole.runfolder`). There is no database and no server: every state is derived from locks and files,
+so it cannot disagree with them. The command line and the studio share this module. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mole import checkpoint, locks
+from mole.config import ModelConfig, RunConfig
+from mole.errors import BusyError, ConfigError, MoleError, RunError
+from mole.runfolder import STATES, WAITING, Run, check_name, home, made_of, runs_dir
+
+__all__ = [
+    "STATES", "Run", "acquire_device", "check_inputs", "check_name", "create", "delete", "device_lock_path",
+    "device_of", "enqueue", "export", "get", "home", "list_runs", "queue", "runs_dir", "spawn", "start", "stop",
+    "wake_queued",
+]  # fmt: skip
+
+STARTING_SECONDS = 5.0
+"""A queued run this fresh may have a process that has not taken its lock yet."""
+
+# ---------------------------------------------------------------------------------------------------------
+# Creating, finding, deleting, exporting
+
+
+def check_inputs(config: RunConfig) -> None:
+    """See that the data can be read and the model is there, before a run is made of them. Raises `InputError`."""
+    from mole import data, models
+
+    if not config.data.path:
+        raise ConfigError("data.path", "", "a JSON, JSONL, CSV or Parquet file, or a hub id", "Give one with --data.")
+    models.resolve(config.model.name)
+    data.read_examples(config.data.path, config.data.columns)
+    if config.data.eval_path:
+        data.read_examples(config.data.eval_path, config.data.columns, setting="data.eval_path")
+
+
+def create(config: RunConfig, *, number: bool = False) -> Run:
+    """Make a run's folder, all of it or nothing, with `run.yaml` and the event `created`.
+
+    Without a name it is called `<router>-<model>-<n>`; with `number`, a name that is taken gets a number too. Paths
+    in the config become absolute: the run is trained from another folder. Raises `RunError` when the name is taken.
+    """
+    config = _absolute(config)
+    runs_dir().mkdir(parents=True, exist_ok=True)
+    if config.name is not None:
+        check_name(config.name)
+    for name in _names(config, number):
+        if not (runs_dir() / name).exists() and (run := _claim(name, config)):
+            return run
+    raise RunError(f"There is a run called {config.name!r} already; choose another name or delete it.", field="name")
+
+
+def _names(config: RunConfig, number: bool) -> Iterator[str]:
+    """The names to try, in order."""
+    if config.name is not None:
+        yield config.name
+        if not number:
+            return
+        stem, first = config.name[:58], 2
+    else:
+        model = Path(config.model.name.rstrip("/")).name.removesuffix(".gguf").lower()
+        stem, first = f"{config.adapter.router}-{re.sub(r'[^a-z0-9._-]+', '-', model)[:40] or 'model'}", 1
+    yield from (f"{stem}-{n}" for n in range(first, 100_000))
+
+
+def _claim(name: str, config: RunConfig) -> Run | None:
+    """The run, made aside and renamed, which fails (None) when somebody took the name meanwhile."""
+    aside = runs_dir() / f".new-{name}-{secrets.token_hex(4)}"
+    aside.mkdir()
+    try:
+        made = Run(name, aside)
+        made.config_path.write_text(dataclasses.replace(config, name=name).to_yaml(), encoding="utf-8")
+        made.append_event("created", 0, **made_of(config))
+        aside.rename(runs_dir() / name)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and (runs_dir() / name).exists():
+            return None
+        raise
+    return Run(name, runs_dir() / name)
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """The config with local paths made absolute; hub ids and the embedded model's name stay."""
+
+    def absolute(name: str) -> str:
+        try:
+            path = Path(name).expanduser()
+            return str(path.absolute()) if name and path.exists() else name
+        except (RuntimeError, OSError, ValueError):
+            return name
+
+    data, model = config.data, config.model
+    data = dataclasses.replace(data, path=absolute(data.path), eval_path=data.eval_path and absolute(data.eval_path))
+    if model.name != ModelConfig().name:
+        model = dataclasses.replace(model, name=absolute(model.name))
+    return dataclasses.replace(config, data=data, model=model)
+
+
+def get(name: str) -> Run:
+    """The run of that name. Raises `RunError` when there is none, or the name is not allowed."""
+    path = runs_dir() / check_name(name)
+    if path.is_symlink() or not (path / "run.yaml").is_file():
+        raise RunError(f"There is no run called {name!r}; `mole runs list` shows those there are.", field="name")
+    return Run(name, path)
+
+
+def list_runs() -> list[Run]:
+    """All runs, the oldest first."""
+    if not runs_dir().is_dir():
+        return []
+    found = []
+    for path in runs_dir().iterdir():
+        try:
+            run = get(path.name)
+            found.append((run.created, run.name, run))
+        except (RunError, OSError):
+            continue
+    return [run for *_, run in sorted(found, key=lambda item: item[:2])]
+
+
+def delete(run: Run) -> None:
+    """Remove a run's folder. Raises `RunError` when a process works on it."""
+    try:
+        lock = run.lock()
+    except BusyError:
+        raise RunError(f"The run {run.name} is {run.state}; stop it first: mole runs stop {run.name}") from None
+    with lock:
+        run.path.rename(runs_dir() / f".deleted-{run.name}-{secrets.token_hex(4)}")
+    for leftover in runs_dir().glob(".deleted-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def export(run: Run, dest: str | os.PathLike[str]) -> Path:
+    """Copy a finished run's adapter, `run.yaml` and events to a new folder `dest`, or to a new file if it ends in .zip.
+
+    Returns the path written. Raises `RunError` when there is no adapter yet or `dest` exists, `CheckpointError` when
+    the adapter does not verify.
+    """
+    target = Path(dest).expanduser().absolute()
+    if not (run.adapter_dir / checkpoint.MANIFEST).is_file():
+        raise RunError(f"The run {run.name} is {run.state} and has no adapter yet; export it when it has finished.")
+    if target.exists() or target.is_symlink():
+        raise RunError(f"{target} exists already; choose a new path.", field="dest")
+    if not target.parent.is_dir():
+        raise RunError(f"{target.parent} is not a folder; make it first.", field="dest")
+    checkpoint.verify(run.adapter_dir)
+    files = [path for path in run.adapter_dir.rglob("*") if path.is_file()] + [run.config_path, run.events_path]
+    aside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    try:
+        if target.suffix == ".zip":
+            with zipfile.ZipFile(aside, "x", zipfile.ZIP_DEFLATED) as archive:
+                for path in files:
+                    archive.write(path, path.relative_to(run.path))
+        else:
+            for path in files:
+                copy = aside / path.relative_to(run.path)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+        aside.rename(target)
+    except BaseException:
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+        raise
+    return target
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Starting, stopping, and the queue
+
+
+def enqueue(run: Run, *, resume: bool = False) -> None:
+    """Put the run in line for its device, for the process that is about to work on it.
+
+    Raises `BusyError` when it is already worked on, `RunError` when it is not in a state to start or resume.
+    """
+    with run.lock():
+        last = run.last_event
+        state = run.state_unheld(last)
+        if last["type"] == "queued" and _is_fresh(last):
+            raise BusyError(f"The run {run.name} is being started already.")
+        if state == "finished":
+            raise RunError(f"The run {run.name} has finished; train a new one: mole train --config {run.config_path}")
+        if state != "queued" and not resume:
+            raise RunError(f"The run {run.name} is {state}; continue it with: mole runs resume {run.name}")
+        run.clear_stop()
+        device = device_of(run.config)
+        run.append_event("queued", last["step"], device=device, resume=resume, position=time.time())
+
+
+def start(run: Run, *, resume: bool = False) -> None:
+    """Start or resume a run in a process of its own that outlives this one; returns at once. Errors as `enqueue`."""
+    enqueue(run, resume=resume)
+    spawn(run, resume=resume)
+
+
+def spawn(run: Run, *, resume: bool = False) -> None:
+    """Start the worker process of a queued run: its own session, no open files of ours, output to `train.log`."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "MOLE_HOME": str(home())}
+    if root.name not in ("site-packages", "dist-packages"):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "mole.worker", run.name, *(["--resume"] if resume else [])]
+    with run.log_path.open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=home(),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    # Waiting for it keeps no zombie while we live; when we end first, init takes it over.
+    threading.Thread(target=process.wait, name=f"reap-{run.name}", daemon=True).start()
+
+
+def stop(run: Run) -> None:
+    """Ask a running run to save and stop, or take a queued one out of the line. Raises `RunError` in other states."""
+    if run.state not in ("queued", "running"):
+        raise RunError(f"The run {run.name} is {run.state}; only a queued or running one can be stopped.")
+    run.request_stop()
+    try:
+        lock = run.lock(patience=0.1)
+    except BusyError:
+        return  # its process sees the request
+    with lock:
+        if run.last_event["type"] in WAITING:
+            run.append_event("stopped", run.step)
+
+
+def queue(device: str | None = None) -> list[Run]:
+    """The runs waiting for a device (any if None), first in line first."""
+    waiting = []
+    for run in list_runs():
+        state, last = run.observe()
+        if state == "queued" and last["type"] == "queued" and device in (None, last.get("device")):
+            waiting.append((float(last.get("position") or last["time"]), run.name, run))
+    return [run for *_, run in sorted(waiting, key=lambda item: item[:2])]
+
+
+def wake_queued() -> list[Run]:
+    """Start a process for every queued run that has none (after a reboot); returns those runs."""
+    woken = []
+    for run in list_runs():
+        state, last = run.observe()
+        if state != "queued" or run.held or _is_fresh(last):
+            continue
+        try:
+            if last["type"] == "created":
+                start(run)
+            else:
+                spawn(run, resume=bool(last.get("resume")))
+            woken.append(run)
+        except MoleError:
+            continue  # somebody else was faster, or its settings cannot be read any more
+    return woken
+
+
+def device_of(config: RunConfig) -> str:
+    """The device a run will use, told without torch: `cpu`, `mps` or `cuda:N` with N the machine's own number."""
+    device = config.model.device
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device == "auto":
+        has_nvidia = Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/gpus").is_dir()
+        if has_nvidia and visible not in ("", "-1"):
+            device = "cuda"
+        else:
+            device = "mps" if sys.platform == "darwin" and os.uname().machine == "arm64" else "cpu"
+    if device == "cuda":
+        return f"cuda:{(visible or '0').split(',')[0].strip()}"
+    return device
+
+
+def device_lock_path(device: str) -> Path:
+    """The lock file of a device."""
+    return home() / "locks" / f"{re.sub(r'[^A-Za-z0-9]+', '-', device)}.lock"
+
+
+def acquire_device(device: str, run: Run) -> locks.Lock | None:
+    """The lock on a device, if it is free and `run` is first in line for it; None otherwise."""
+    path = device_lock_path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if locks.is_held(path):
+        return None
+    line = [other for other in queue(device) if other.held]
+    if line and line[0].name != run.name:
+        return None
+    return locks.acquire(path, patience=0.2, run=run.name)
+
+
+def _is_fresh(event: dict[str, Any]) -> bool:
+    return abs(time.time() - event["time"]) < STARTING_SECONDS
