@@ -1,0 +1,367 @@
+"""One run's training in this process: transformers' Trainer, the auxiliary losses, the event log, exact resume."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from mole import checkpoint, snapshot
+from mole.config import RunConfig
+from mole.data import Collator, Datasets, build_datasets, chat_template
+from mole.errors import CheckpointError
+from mole.eventlog import EventLog
+from mole.logits import only_positions
+from mole.models import TEMPLATE_FILE, Base, load_base
+from mole.routing import auxiliary_loss
+from mole.runs import Run
+from mole.tuner import mole_config
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FREE_TO_CHANGE = {"save_steps", "save_total_limit", "logging_steps", "eval_steps"}
+"""Training settings that may differ on resume: they do not change what is learnt."""
+
+
+def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
+    """Train a run from its config to its adapter, or until its stop is requested.
+
+    The caller holds the locks of the run and the device. What happens is told in the run's events.
+
+    Args:
+        run: the run; its folder gets checkpoints and, at the end, the adapter.
+        resume: go on from the newest checkpoint that verifies; from the start when there is none.
+        progress: draw a progress bar on the terminal.
+
+    Raises:
+        InputError: model, data or a setting cannot be used.
+        CheckpointError: config or data are not those of the checkpoint.
+        TrainingError: the loss is no longer finite.
+    """
+    config = run.config
+    device = config.model.device
+    if device.startswith("cuda:"):  # before CUDA starts, so that this GPU is the only one seen
+        os.environ["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
+        config.model.device = "cuda"
+    base = load_base(config.model)
+    datasets = build_datasets(config.data, base.tokenizer, config.training.seed)
+    source = checkpoint.newest_good(run.checkpoints_dir) if resume else None
+    meta = {"config": run.config.to_dict(), "data": datasets.report.fingerprint}
+    if source is not None:
+        require_same(checkpoint.read_manifest(source).meta, meta)
+    set_seed(config.training.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in words that have been renamed
+        model = get_peft_model(base.model, mole_config(config.adapter, task_type="CAUSAL_LM"))
+    trainer = MoleTrainer(run, config, base, model, datasets, meta, progress)
+    trainer.announce(source)
+    trainer.train(resume_from_checkpoint=None if source is None else str(source))
+    trainer.conclude()
+
+
+def require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise `CheckpointError` naming every setting, and the data, that differ from the checkpoint's."""
+    changes = []
+    for section in ("model", "data", "adapter", "training"):
+        old, new = before["config"][section], now["config"][section]
+        for key in sorted({*old, *new} - FREE_TO_CHANGE):
+            if old.get(key) != new.get(key):
+                changes.append(f"{section}.{key} was {old.get(key)!r} and is now {new.get(key)!r}")
+    if before["data"] != now["data"]:
+        changes.append("the content of the training data has changed")
+    if changes:
+        raise CheckpointError(
+            f"The run cannot be resumed, because it is no longer the same: {'; '.join(changes)}. "
+            "Undo the change, or start a new run with the new settings."
+        )
+
+
+def training_arguments(run: Run, config: RunConfig, base: Base) -> TrainingArguments:
+    """transformers' arguments for a run; evaluation, logging and checkpoints are ours."""
+    settings = config.training
+    return TrainingArguments(
+        output_dir=str(run.checkpoints_dir),
+        max_steps=settings.max_steps or -1,
+        num_train_epochs=settings.num_train_epochs,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        per_device_eval_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        eval_strategy="steps" if settings.eval_steps else "no",
+        eval_steps=settings.eval_steps or None,
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,
+        bf16=base.dtype == torch.bfloat16,
+        fp16=base.dtype == torch.float16,
+        use_cpu=base.device.type == "cpu",
+        dataloader_pin_memory=base.device.type == "cuda",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+def model_card(config: RunConfig) -> str:
+    """The README of an adapter: what it is and how to load it."""
+    adapter = config.adapter
+    return f"""---
+base_model: {config.model.name}
+library_name: peft
+tags: [mole-studio, mixture-of-lora-experts, {adapter.router}]
+---
+
+A mixture of LoRA experts for `{config.model.name}`, trained with MoLE Studio.
+
+Router {adapter.params.title}, {adapter.num_experts} experts of rank {adapter.r} at a projection.
+{adapter.params.summary}
+
+```python
+import mole  # first: without it PEFT does not know the adapter type MOLE_STUDIO and says KeyError
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("this folder")
+```
+
+It was trained with the chat template in `chat_template.jinja`; use the same one for prompts.
+"""
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Rows in an order that puts rows of like length into one batch, a pure function of seed and epoch.
+
+    transformers' own draws from the global generator, whose state differs between a start and a resume.
+    """
+
+    POOL = 32
+    """Batches sorted together: enough to save padding, few enough to keep the order random."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (from 0) whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        pool = self.POOL * self.batch_size
+        batches = []
+        for start in range(0, len(order), pool):
+            rows = sorted(order[start : start + pool], key=self.lengths.__getitem__)
+            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        for place in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[place]
+        for batch in batches:
+            if len(batch) < self.batch_size:
+                yield from batch
+
+
+class MoleTrainer(Trainer):
+    """Trainer with logits only where there are labels, auxiliary losses counted once a batch, and safe checkpoints."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: RunConfig,
+        base: Base,
+        model: PeftModel,
+        datasets: Datasets,
+        meta: dict[str, Any],
+        progress: bool,
+    ) -> None:
+        self.run, self.run_config, self.base, self.data, self.meta = run, config, base, datasets, meta
+        self.peft_model = model
+        self.losses: dict[str, Tensor] = {}
+        self.batch_tokens: Tensor | int = 1
+        self.evaluated: tuple[int, dict[str, float]] | None = None
+        self.log_callback = EventLog(self, progress)
+        super().__init__(
+            model=model,
+            args=training_arguments(run, config, base),
+            data_collator=Collator(base.tokenizer.pad_token_id),
+            train_dataset=datasets.train,
+            eval_dataset=datasets.eval,
+            callbacks=[self.log_callback],
+        )
+        self.remove_callback(PrinterCallback)
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole accumulated batch
+        base_model: Any = model.get_base_model()
+        self.head: nn.Module = base_model.get_output_embeddings()
+        if not self.args.use_cpu:
+            self.args._n_gpu = 1  # one run, one device: more GPUs must not turn it into nn.DataParallel
+
+    def announce(self, source: Path | None) -> None:
+        """Write the `started` and `data` events."""
+        report = self.data.report
+        trainable = sum(p.numel() for p in self.peft_model.parameters() if p.requires_grad)
+        self.run.append_event(
+            "started",
+            0 if source is None else checkpoint.read_manifest(source).step,
+            pid=os.getpid(),
+            device=str(self.base.device),
+            dtype=str(self.base.dtype).removeprefix("torch."),
+            trainable_parameters=trainable,
+            total_parameters=sum(p.numel() for p in self.peft_model.parameters()),
+            total_steps=self.total_steps(),
+            resumed_from=None if source is None else source.name,
+        )
+        self.run.append_event("data", 0, **report.to_dict())
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        settings = self.run_config.training
+        if settings.max_steps:
+            return settings.max_steps
+        batches = math.ceil(len(self.data.train) / settings.per_device_train_batch_size)
+        per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
+        return math.ceil(per_epoch * settings.num_train_epochs)
+
+    def conclude(self) -> None:
+        """After the last step: write the adapter and the `finished` event, or `stopped`."""
+        self.log_callback.close()
+        step = self.state.global_step
+        if step < self.total_steps():
+            self.run.append_event("stopped", step)
+            return
+        metrics = {key: value for key, value in self.log_callback.summary().items() if value is not None}
+        if self.data.eval is not None and len(self.data.eval):
+            metrics.update(self.evaluate())
+        checkpoint.write_folder(self.run.adapter_dir, self.write_adapter, step=step, meta=self.meta)
+        self.run.append_event("finished", step, metrics=metrics)
+
+    def write_adapter(self, folder: Path) -> None:
+        """Put the adapter in PEFT's format, and the chat template it was trained with, into a folder."""
+        # without a look for resized embeddings, which asks the hub and can take long
+        self.peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        (folder / TEMPLATE_FILE).write_text(chat_template(self.base.tokenizer), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(self.run_config), encoding="utf-8")
+
+    # Loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.batch_tokens = sum(batch["attention_mask"].sum() for batch in samples)
+        self.losses = {}
+        return samples, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean cross-entropy of the labelled tokens of the whole accumulated batch, plus the auxiliary loss.
+
+        The auxiliary loss of a micro-batch is weighted by its share of tokens, so that means over tokens add up
+        to those of one big batch.
+        """
+        loss = self.summed_loss(model, inputs)
+        items = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"][:, 1:] != -100).sum()
+        loss = loss / items
+        self.note("loss", loss)
+        if model.training and self.has_router:
+            auxiliary = auxiliary_loss(model) * (inputs["attention_mask"].sum() / self.batch_tokens)
+            self.note("aux_loss", auxiliary)
+            loss = loss + auxiliary
+        return (loss, {}) if return_outputs else loss
+
+    @property
+    def has_router(self) -> bool:
+        return self.run_config.adapter.router != "lora"
+
+    def summed_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Sum of the cross-entropy over the labelled tokens of a batch, logits computed at those alone → scalar."""
+        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100).flatten()
+        positions = (labels != -100).nonzero()[:, 0]
+        with only_positions(self.head, positions):
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
+        return F.cross_entropy(logits.float(), labels[positions], reduction="sum")
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Add a micro-batch's part of a loss to the step's."""
+        self.losses[name] = self.losses.get(name, torch.zeros_like(value)) + value.detach()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Mean cross-entropy over all labelled tokens of the held-out rows, as the `eval` event; once a step."""
+        if self.evaluated is None or self.evaluated[0] != self.state.global_step:
+            metrics = {"eval_loss": self.held_out_loss()}
+            self.evaluated = self.state.global_step, metrics
+            self.run.append_event("eval", self.state.global_step, **metrics)
+        return self.evaluated[1]
+
+    def held_out_loss(self) -> float:
+        """Mean cross-entropy over all labelled tokens of the held-out rows."""
+        self.peft_model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in self.get_eval_dataloader():
+                inputs = self._prepare_inputs(batch)
+                total += self.summed_loss(self.peft_model, inputs).item()
+                count += int((inputs["labels"][:, 1:] != -100).sum())
+        return total / max(count, 1)
+
+    # Order of the data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        lengths = [len(row["input_ids"]) for row in self.data.train]
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(lengths, batch, self.args.seed)
+
+    # Checkpoints: whole or not at all, no pickle
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        def writer(folder: Path) -> None:
+            self.write_adapter(folder)
+            snapshot.save_state(folder, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+        settings = self.run_config.training
+        step = self.state.global_step
+        folder = checkpoint.write(self.run.checkpoints_dir, step, writer, self.meta, limit=settings.save_total_limit)
+        self.run.append_event("checkpoint", step, path=folder.name)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        outcome: Any = set_peft_model_state_dict(
+            self.peft_model, load_file(Path(resume_from_checkpoint) / ADAPTER_WEIGHTS)
+        )
+        if outcome.unexpected_keys:
+            strange = ", ".join(outcome.unexpected_keys[:3])
+            raise CheckpointError(f"{resume_from_checkpoint} has weights that this adapter has not: {strange}.")
+
+    def _load_optimizer_and_scheduler(self, resume_from: str | None) -> None:
+        if resume_from is not None:
+            snapshot.restore_optimizer(Path(resume_from), self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+
+    def _load_scaler(self, resume_from: str | None) -> None:
+        """Done with the optimizer."""
+
+    def _load_rng_state(self, resume_from: str | None) -> None:
+        if resume_from is not None:
+            snapshot.restore_random(Path(resume_from))
