@@ -1,0 +1,366 @@
+"""What the commands of `mole` do. Each takes the parsed options, prints, and raises `MoleError` for one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mole import runs, worker
+from mole.config import ROUTERS, SECTIONS, ModelConfig, RunConfig, apply_overrides, read_yaml
+from mole.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from mole.models import Loaded
+
+__all__ = ["ROUTERS"]
+
+
+def studio(options: argparse.Namespace) -> None:
+    """`mole studio`"""
+    auth = None
+    if options.auth is not None:
+        user, separator, password = options.auth.partition(":")
+        if not (user and separator and password):
+            raise InputError("--auth must be USER:PASS, both not empty.", field="auth")
+        auth = (user, password)
+    from app.main import launch
+
+    launch(host=options.host, port=options.port, auth=auth, share=options.share)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(options: argparse.Namespace) -> None:
+    """`mole train`"""
+    config = RunConfig.from_dict(train_settings(options))
+    if config.name is not None:
+        runs.check_name(config.name)
+    if options.name is not None and (runs.runs_dir() / options.name).exists():
+        raise RunError(
+            f"There is a run called {options.name!r} already; choose another name or delete it.", field="name"
+        )
+    runs.check_inputs(config)
+    run = runs.create(config, number=options.name is None)  # a name in a file is that of an earlier run
+    if options.detach:
+        runs.start(run)
+        print(run.name)
+    else:
+        runs.enqueue(run)
+        in_foreground(run, resume=False)
+
+
+def train_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The nested form of the settings: the config file, the flags over it, `--set` over those."""
+    values = read_yaml(Path(options.config).expanduser()) if options.config else {}
+    for key, value in values.items():
+        if key in SECTIONS and value is None:
+            values[key] = {}
+    overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
+    for entry in options.settings:
+        key, separator, value = entry.partition("=")
+        if not separator:
+            raise InputError(f"--set {entry!r} must be SECTION.FIELD=VALUE, e.g. training.save_steps=50.")
+        overrides[key.strip()] = None if value.strip() in ("null", "~") else value
+    values = apply_overrides(values, overrides)
+    return {**values, "name": options.name} if options.name is not None else values
+
+
+def in_foreground(run: runs.Run, *, resume: bool) -> None:
+    """Work on a queued run here and say how it ended."""
+    print(f"Run {run.name} ({run.path})", flush=True)
+    worker.work(run, resume=resume, progress=True)
+    if run.state == "finished":
+        metrics = ", ".join(f"{key} {shown(value)}" for key, value in run.details()["metrics"].items())
+        print(f"Finished at step {run.step}{f': {metrics}' if metrics else ''}.")
+        print(f"Adapter: {run.adapter_dir}")
+        print(f"Chat:    mole chat {run.name}")
+    else:
+        print(f"Stopped at step {run.step}. Continue: mole runs resume {run.name}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def list_runs(options: argparse.Namespace) -> None:
+    """`mole runs list`"""
+    rows = [run.status() for run in runs.list_runs()]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        cells = [[row["name"], row["state"], steps(row), row["router"], row["model"], when(row)] for row in rows]
+        table(["NAME", "STATE", "STEP", "ROUTER", "MODEL", "CREATED"], cells)
+    else:
+        print("No runs yet. Train one: mole train --data FILE")
+
+
+def show_run(options: argparse.Namespace) -> None:
+    """`mole runs show`"""
+    run = runs.get(options.run)
+    details = run.details()
+    if options.json:
+        print(json.dumps(details, indent=1))
+        return
+    print(f"{details['name']}: {details['state']}, step {steps(details)}, created {when(details)}")
+    if details["error"]:
+        print(f"Error:   {details['error']} {details['advice'] or ''}".rstrip())
+    for key, value in details["metrics"].items():
+        print(f"{key}: {shown(value)}")
+    print(f"Folder:  {run.path}\n")
+    print(run.config.to_yaml(), end="")
+
+
+def stop_run(options: argparse.Namespace) -> None:
+    """`mole runs stop`"""
+    run = runs.get(options.run)
+    runs.stop(run)
+    if run.state == "stopped":
+        print(f"{run.name} is stopped.")
+    else:
+        print(f"{run.name} was asked to stop; it saves a checkpoint first.")
+
+
+def resume_run(options: argparse.Namespace) -> None:
+    """`mole runs resume`"""
+    run = runs.get(options.run)
+    if options.detach:
+        runs.start(run, resume=True)
+        print(run.name)
+    else:
+        runs.enqueue(run, resume=True)
+        in_foreground(run, resume=True)
+
+
+def delete_run(options: argparse.Namespace) -> None:
+    """`mole runs delete`"""
+    run = runs.get(options.run)
+    if not options.yes:
+        if not sys.stdin.isatty():
+            raise InputError(f"Deleting {run.name} needs a yes: add --yes.")
+        if input(f"Delete {run.name} ({run.state}, step {run.step}) for good? [y/N] ").strip().lower() not in (
+            "y",
+            "yes",
+        ):
+            print("Kept.")
+            return
+    runs.delete(run)
+    print(f"Deleted {run.name}.")
+
+
+def export_run(options: argparse.Namespace) -> None:
+    """`mole runs export`"""
+    run = runs.get(options.run)
+    path = runs.export(run, options.dest)
+    print(f"Wrote the adapter, run.yaml and events.jsonl of {run.name} to {path}.")
+    if path.is_dir():
+        print(f"Chat: mole chat {path / 'adapter'}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Chat and evaluation
+
+
+def chat(options: argparse.Namespace) -> None:
+    """`mole chat`"""
+    if options.prompt is not None and not options.prompt.strip():
+        raise InputError("--prompt is empty; give some text.", field="prompt")
+    if options.trace and options.prompt is None:
+        raise InputError("--trace needs --prompt: the routing of one reply is written.", field="trace")
+    check_parent(options.trace, "--trace")
+    from mole.chat import ChatSettings
+
+    settings = ChatSettings(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    loaded = load(options.target)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    if options.prompt is not None:
+        messages.append({"role": "user", "content": options.prompt})
+        answer(loaded, messages, settings, options.trace)
+        return
+    print(f"Chat with {options.target}; Ctrl-D ends, Ctrl-C cuts a reply short.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if question.strip():
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer(loaded, messages, settings)})
+
+
+def answer(loaded: Loaded, messages: list[dict[str, str]], settings: Any, trace_file: str | None = None) -> str:
+    """Stream a reply to the terminal, write its routing to `trace_file` if given, and return it."""
+    from mole.chat import stream
+
+    text, tokens = "", list[str]()
+    try:
+        for step in stream(loaded, messages, settings, record=trace_file is not None):
+            print(step.text[len(text) :], end="", flush=True)
+            text = step.text
+            tokens += [token for _, token in step.tokens]
+    except KeyboardInterrupt:
+        if trace_file:
+            raise
+    print(flush=True)
+    if trace_file and step.trace is not None:
+        write_json(trace_file, step.trace.to_dict(tokens, step.prompt_tokens))
+    return text
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """`mole eval`"""
+    check_parent(options.json, "--json")
+    from mole.data import read_examples
+
+    read_examples(options.data, limit=options.limit, setting="--data")
+    loaded = load(options.target)
+    from mole.evaluate import evaluate as measure
+
+    result = measure(loaded, options.data, limit=options.limit, progress=True)
+    print(f"{result['target']} on {result['data']}, {result['rows']} rows:")
+    for key, value in result["metrics"].items():
+        percent = key in ("accuracy", "exact_match") and value is not None
+        print(f"  {key.replace('_', ' ')}: {f'{value:.1%}' if percent else shown(value)}")
+    if options.json:
+        write_json(options.json, result)
+
+
+def load(target: str) -> Loaded:
+    """Load what is chatted with or evaluated, and tell what should be known about it."""
+    from mole.models import load_target
+
+    loaded = load_target(target, ModelConfig())
+    if loaded.notice:
+        print(f"Note: {loaded.notice}", file=sys.stderr)
+    return loaded
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models and data
+
+
+def list_models(options: argparse.Namespace) -> None:
+    """`mole models list`"""
+    from mole import models
+
+    rows = models.list_models()
+    if options.json:
+        print(json.dumps(rows, indent=1, default=str))
+        return
+    cells = [[row["name"], row["kind"], megabytes(row["size"]), "yes" if row["cached"] else "no"] for row in rows]
+    table(["NAME", "KIND", "SIZE", "CACHED"], cells)
+
+
+def pull_model(options: argparse.Namespace) -> None:
+    """`mole models pull`"""
+    from mole import models
+
+    print(f"{options.name} is ready: {models.pull(options.name)}")
+
+
+def check_data(options: argparse.Namespace) -> None:
+    """`mole data check`"""
+    from mole.data import read_examples
+
+    rows = read_examples(options.file, setting="FILE")
+    rejected = [{"row": item.row, "reason": item.reason} for item in rows.rejected]
+    report: dict[str, Any] = {
+        "data": options.file,
+        "shape": rows.shape,
+        "rows": len(rows.examples),
+        "rejected": rejected,
+        "fingerprint": rows.fingerprint,
+    }
+    if options.model:
+        report["tokens"] = token_lengths(rows.examples, options.model, rejected)
+        report["rows"] = len(rows.examples) + len(rows.rejected) - len(rejected)
+    if not report["rows"]:
+        raise InputError(f"{options.file}: no row can be used; row {rejected[0]['row']}: {rejected[0]['reason']}")
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    print(f"{options.file}: {report['rows']} rows of shape {rows.shape}, {len(rejected)} rejected")
+    if options.model:
+        print("Tokens a row: " + ", ".join(f"{key} {value}" for key, value in report["tokens"].items()))
+    for item in rejected:
+        print(f"  row {item['row']}: {item['reason']}")
+
+
+def token_lengths(examples: Sequence[Any], model: str, rejected: list[dict[str, Any]]) -> dict[str, int]:
+    """Shortest, median, longest and total length in tokens; rows that cannot be encoded are added to `rejected`."""
+    from mole.config import DataConfig
+    from mole.data import encode_all
+    from mole.errors import DataError
+    from mole.models import load_tokenizer
+
+    lengths: list[int] = []
+    longest = DataConfig().max_length
+    for example, encoded in zip(examples, encode_all(examples, load_tokenizer(model), sys.maxsize), strict=True):
+        if isinstance(encoded, DataError):
+            rejected.append({"row": example.row, "reason": str(encoded)})
+        else:
+            lengths.append(len(encoded.input_ids))
+    if not lengths:
+        return {}
+    return {
+        "min": min(lengths),
+        "median": int(statistics.median(lengths)),
+        "max": max(lengths),
+        "total": sum(lengths),
+        f"longer than {longest}": sum(length > longest for length in lengths),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Printing
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    """Print columns as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in [head, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def steps(status: dict[str, Any]) -> str:
+    """`20/60`, or `20` while the total is not known."""
+    return f"{status['step']}/{status['total_steps']}" if status["total_steps"] else str(status["step"])
+
+
+def when(status: dict[str, Any]) -> str:
+    """The creation time, local."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(status["created"]))
+
+
+def shown(value: Any) -> str:
+    """A metric for people."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def megabytes(size: int | None) -> str:
+    """Bytes as MB; `-` when not known."""
+    return f"{size / 1e6:,.0f} MB" if size else "-"
+
+
+def check_parent(path: str | None, flag: str) -> None:
+    """See that a file can be written, before the long work. Raises `InputError`."""
+    if path is None:
+        return
+    target = Path(path).expanduser()
+    if target.is_dir() or not target.absolute().parent.is_dir():
+        raise InputError(
+            f"{flag} {path} cannot be written: {'it is a folder' if target.is_dir() else 'no such folder'}."
+        )
+
+
+def write_json(path: str, values: Any) -> None:
+    """Write JSON to a file."""
+    Path(path).expanduser().write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
