@@ -61,8 +61,10 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
         require_same(checkpoint.read_manifest(source).meta, meta)
     set_seed(config.training.seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers in words that have been renamed
+        warnings.simplefilter("ignore", FutureWarning)  # checkpointing has other names in newer transformers
         model = get_peft_model(base.model, mole_config(config.adapter, task_type="CAUSAL_LM"))
+        if config.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = MoleTrainer(run, config, base, model, datasets, meta, progress)
     trainer.announce(source)
     trainer.train(resume_from_checkpoint=None if source is None else str(source))
@@ -101,8 +103,6 @@ def training_arguments(run: Run, config: RunConfig, base: Base) -> TrainingArgum
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
         seed=settings.seed,
         data_seed=settings.seed,
         save_strategy="steps",
@@ -210,7 +210,7 @@ class MoleTrainer(Trainer):
             callbacks=[self.log_callback],
         )
         self.remove_callback(PrinterCallback)
-        self.loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole accumulated batch
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the labels of the whole accumulated batch
         base_model: Any = model.get_base_model()
         self.head: nn.Module = base_model.get_output_embeddings()
         if not self.args.use_cpu:

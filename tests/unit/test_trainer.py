@@ -185,3 +185,10 @@ def test_the_sampler_gives_every_row_once_and_another_order_each_epoch() -> None
     first, again = list(sampler), list(sampler)
     sampler.set_epoch(1)
     assert sorted(first) == list(range(50)) and first == again != list(sampler)
+
+
+def test_gradient_checkpointing_changes_the_memory_not_the_weights(make_run: Any) -> None:
+    plain, saving = make_run("plain"), make_run("saving", **{"training.gradient_checkpointing": True})
+    for run in (plain, saving):
+        train(run)
+    assert weights(plain) == weights(saving)
