@@ -18,7 +18,7 @@ from mole.routing import RoutingLog
 PREFIX = "mole_studio_"
 
 
-class MoleLayer(nn.Module, BaseTunerLayer):
+class MoleLinear(nn.Module, BaseTunerLayer):
     """`y = base(x) + s · Σ_i w_i(x) · B_i A_i x`, one router and E experts for each adapter.
 
     Shape: `x (…, in)` → `(…, out)`, in the base layer's dtype.

@@ -154,7 +154,7 @@ class TopKRouter(Router[config.TopKParams]):
     """The k largest of p, renormalised to sum 1 (MoLA, MixLoRA; arXiv 2402.08562)."""
 
     def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
-        probs = log_probs.exp()
+        probs = logits.softmax(-1)
         order = ranked(probs.detach())[1][..., : self.params.top_k]
         kept = torch.zeros_like(probs).scatter(-1, order, 1.0)
         return Routing(normalised(probs * kept), probs, shannon_entropy(log_probs), logits)
@@ -164,7 +164,7 @@ class TopPRouter(Router[config.TopPParams]):
     """The smallest set of the most probable experts whose sum reaches top_p, renormalised to sum 1."""
 
     def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
-        probs = log_probs.exp()
+        probs = logits.softmax(-1)
         kept = nucleus(probs.detach(), self.params.top_p)
         return Routing(normalised(probs * kept), probs, shannon_entropy(log_probs), logits)
 
@@ -181,6 +181,8 @@ def nucleus(probs: Tensor, top_p: float, at_least: int = 1, inclusive: bool = Tr
     ordered, order = ranked(probs)
     reached = ordered.cumsum(-1)
     kept = F.pad(reached[..., :-1], (1, 0)) < top_p if inclusive else reached <= top_p
+    if top_p >= 1:
+        kept = torch.ones_like(kept)
     kept[..., :at_least] = True
     return unranked(kept, order)
 
@@ -189,7 +191,7 @@ class ThresholdRouter(Router[config.ThresholdParams]):
     """Experts with p ≥ τ, renormalised to sum 1; none reaches τ → all zero (AdaMoLE's ablation)."""
 
     def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
-        probs = log_probs.exp()
+        probs = logits.softmax(-1)
         kept = probs.detach() >= self.params.threshold
         return Routing(normalised(probs * kept), probs, shannon_entropy(log_probs), logits)
 
@@ -198,7 +200,7 @@ class DenseRouter(Router[config.DenseParams]):
     """All experts, w = p (LoRAMoE; arXiv 2312.09979)."""
 
     def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
-        probs = log_probs.exp()
+        probs = logits.softmax(-1)
         return Routing(probs, probs, shannon_entropy(log_probs), logits)
 
 
@@ -213,7 +215,7 @@ class AdaMoLERouter(Router[config.AdaMoLEParams]):
 
     def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
         limit = 1 / self.num_experts if self.params.max_threshold is None else self.params.max_threshold
-        probs = log_probs.exp()
+        probs = logits.softmax(-1)
         threshold = limit * linear(self.threshold, x).sigmoid()
         weights = normalised((probs - threshold).relu())
         return Routing(weights, probs, shannon_entropy(log_probs), logits, threshold[..., 0])
@@ -237,9 +239,9 @@ class DynMoLERouter(Router[config.DynMoLEParams]):
         params = self.params
         entropy_of = renyi_entropy if params.entropy_type == "renyi" else tsallis_entropy
         entropy = entropy_of(log_probs, params.entropy_index)
-        probs = log_probs.exp()
+        probs = logits.softmax(-1)
         kept = nucleus(probs.detach(), params.top_p, params.keep_top_k, params.inclusive_top_p)
-        unsure = entropy.detach() > params.entropy_threshold
+        unsure = (entropy.detach() > params.entropy_threshold) & (params.entropy_threshold < 1)
         weights = probs * (kept | unsure[..., None])
         return Routing(weights, probs, entropy, logits)
 
@@ -270,13 +272,14 @@ class SparsegenRouter(Router[config.SparsegenParams]):
 
     def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
         scale = 1 - self.sparsity(x)
-        ordered = ranked(logits)[0]
+        z = logits - logits.detach().amax(-1, keepdim=True)
+        ordered = ranked(z)[0]
         sums = ordered.cumsum(-1)
         ranks = torch.arange(1, self.num_experts + 1, device=logits.device, dtype=logits.dtype)
         support = (scale + ranks * ordered > sums).sum(-1, keepdim=True).clamp(min=1)
         tau = (sums.gather(-1, support - 1) - scale) / support
-        weights = (logits - tau).relu() / scale
-        return Routing(weights, log_probs.exp(), shannon_entropy(log_probs), logits)
+        weights = (z - tau).relu() / scale
+        return Routing(weights, logits.softmax(-1), shannon_entropy(log_probs), logits)
 
 
 ROUTERS: dict[str, type[Router[Any]]] = {

@@ -18,7 +18,7 @@ from torch import nn
 
 from mole.config import ROUTERS, AdapterConfig
 from mole.errors import ConfigError, MoleError
-from mole.layer import PREFIX, MoleLayer, features, supports
+from mole.layer import PREFIX, MoleLinear, features, supports
 from mole.routing import install_log, layer_index
 
 NAME = PREFIX.rstrip("_")
@@ -93,11 +93,19 @@ def mole_config(adapter: AdapterConfig, **peft_settings: Any) -> Any:
     return MoleConfig(**adapter.to_flat(), **peft_settings)
 
 
+def depth(model: nn.Module) -> int:
+    """Number of a model's layers, whatever its configuration calls it (GPT-2: `n_layer`); 1 when it has none."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "num_hidden_layers", None) or 1
+
+
 class MoleModel(BaseTuner):
-    """Puts a `MoleLayer` around every targeted projection of a model."""
+    """Puts a `MoleLinear` around every targeted projection of a model."""
 
     prefix = PREFIX
-    tuner_layer_cls = MoleLayer
+    tuner_layer_cls = MoleLinear
     target_module_mapping: dict[str, list[str]] = {}
 
     def _create_and_replace(
@@ -111,9 +119,9 @@ class MoleModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         adapter: AdapterConfig = peft_config.adapter()
-        num_layers = self.get_model_config(self.model).get("num_hidden_layers") or 1
+        num_layers = depth(self.model)
         num_experts = adapter.experts_at(layer_index(current_key), num_layers)
-        if isinstance(target, MoleLayer):
+        if isinstance(target, MoleLinear):
             target.add_adapter(adapter_name, adapter, num_experts, peft_config.inference_mode)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -124,7 +132,7 @@ class MoleModel(BaseTuner):
                 f"a linear projection, not a {type(base).__name__}",
                 "Name the projections to adapt, or take all-linear.",
             )
-        layer = MoleLayer(target, *features(base))
+        layer = MoleLinear(target, *features(base))
         layer.name = current_key
         layer._active_adapter = adapter_name
         layer.add_adapter(adapter_name, adapter, num_experts, peft_config.inference_mode)
@@ -132,13 +140,15 @@ class MoleModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)  # a set's order differs from process to process
         log = install_log(model)
-        first_of_width: dict[int, MoleLayer] = {}
+        first_of_width: dict[int, MoleLinear] = {}
         for layer in model.modules():
-            if not isinstance(layer, MoleLayer) or adapter_name not in layer.routers:
+            if not isinstance(layer, MoleLinear) or adapter_name not in layer.routers:
                 continue
             layer.log = log
             first = first_of_width.setdefault(layer.in_features, layer)

@@ -176,12 +176,19 @@ def sparsegen(x: Vector, weights: dict[str, Any]) -> Token:
 
 def sparsity(x: Vector, weights: dict[str, Any]) -> float:
     """LD-MoLE's λ(x) = logsigmoid(MLP(x)) + 1 − 0.01, always below 1."""
-    hidden = [t * (1 + math.erf(t / math.sqrt(2))) / 2 for t in linear(x, weights["lambda_in.weight"], weights["lambda_in.bias"])]
+    hidden = [
+        t * (1 + math.erf(t / math.sqrt(2))) / 2
+        for t in linear(x, weights["lambda_in.weight"], weights["lambda_in.bias"])
+    ]
     return log_sigmoid(linear(hidden, weights["lambda_out.weight"], weights["lambda_out.bias"])[0]) + 1 - 0.01
 
 
 def sparsegen_projection(z: Vector, lam: float) -> list[float]:
-    """relu(z − τ) / (1 − λ), with the τ that makes it sum to 1, found by trying every support size."""
+    """relu(z − τ) / (1 − λ), with the τ that makes it sum to 1, found by trying every support size.
+
+    Only differences of logits matter, so they are taken from the largest first: large ones keep their digits.
+    """
+    z = [v - max(z) for v in z]
     ordered = sorted(z, reverse=True)
     support = max(k for k in range(1, len(z) + 1) if 1 - lam + k * ordered[k - 1] > math.fsum(ordered[:k]))
     tau = (math.fsum(ordered[:support]) - 1 + lam) / support

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from peft import inject_adapter_in_model
-from test_routers import expected
+from routing_cases import expected
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import subprocess
 import sys
@@ -13,48 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import Tensor
+from adapting import TOKENS, adapt, layers_of, logits, settings, shake
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from mole import MoleConfig
-from mole.config import ROUTERS, AdapterConfig
-from mole.errors import ConfigError, InputError, MoleError
-from mole.tuner import MoleModel, mole_config
+from mole import auxiliary_loss, record_routing
+from mole.config import ROUTERS
+from mole.errors import InputError, MoleError
 
-ROUTED = [name for name in ROUTERS if name != "lora"]
-MoleLayer = MoleModel.tuner_layer_cls
 Make = Callable[..., Any]
-TOKENS = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(0))
-
-
-def settings(router: str = "dynmole", **values: Any) -> Any:
-    return MoleConfig(router=router, task_type="CAUSAL_LM", **{"num_experts": 4, "r": 2, **values})
-
-
-def adapt(model: Any, router: str = "dynmole", seed: int = 0, **values: Any) -> Any:
-    """The model with an adapter whose every weight is random, so that it does something."""
-    model = get_peft_model(model, settings(router, **values))
-    shake(model, seed)
-    return model.eval()
-
-
-def shake(model: Any, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "mole_studio_" in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def layers_of(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, MoleLayer)]
-
 
 # ---------------------------------------------------------------------------------------------------------
 # Saving and loading
@@ -140,92 +106,10 @@ def test_a_loaded_adapter_is_frozen_unless_asked_to_train(tiny_model: Make, tmp_
     assert learning and all("mole_studio_" in name for name in learning)
 
 
-@pytest.mark.parametrize("first", ["mole", "peft"])
-def test_peft_knows_the_adapter_type_whichever_is_imported_first(first: str) -> None:
-    second = "peft" if first == "mole" else "mole"
-    code = f"import {first}, {second}; from peft import PeftType; print(PeftType('MOLE_STUDIO').name)"
+def test_peft_knows_the_adapter_type_when_mole_is_imported_after_it() -> None:
+    code = "import peft, mole; print(peft.PeftType('MOLE_STUDIO').name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "MOLE_STUDIO"
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The configuration
-
-NON_DEFAULT: dict[str, dict[str, Any]] = {
-    "topk": {"top_k": 3},
-    "topp": {"top_p": 0.31},
-    "threshold": {"threshold": 0.07},
-    "dense": {"cv_loss_coef": 0.11},
-    "adamole": {"max_threshold": 0.19, "balance_on_margin": True},
-    "dynmole": {
-        "entropy_threshold": 0.41, "entropy_index": 1.7, "entropy_type": "renyi", "keep_top_k": 3,
-        "top_p": 0.37, "inclusive_top_p": True,
-    },
-    "sparsegen": {"lambda_hidden": 5},
-    "lora": {},
-}  # fmt: skip
-SHARED = {
-    "num_experts": [2, 4], "r": 3, "lora_alpha": 7.0, "lora_dropout": 0.2, "target_modules": ["q_proj"],
-    "balance_loss_coef": 0.21, "entropy_loss_coef": 0.22, "z_loss_coef": 0.23,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_every_setting_is_in_adapter_config_json_and_comes_back(
-    router: str, tiny_model: Make, tmp_path: Path
-) -> None:
-    values = {"router": router, **SHARED, **NON_DEFAULT[router]}
-    if router == "lora":
-        values["num_experts"] = 1
-    defaults = AdapterConfig.from_flat({"router": router}).to_flat()
-    assert set(values) == set(defaults), "a new setting needs a value here"
-    changed = {name for name in values if values[name] != defaults[name]}
-    assert changed == set(values) - {"router"} - ({"num_experts"} if router == "lora" else set())
-    model = get_peft_model(tiny_model(), MoleConfig(task_type="CAUSAL_LM", **values))
-    model.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert {name: written[name] for name in values} == values
-    assert written["peft_type"] == "MOLE_STUDIO"
-    restored = PeftConfig.from_pretrained(tmp_path)
-    assert {name: getattr(restored, name) for name in values} == values
-    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
-    for before, after in zip(layers_of(model), layers_of(loaded), strict=True):
-        router_before, router_after = before.routers["default"], after.routers["default"]
-        assert router_after.params == router_before.params
-        assert router_after.num_experts == router_before.num_experts
-        assert (after.r, after.scaling, after.dropout) == (before.r, before.scaling, before.dropout)
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_a_config_holds_the_defaults_of_its_router_in_full(router: str) -> None:
-    config = MoleConfig(router=router)
-    flat = AdapterConfig.from_flat({"router": router}).to_flat()
-    assert {name: getattr(config, name) for name in flat} == flat
-
-
-def test_an_adapter_config_becomes_a_peft_config_and_back() -> None:
-    adapter = AdapterConfig.from_flat({"router": "adamole", "max_threshold": 0.2, "num_experts": [2, 6]})
-    assert mole_config(adapter, task_type="CAUSAL_LM").adapter() == adapter
-
-
-@pytest.mark.parametrize(("router", "foreign"), [("topk", {"top_p": 0.5}), ("dense", {"entropy_index": 1.5})])
-def test_a_setting_of_another_router_is_refused_with_those_of_this_one(router: str, foreign: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"{next(iter(foreign))}.*{router}.*balance_loss_coef"):
-        MoleConfig(router=router, **foreign)
-
-
-def test_a_setting_nobody_has_is_refused() -> None:
-    with pytest.raises((TypeError, InputError), match="top_q"):
-        MoleConfig(router="topk", top_q=3)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("router", "nosuch"), ("num_experts", 0), ("num_experts", [2, 0]), ("r", 0), ("top_p", 1.5), ("lora_dropout", 1.0)],
-)
-def test_a_value_outside_its_bounds_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=field):
-        MoleConfig(**{"router": "dynmole", field: value})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -258,19 +142,26 @@ def test_the_written_config_names_the_projections_in_order(tiny_model: Make, tmp
     assert len(names) == 14 and names == sorted(names)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize(
-    ("counts", "by_layer"),
-    [([2, 4, 6, 8], [2, 2, 4, 4, 6, 6, 8, 8]), ([8, 2], [8] * 4 + [2] * 4), (3, [3] * 8), ([5], [5] * 8)],
+    ("arch", "counts", "by_layer"),
+    [
+        ("llama", [2, 4, 6, 8], [2, 2, 4, 4, 6, 6, 8, 8]),
+        ("gpt2", [2, 4, 6, 8], [2, 2, 4, 4, 6, 6, 8, 8]),
+        ("gemma3", [2, 4, 6, 8], [2, 2, 4, 4, 6, 6, 8, 8]),
+        ("llama", [8, 2], [8] * 4 + [2] * 4),
+        ("llama", 3, [3] * 8),
+        ("llama", [5], [5] * 8),
+    ],
     ids=str,
 )
 def test_expert_counts_spread_over_equal_groups_of_layers_from_the_bottom_up(
-    counts: Any, by_layer: list[int], arch: str, tiny_model: Make, tmp_path: Path
+    arch: str, counts: Any, by_layer: list[int], tiny_model: Make, tmp_path: Path
 ) -> None:
     model = adapt(tiny_model(arch, layers=8), "topk", num_experts=counts, r=1)
-    names = [name for name, module in model.base_model.model.named_modules() if isinstance(module, MoleLayer)]
-    places = [next(int(part) for part in name.split(".") if part.isdigit()) for name in names]
-    found = {place: layer.num_experts["default"] for place, layer in zip(places, layers_of(model), strict=True)}
+    found = {
+        next(int(part) for part in layer.name.split(".") if part.isdigit()): layer.num_experts["default"]
+        for layer in layers_of(model)
+    }
     assert [found[place] for place in range(8)] == by_layer
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(arch, layers=8), tmp_path)), logits(model))
@@ -301,11 +192,7 @@ def test_two_adapters_on_one_base_switch_and_are_deleted(first: str, second: str
     alone = [logits(adapt(tiny_model(), first, seed=1)), logits(adapt(tiny_model(), second, seed=2, num_experts=3))]
     model = adapt(tiny_model(), first, seed=1)
     model.add_adapter("other", settings(second, num_experts=3))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if ".other." in name:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    shake(model, seed=2, adapter="other")
     model.eval()
     assert torch.equal(logits(model), alone[0])
     model.set_adapter("other")
@@ -330,8 +217,8 @@ def test_only_the_active_adapter_learns(tiny_model: Make) -> None:
 def test_two_active_adapters_add_their_updates(tiny_model: Make) -> None:
     model = adapt(tiny_model(), "topk", target_modules=["q_proj"])
     model.add_adapter("other", settings("dense", target_modules=["q_proj"]))
+    shake(model, seed=2, adapter="other")
     model.base_model.set_adapter(["default", "other"])
-    shake(model)
     layer, x = layers_of(model)[0].eval(), torch.randn(4, 32)
     both, base = layer(x), layer.base_layer(x)
     updates = []
@@ -357,9 +244,15 @@ def test_a_fresh_adapter_leaves_the_base_bit_for_bit(router: str, tiny_model: Ma
     assert torch.equal(logits(model), logits(tiny_model()))
 
 
-def test_it_stands_beside_an_adapter_of_another_kind_saved_and_loaded(tiny_model: Make, tmp_path: Path) -> None:
-    get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    assert PeftModel.from_pretrained(tiny_model(), tmp_path).peft_config["default"].peft_type == "LORA"
+def test_a_second_adapter_on_other_projections_is_recorded_and_has_its_losses(tiny_model: Make) -> None:
+    model = adapt(tiny_model(), target_modules=["q_proj"])
+    model.add_adapter("other", settings("topk", target_modules=["up_proj"], balance_loss_coef=1.0))
+    model.set_adapter("other")
+    with record_routing(model) as trace:
+        model.train()(input_ids=TOKENS)
+    assert [name.split(".")[-1] for name in trace.modules] == ["up_proj"] * 2
+    assert len(trace) == TOKENS.shape[1]
+    assert auxiliary_loss(model).item() > 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -418,11 +311,3 @@ def test_an_adapter_cast_to_bfloat16_still_routes_in_float32(tiny_model: Make) -
     router = layers_of(model)[0].routers["default"]
     assert router(torch.randn(3, 32, dtype=torch.bfloat16)).weights.dtype == torch.float32
     assert torch.isfinite(logits(model)).all()
-
-
-def test_every_field_of_the_config_says_what_it_is() -> None:
-    declared = {item.name for item in dataclasses.fields(AdapterConfig)} - {"params"}
-    for params in ROUTERS.values():
-        declared |= {item.name for item in dataclasses.fields(params)}
-    held = {item.name: item for item in dataclasses.fields(MoleConfig)}
-    assert all(held[name].metadata["help"] for name in declared)
