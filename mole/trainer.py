@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from mole import checkpoint, snapshot
@@ -145,41 +143,6 @@ model = AutoPeftModelForCausalLM.from_pretrained("this folder")
 
 It was trained with the chat template in `chat_template.jinja`; use the same one for prompts.
 """
-
-
-class LengthGroupedSampler(Sampler[int]):
-    """Rows in an order that puts rows of like length into one batch, a pure function of seed and epoch.
-
-    transformers' own draws from the global generator, whose state differs between a start and a resume.
-    """
-
-    POOL = 32
-    """Batches sorted together: enough to save padding, few enough to keep the order random."""
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) whose order the next iteration gives."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        pool = self.POOL * self.batch_size
-        batches = []
-        for start in range(0, len(order), pool):
-            rows = sorted(order[start : start + pool], key=self.lengths.__getitem__)
-            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
-        for place in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[place]
-        for batch in batches:
-            if len(batch) < self.batch_size:
-                yield from batch
 
 
 class MoleTrainer(Trainer):
@@ -326,13 +289,6 @@ class MoleTrainer(Trainer):
                 total += self.summed_loss(self.peft_model, inputs).item()
                 count += int((inputs["labels"][:, 1:] != -100).sum())
         return total / max(count, 1)
-
-    # Order of the data
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        lengths = [len(row["input_ids"]) for row in self.data.train]
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(lengths, batch, self.args.seed)
 
     # Checkpoints: whole or not at all, no pickle
 

@@ -15,7 +15,7 @@ from mole import runs
 from mole.config import RunConfig, apply_overrides
 from mole.errors import CheckpointError, TrainingError
 from mole.logits import only_positions
-from mole.trainer import LengthGroupedSampler, train
+from mole.trainer import train
 
 ROWS = [{"prompt": f"Sort {a} {b}", "completion": f"{min(a, b)} {max(a, b)}"} for a in range(6) for b in range(6)]
 
@@ -178,13 +178,6 @@ def test_logits_only_at_labels_are_those_of_the_whole_forward(tiny_model: Any) -
     with only_positions(model.get_output_embeddings(), positions):
         part = model(input_ids=ids).logits[0]
     torch.testing.assert_close(part, whole[positions])
-
-
-def test_the_sampler_gives_every_row_once_and_another_order_each_epoch() -> None:
-    sampler = LengthGroupedSampler([n % 7 for n in range(50)], batch_size=4, seed=3)
-    first, again = list(sampler), list(sampler)
-    sampler.set_epoch(1)
-    assert sorted(first) == list(range(50)) and first == again != list(sampler)
 
 
 def test_gradient_checkpointing_changes_the_memory_not_the_weights(make_run: Any) -> None:
