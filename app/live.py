@@ -1,0 +1,119 @@
+"""The live view of one run with its buttons: the same piece in the Train tab and in the Runs tab."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+
+from app import charts, settings
+from app.run_view import run_view
+from mole import runs
+from mole.errors import MoleError, RunError
+
+TICK = 1.0
+ALIVE = ("queued", "running")
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""How small events are wired: nothing flickers, and they are no part of the API."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a page has been shown: how far the events were read, and the state the buttons stand for."""
+
+    cursor: charts.Cursor = charts.Cursor()
+    state: str = ""
+
+
+@dataclass
+class Live:
+    """The components; `shown` are the outputs of `open` and `tick`."""
+
+    name: gr.State
+    seen: gr.State
+    timer: gr.Timer
+    view: gr.HTML
+    stop: gr.Button
+    resume: gr.Button
+    chat: gr.Button
+    buttons: gr.Row
+
+    @property
+    def shown(self) -> list[Any]:
+        return [self.view, self.seen, self.timer, self.stop, self.resume, self.chat]
+
+
+def build(prefix: str) -> Live:
+    """Make the view and its buttons where we stand in the layout; `prefix` begins their element ids."""
+    view = run_view(elem_id=f"{prefix}-run")
+    with gr.Row(elem_classes="buttons") as buttons:
+        stop = gr.Button("Stop", size="md", visible=False, elem_id=f"{prefix}-stop")
+        resume = gr.Button("Resume", size="md", visible=False, elem_id=f"{prefix}-resume")
+        chat = gr.Button("Chat with this", variant="primary", size="md", visible=False, elem_id=f"{prefix}-chat")
+    live = Live(gr.State(""), gr.State(Seen()), gr.Timer(TICK, active=False), view, stop, resume, chat, buttons)
+    live.timer.tick(tick, [live.name, live.seen], live.shown, queue=False, **QUIET)
+    stop.click(press_stop, live.name, None, **QUIET).then(show, live.name, live.shown, **QUIET)
+    resume.click(press_resume, live.name, None, **QUIET).then(show, live.name, live.shown, **QUIET)
+    return live
+
+
+def show(name: str) -> list[Any]:
+    """The run from its beginning, for `shown`; the timer ticks as long as it is alive."""
+    return tick(name, Seen())
+
+
+def hide() -> list[Any]:
+    """For the `shown` of a view in a tab that is left: nothing ticks there."""
+    return [gr.skip(), gr.skip(), gr.Timer(active=False), gr.skip(), gr.skip(), gr.skip()]
+
+
+def tick(name: str, seen: Seen) -> list[Any]:
+    """What is new of the run, for `shown`; the timer ends once the run has and nothing more is written."""
+    try:
+        run = runs.get(name) if name else None
+    except RunError:
+        run = None
+    if run is None:
+        return [{"status": None}, Seen(), gr.Timer(active=False), *[gr.Button(visible=False)] * 3]
+    value, cursor = charts.delta(run, seen.cursor)
+    state = value["status"]["state"]
+    goes_on = state in ALIVE or cursor != seen.cursor
+    if state == seen.state:
+        timer = gr.skip() if goes_on else gr.Timer(active=False)
+        return [value, replace(seen, cursor=cursor), timer, gr.skip(), gr.skip(), gr.skip()]
+    locked = bool(settings.space_id())
+    return [
+        value,
+        Seen(cursor, state),
+        gr.Timer(active=goes_on),
+        gr.Button(visible=state in ALIVE and not locked),
+        gr.Button(visible=state in ("stopped", "interrupted", "failed") and not locked),
+        gr.Button(visible=state == "finished"),
+    ]
+
+
+def press_stop(name: str) -> None:
+    """Ask the run to save and stop."""
+    settings.forbid_on_space()
+    told(lambda: runs.stop(runs.get(name)))
+
+
+def press_resume(name: str) -> None:
+    """Go on with a stopped run from its last checkpoint."""
+    settings.forbid_on_space()
+    told(lambda: runs.start(runs.get(name), resume=True))
+
+
+def told(action: Any) -> Any:
+    """Do it; what goes wrong in a way we know is said on the page in its one line."""
+    try:
+        return action()
+    except MoleError as error:
+        gr.Warning(str(error), title="Not done")
+        return None
+
+
+def newest(*states: str) -> str:
+    """The name of the newest run in one of these states; empty when there is none."""
+    return next((run.name for run in reversed(runs.list_runs()) if run.state in states), "")
