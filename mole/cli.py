@@ -17,7 +17,6 @@ from mole import __version__, commands
 from mole.config import SECTIONS
 from mole.errors import MoleError
 from mole.fields import spec_of
-from mole.worker import share_cores
 
 TARGET = "a run's name, an adapter folder, or base:MODEL"
 
@@ -36,7 +35,6 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mole` with these arguments (those of the process by default) and return the exit code."""
     options = parser().parse_args(arguments)
-    share_cores()
     debug = getattr(options, "debug", False)
     try:
         options.command(options)

@@ -162,15 +162,6 @@ def stopping_on_signals(run: Run, progress: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def share_cores() -> None:
-    """Let idle threads of torch sleep instead of spin; call it before torch is imported.
-
-    Spinning threads take the cores from each other and from whatever else is running: beside one other busy program
-    a training step took three times as long.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 def say(message: str) -> None:
     """Tell a person at the terminal something, beside the progress bar."""
     print(message, file=sys.stderr, flush=True)
@@ -178,7 +169,6 @@ def say(message: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """`NAME [--resume]` → exit code: 0 finished or stopped, 1 failed, 2 bad input."""
-    share_cores()
     try:
         names = [argument for argument in arguments if argument != "--resume"]
         if len(names) != 1:
