@@ -281,7 +281,7 @@ class TrainingConfig:
     """How to train; the names are those of transformers' `TrainingArguments`."""
 
     max_steps: int = setting(
-        25, "Optimizer steps; 0 trains num_train_epochs instead.", ge=0, label="Steps", flag="--steps"
+        32, "Optimizer steps; 0 trains num_train_epochs instead.", ge=0, label="Steps", flag="--steps"
     )
     num_train_epochs: float = setting(1.0, "Passes over the data when max_steps is 0.", gt=0, label="Epochs")
     per_device_train_batch_size: int = setting(

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mole.config import AdapterConfig
 from mole.errors import MoleError
-from mole.experts import mix_experts, stacked
+from mole.experts import dropout, mix_experts, stacked
 from mole.routers import LINEARS, Router, build_router
 from mole.routing import RoutingLog
 
@@ -83,7 +82,7 @@ class MoleLinear(nn.Module, BaseTunerLayer):
                 self.log.add(self.name, router, routing)
             down = getattr(self, f"{PREFIX}A")[adapter_name].weight
             up = getattr(self, f"{PREFIX}B")[adapter_name].weight
-            hidden = F.dropout(self._cast_input_dtype(x, down.dtype), self.dropout[adapter_name], self.training)
+            hidden = dropout(self._cast_input_dtype(x, down.dtype), self.dropout[adapter_name], self.training)
             update = mix_experts(hidden, down, up, routing.weights, self.scaling[adapter_name])
             result = result + update.to(result.dtype)
         return result

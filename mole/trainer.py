@@ -89,7 +89,7 @@ def require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
 def training_arguments(run: Run, config: RunConfig, base: Base) -> TrainingArguments:
     """transformers' arguments for a run; evaluation, logging and checkpoints are ours."""
     settings = config.training
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.checkpoints_dir),
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs,
@@ -118,6 +118,8 @@ def training_arguments(run: Run, config: RunConfig, base: Base) -> TrainingArgum
         disable_tqdm=True,
         report_to="none",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one run, one device: more GPUs must not make it nn.DataParallel
+    return arguments
 
 
 def model_card(config: RunConfig) -> str:
@@ -176,8 +178,6 @@ class MoleTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the labels of the whole accumulated batch
         base_model: Any = model.get_base_model()
         self.head: nn.Module = base_model.get_output_embeddings()
-        if not self.args.use_cpu:
-            self.args._n_gpu = 1  # one run, one device: more GPUs must not turn it into nn.DataParallel
 
     def announce(self, source: Path | None) -> None:
         """Write the `started` and `data` events."""
