@@ -181,11 +181,11 @@ def list_models() -> list[dict[str, Any]]:
     for config in sorted(models_dir().glob("[!.]*/config.json")):
         if config.parent.name != EMBEDDED:
             rows.append(describe(config.parent.name, "gguf", config.parent))
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     with contextlib.suppress(CacheNotFound):
-        for repo in sorted(scan_cache_dir().repos, key=lambda repo: repo.repo_id):
+        for repo in sorted(scan_cache_dir(constants.HF_HUB_CACHE).repos, key=lambda repo: repo.repo_id):
             if repo.repo_type == "model" and cached_from_hub(repo.repo_id):
                 rows.append(describe(repo.repo_id, "hub", repo.repo_path) | {"size": repo.size_on_disk})
     return rows
