@@ -108,6 +108,9 @@ class MoleModel(BaseTuner):
     tuner_layer_cls = MoleLinear
     target_module_mapping: dict[str, list[str]] = {}
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)  # PEFT 0.19 calls model.forward, past the hooks of the routing log
+
     def _create_and_replace(
         self,
         peft_config: Any,
