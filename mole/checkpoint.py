@@ -95,7 +95,7 @@ def verify(folder: Path, *, hashes: bool = True) -> Manifest:
             raise CheckpointError(
                 f"{folder}: {name} has {path.stat().st_size} bytes instead of {expected.get('size')}."
             )
-        if hashes and _sha256(path) != expected.get("sha256"):
+        if hashes and sha256(path) != expected.get("sha256"):
             raise CheckpointError(f"{folder}: {name} has changed since it was written (its SHA-256 differs).")
     return manifest
 
@@ -174,7 +174,7 @@ def _seal(folder: Path, step: int, meta: dict[str, Any]) -> None:
     files = {}
     for path in _files(folder):
         _sync(path)
-        files[path.relative_to(folder).as_posix()] = {"sha256": _sha256(path), "size": path.stat().st_size}
+        files[path.relative_to(folder).as_posix()] = {"sha256": sha256(path), "size": path.stat().st_size}
     values = json.loads(json.dumps({"version": VERSION, "step": step, "files": files, "meta": meta}))
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**values, "checksum": _checksum(values)}, indent=1), encoding="utf-8")
@@ -195,7 +195,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hex; read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mole import checkpoint, locks
+from mole.checkpoint import sha256
 from mole.errors import ModelError
 from mole.formats import one_line
 from mole.runfolder import home
@@ -183,15 +183,6 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     if not results:
         raise TimeoutError(f"no answer within {seconds:g} seconds")
     return results[0]
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, as hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def say(progress: bool, text: str) -> None:
