@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
-    from mole.routing import auxiliary_loss, record_routing
+    from mole.routing import auxiliary_loss
+    from mole.trace import record_routing
     from mole.tuner import MoleConfig
 
 __all__ = ["MoleConfig", "auxiliary_loss", "record_routing"]
 __version__ = "0.1.0"
 
-_HOMES = {"MoleConfig": "mole.tuner", "auxiliary_loss": "mole.routing", "record_routing": "mole.routing"}
+_HOMES = {"MoleConfig": "mole.tuner", "auxiliary_loss": "mole.routing", "record_routing": "mole.trace"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,8 +13,13 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from mole.data import Example, Message, encode, render_prompt
 from mole.errors import ConfigError, InputError
+from mole.fields import coerce
 from mole.models import Loaded
-from mole.routing import RoutingDelta, Trace, record_routing
+from mole.steering import AS_TRAINED, Steering, steer
+from mole.trace import RoutingDelta, Trace, record_routing
+
+GREEDY = 1e-4
+"""Below this temperature the most likely token is certain, and dividing by it would leave no numbers."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,14 @@ class ChatSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind in (("max_new_tokens", int), ("temperature", float), ("top_p", float), ("seed", int)):
+            object.__setattr__(self, name, coerce(kind, getattr(self, name), name))
         if self.max_new_tokens < 1:
             raise ConfigError("max_new_tokens", self.max_new_tokens, "a whole number of at least 1")
-        if not 0 <= self.temperature < float("inf"):
+        if self.temperature < 0:
             raise ConfigError("temperature", self.temperature, "a number of at least 0")
+        if self.seed < 0:
+            raise ConfigError("seed", self.seed, "a whole number of at least 0")
         if not 0 < self.top_p <= 1:
             raise ConfigError("top_p", self.top_p, "a number greater than 0 and at most 1")
 
@@ -69,6 +78,7 @@ def stream(
     settings: ChatSettings = ChatSettings(),
     record: bool = True,
     should_stop: Callable[[], bool] | None = None,
+    steering: Steering = AS_TRAINED,
 ) -> Iterator[Step]:
     """Answer a conversation, a `Step` a token.
 
@@ -81,8 +91,9 @@ def stream(
         settings: length and choice of tokens.
         record: whether to record the routing.
         should_stop: asked before every token; true ends the reply.
+        steering: what is different in the routing of this reply; the model is as before when it ends.
 
-    Raises `InputError` when the conversation leaves the model no room to answer.
+    Raises `InputError` when the conversation leaves the model no room to answer, or the steering does not fit it.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     prompt = prompt_ids(messages, tokenizer)
@@ -93,7 +104,7 @@ def stream(
             "answer: start a new conversation, or shorten it."
         )
     texts, reply, text, seen = TokenTexts(tokenizer), list[int](), "", 0
-    with record_routing(model) if record else contextlib.nullcontext() as trace:
+    with steer(model, steering), record_routing(model) if record else contextlib.nullcontext() as trace:
         for read in generate(model, prompt, settings, stop_ids(model, tokenizer), room, read_last=record):
             if seen:
                 reply += read
@@ -111,9 +122,10 @@ def reply(
     messages: Sequence[Message],
     settings: ChatSettings = ChatSettings(),
     record: bool = True,
+    steering: Steering = AS_TRAINED,
 ) -> tuple[str, Trace | None, list[str], int]:
     """The whole answer of `stream` → its text, the trace, the texts of all tokens, and how many are the prompt's."""
-    steps = list(stream(loaded, messages, settings, record))
+    steps = list(stream(loaded, messages, settings, record, steering=steering))
     return steps[-1].text, steps[-1].trace, [text for step in steps for _, text in step.tokens], steps[-1].prompt_tokens
 
 
@@ -156,7 +168,7 @@ class Chooser:
     """Chooses the next token from logits `(vocabulary,)`, with a random generator of its own."""
 
     def __init__(self, settings: ChatSettings, device: torch.device) -> None:
-        self.greedy = settings.temperature == 0
+        self.greedy = settings.temperature < GREEDY
         self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.warpers = LogitsProcessorList()
         if not self.greedy:

@@ -1,7 +1,8 @@
 """Folders that are there whole or not at all, and can be checked: checkpoints and the final adapter.
 
 A folder is written aside, every file is synced to the disk, a manifest with sizes and SHA-256 sums is added, and only
-then the folder gets its name. What does not verify later is set aside as `NAME.bad`, never deleted.
+then the folder gets its name. What does not verify later is set aside as `NAME.bad`, never deleted. Single files that
+must outlive a power cut are written in the same order, without a manifest.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def write(
     A good checkpoint of the same step is kept as it is: a run's step has one state. Returns the checkpoint's folder.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
+    sync(checkpoints.parent)
     target = checkpoints / f"step-{step}"
     if target.exists():
         if _is_good(target, step):
@@ -58,8 +60,7 @@ def write_folder(
     The folder appears under its name when all of it is on the disk. Returns the verified manifest. When `writer` or
     the disk fails, nothing is left behind and the error goes on to the caller.
     """
-    for leftover in target.parent.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _clear_leftovers(target.parent)
     aside = _aside(target)
     aside.mkdir()
     try:
@@ -67,13 +68,26 @@ def write_folder(
         _seal(aside, step, meta or {})
         old = target.rename(_aside(target)) if target.exists() else None
         aside.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         if old:
             shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return verify(target)
+
+
+def write_file(target: Path, writer: Callable[[Path], Any]) -> None:
+    """Make or replace the file `target` with what `writer(file)` puts into another; whole or not at all."""
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        writer(aside)
+        sync(aside)
+        aside.replace(target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(target.parent)
 
 
 def verify(folder: Path, *, hashes: bool = True) -> Manifest:
@@ -106,18 +120,28 @@ def read_manifest(folder: Path) -> Manifest:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it was not written to the end.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {error}.") from None
     if not isinstance(values, dict) or values.get("version") != VERSION:
         raise CheckpointError(f"{folder}/{MANIFEST} is not of version {VERSION}, the one this program writes.")
     checksum = values.pop("checksum", None)
     if checksum != _checksum(values):
         raise CheckpointError(f"{folder}/{MANIFEST} has changed since it was written (its checksum differs).")
+    kinds = {"step": int, "files": dict, "meta": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
+    if wrong or not all(isinstance(entry, dict) for entry in values["files"].values()):
+        raise CheckpointError(f"{folder}/{MANIFEST} is no manifest: {(*wrong, 'files')[0]} is not what it must be.")
     return Manifest(step=values["step"], files=values["files"], meta=values["meta"])
 
 
 def newest_good(checkpoints: Path, quarantine: bool = True) -> Path | None:
-    """The newest checkpoint that verifies, or None. Broken ones on the way are renamed `step-N.bad` if `quarantine`."""
+    """The newest checkpoint that verifies, or None.
+
+    With `quarantine`, which is for the one who holds the run, broken ones on the way are renamed `step-N.bad` and what
+    a killed writer has left is removed.
+    """
+    if quarantine:
+        _clear_leftovers(checkpoints)
     for step, folder in reversed(steps(checkpoints)):
         if _is_good(folder, step):
             return folder
@@ -137,11 +161,11 @@ def steps(checkpoints: Path) -> list[tuple[int, Path]]:
 def prune(checkpoints: Path, limit: int) -> None:
     """Remove all but the `limit` newest good checkpoints; broken ones are set aside and do not count.
 
-    The newest is compared by SHA-256, the others by size.
+    Those that are kept are compared by SHA-256, the others by size.
     """
     good = 0
     for step, folder in reversed(steps(checkpoints)):
-        if not _is_good(folder, step, hashes=good == 0):
+        if not _is_good(folder, step, hashes=good < limit):
             set_aside(folder)
             continue
         good += 1
@@ -173,26 +197,32 @@ def _seal(folder: Path, step: int, meta: dict[str, Any]) -> None:
     """Sync every file, write the manifest, sync it and the folders."""
     files = {}
     for path in _files(folder):
-        _sync(path)
+        sync(path)
         files[path.relative_to(folder).as_posix()] = {"sha256": sha256(path), "size": path.stat().st_size}
     values = json.loads(json.dumps({"version": VERSION, "step": step, "files": files, "meta": meta}))
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**values, "checksum": _checksum(values)}, indent=1), encoding="utf-8")
-    _sync(manifest)
-    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _sync(path)
+    sync(manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder)
 
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a killed writer has left."""
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sync(*paths: Path) -> None:
+    """Have files and folders (their lists of names) on the disk, in this order."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

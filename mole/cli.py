@@ -17,8 +17,9 @@ from mole import __version__, commands
 from mole.config import SECTIONS
 from mole.errors import MoleError
 from mole.fields import spec_of
+from mole.secrecy import redacted
 
-TARGET = "a run's name, an adapter folder, or base:MODEL"
+TARGET = "a run's name, RUN@STEP for a checkpoint of it, an adapter folder, or base:MODEL"
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def one_line(error: Exception) -> str:
     """An error for the terminal: ours as they are, the system's with their file, others with their type."""
-    text = " ".join(str(error).split())
+    text = redacted(" ".join(str(error).split()))
     if isinstance(error, MoleError):
         return text
     if isinstance(error, OSError) and error.strerror:
@@ -74,6 +75,8 @@ def parser() -> Parser:
     parts = root.add_subparsers(metavar="COMMAND", required=True)
     add_studio(parts)
     add_train(parts)
+    add_preflight(parts)
+    add(parts, "presets", commands.list_presets, "List the set-ups to begin with: the papers', and your own.")
     add_chat(parts)
     add_eval(parts)
     add_runs(parts)
@@ -100,13 +103,51 @@ def add_studio(parts: Any) -> None:
         "--host", default="127.0.0.1", help="Address to listen on (default %(default)s: this machine)."
     )
     command.add_argument("--port", type=number(int, 1, 65535), default=7860, help="Port (default %(default)s).")
-    command.add_argument("--auth", metavar="USER:PASS", help="Ask for this name and password.")
+    command.add_argument(
+        "--auth",
+        metavar="USER:PASS",
+        help="Ask for this name and password. USER alone asks you for the password now; $MOLE_AUTH=USER:PASS does the "
+        "same as the flag.",
+    )
     command.add_argument("--share", action="store_true", help="Also make a public link through Gradio's servers.")
+    command.add_argument(
+        "--allow-anyone",
+        action="store_true",
+        help="Serve others without --auth: whoever reaches the studio may train, read your data files and fill your "
+        "disk. Without it, --host of another address and --share need --auth.",
+    )
 
 
 def add_train(parts: Any) -> None:
     command = add(parts, "train", commands.train, "Train an adapter: --data, or --config, is needed.")
-    command.add_argument("--config", metavar="run.yaml", help="Settings to begin with; the flags go over them.")
+    add_settings(command)
+    command.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE,VALUE",
+        help="Queue a run for every value, e.g. training.seed=0,1,2; given again, for every combination.",
+    )
+    command.add_argument("--detach", action="store_true", help="Train in the background; prints the run's name.")
+
+
+def add_preflight(parts: Any) -> None:
+    summary = "Tell what a run would take, and whether it fits, before it starts; takes the flags of mole train."
+    command = add(parts, "preflight", commands.preflight, summary)
+    add_settings(command)
+    command.add_argument("--measure", action="store_true", help="Also take real steps on the longest rows.")
+    command.add_argument("--wait", action="store_true", help="With --measure: wait while a run has the device.")
+    command.add_argument("--json", metavar="FILE", help="Write the numbers to a file too.")
+
+
+def add_settings(command: Parser) -> None:
+    """Add the flags that say what a run is."""
+    command.add_argument(
+        "--preset", metavar="NAME", help="A set-up to begin with, e.g. mola or cpu; mole presets lists them."
+    )
+    command.add_argument(
+        "--config", metavar="run.yaml", help="Settings to begin with (over the preset); the flags go over them."
+    )
     for section, section_class in SECTIONS.items():
         for item in dataclasses.fields(section_class):
             spec = spec_of(item) if "spec" in item.metadata else None
@@ -120,6 +161,7 @@ def add_train(parts: Any) -> None:
                     help=f"{spec.help}{choices}{default}".replace("%", "%%"),
                 )
     command.add_argument("--name", help="Name of the run (default: made of router and model).")
+    command.add_argument("--group", metavar="NAME", help="Group of runs it belongs to, to be compared.")
     command.add_argument(
         "--set",
         action="append",
@@ -128,7 +170,6 @@ def add_train(parts: Any) -> None:
         metavar="SECTION.FIELD=VALUE",
         help="Any other setting of run.yaml, e.g. training.save_steps=50 or adapter.top_p=0.9; goes over the flags.",
     )
-    command.add_argument("--detach", action="store_true", help="Train in the background; prints the run's name.")
 
 
 def add_chat(parts: Any) -> None:
@@ -158,11 +199,19 @@ def add_eval(parts: Any) -> None:
 
 
 def add_runs(parts: Any) -> None:
-    parts = group(parts, "runs", "List, show, stop, resume, delete and export runs.")
+    parts = group(parts, "runs", "List, show, queue, stop, resume, delete and export runs.")
     command = add(parts, "list", commands.list_runs, "List all runs.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
     command = add_run(parts, "show", commands.show_run, "Show a run's state, metrics and settings.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
+    command = add(parts, "compare", commands.compare_runs, "Compare runs: results, mean ± sd over seeds.")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="Two or more runs, or a group of them.")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="Print the numbers as JSON.")
+    form.add_argument("--markdown", action="store_true", help="Print Markdown, for a paper.")
+    add(parts, "queue", commands.queue_runs, "List the runs that wait for their device, the next one first.")
+    command = add_run(parts, "move", commands.move_run, "Give a waiting run another place in the line for its device.")
+    command.add_argument("place", metavar="PLACE", type=number(int, 1), help="1 is the next to run.")
     add_run(parts, "stop", commands.stop_run, "Save a checkpoint and stop; a queued run leaves the line.")
     command = add_run(parts, "resume", commands.resume_run, "Continue a stopped, interrupted or failed run.")
     command.add_argument("--detach", action="store_true", help="In the background.")

@@ -8,12 +8,13 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mole import runs, worker
+from mole import access, grid, presets, runs, worker
 from mole.config import ROUTERS, SECTIONS, ModelConfig, RunConfig, apply_overrides, read_yaml
+from mole.console import check_parent, megabytes, shown, steps, table, when, write_json
 from mole.errors import InputError, RunError
+from mole.formats import local_path
 
 if TYPE_CHECKING:
     from mole.models import Loaded
@@ -23,12 +24,8 @@ __all__ = ["ROUTERS"]
 
 def studio(options: argparse.Namespace) -> None:
     """`mole studio`"""
-    auth = None
-    if options.auth is not None:
-        user, separator, password = options.auth.partition(":")
-        if not (user and separator and password):
-            raise InputError("--auth must be USER:PASS, both not empty.", field="auth")
-        auth = (user, password)
+    auth = access.credentials(options.auth)
+    access.check_open(options.host, auth is not None, options.share, options.allow_anyone)
     from app.main import launch
 
     launch(host=options.host, port=options.port, auth=auth, share=options.share)
@@ -40,6 +37,9 @@ def studio(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """`mole train`"""
+    if options.grid:
+        train_grid(options)
+        return
     config = RunConfig.from_dict(train_settings(options))
     if config.name is not None:
         runs.check_name(config.name)
@@ -48,6 +48,7 @@ def train(options: argparse.Namespace) -> None:
             f"There is a run called {options.name!r} already; choose another name or delete it.", field="name"
         )
     runs.check_inputs(config)
+    runs.check_room()
     run = runs.create(config, number=options.name is None)  # a name in a file is that of an earlier run
     if options.detach:
         runs.start(run)
@@ -57,12 +58,39 @@ def train(options: argparse.Namespace) -> None:
         in_foreground(run, resume=False)
 
 
+def preflight(options: argparse.Namespace) -> None:
+    """`mole preflight`"""
+    check_parent(options.json, "--json")
+    if options.wait and not options.measure:
+        raise InputError("--wait is for --measure: an estimate does not need the device.", field="wait")
+    config = RunConfig.from_dict(train_settings(options))
+    runs.check_inputs(config)
+    from mole import check_report
+
+    result = check_report.report(config, measure=options.measure, wait=options.wait)
+    if options.json:
+        write_json(options.json, result)
+
+
+def train_grid(options: argparse.Namespace) -> None:
+    """`mole train --grid`"""
+    if options.name is not None:
+        raise InputError("--name is for one run; the runs of a --grid are named after their --group.", field="name")
+    axes = dict(map(grid.parse_axis, options.grid))
+    queued = grid.queue_all(grid.expand(train_settings(options), axes, options.group or grid.free_group()))
+    print(f"Queued {len(queued)} runs in the group {queued[0].group}:")
+    for run in queued:
+        print(run.name)
+
+
 def train_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The nested form of the settings: the config file, the flags over it, `--set` over those."""
-    values = read_yaml(Path(options.config).expanduser()) if options.config else {}
+    """The nested form of the settings: preset, config file over it, the flags over that, `--set` over those."""
+    values = read_yaml(local_path(options.config)) if options.config else {}
     for key, value in values.items():
         if key in SECTIONS and value is None:
             values[key] = {}
+    if options.preset:
+        values = presets.over(presets.find(options.preset), values)
     overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
     for entry in options.settings:
         key, separator, value = entry.partition("=")
@@ -70,7 +98,14 @@ def train_settings(options: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--set {entry!r} must be SECTION.FIELD=VALUE, e.g. training.save_steps=50.")
         overrides[key.strip()] = None if value.strip() in ("null", "~") else value
     values = apply_overrides(values, overrides)
-    return {**values, "name": options.name} if options.name is not None else values
+    given = {"name": options.name, "group": options.group}
+    return {**values, **{key: value for key, value in given.items() if value is not None}}
+
+
+def list_presets(options: argparse.Namespace) -> None:
+    """`mole presets`"""
+    found = [*presets.BUILT_IN, *presets.saved()]
+    table(["NAME", "TITLE", "WHAT IT SETS"], [[preset.name, preset.title, preset.summary] for preset in found])
 
 
 def in_foreground(run: runs.Run, *, resume: bool) -> None:
@@ -116,6 +151,54 @@ def show_run(options: argparse.Namespace) -> None:
         print(f"{key}: {shown(value)}")
     print(f"Folder:  {run.path}\n")
     print(run.config.to_yaml(), end="")
+
+
+def queue_runs(options: argparse.Namespace) -> None:
+    """`mole runs queue`"""
+    print_queue(runs.queue())
+
+
+def move_run(options: argparse.Namespace) -> None:
+    """`mole runs move`"""
+    print_queue(runs.move(runs.get(options.run), options.place))
+
+
+def print_queue(line: list[runs.Run]) -> None:
+    """The runs that wait, each with its device and its place there."""
+    places: dict[str, int] = {}
+    cells = []
+    for run in line:
+        device = str(run.last_event.get("device", ""))
+        places[device] = places.get(device, 0) + 1
+        cells.append([str(places[device]), device, run.name, run.group or "-", runs.user_of(device) or "-"])
+    if cells:
+        table(["PLACE", "DEVICE", "NAME", "GROUP", "NOW RUNNING"], cells)
+    else:
+        print("No run waits.")
+
+
+def compare_runs(options: argparse.Namespace) -> None:
+    """`mole runs compare`"""
+    from mole import compare, report
+
+    names = list(dict.fromkeys(name for given in options.runs for name in run_or_group(given)))
+    if len(names) < 2:
+        raise InputError("Give two or more different runs to compare, or a group of them.", field="runs")
+    comparison = compare.compare(names)
+    if options.json:
+        print(json.dumps(comparison.to_dict(), indent=1))
+    elif options.markdown:
+        print(report.markdown(comparison), end="")
+    else:
+        for head, rows in report.terminal(comparison):
+            table(head, rows)
+            print()
+        print("\n".join([report.LEGEND, *comparison.notes]))
+
+
+def run_or_group(name: str) -> list[str]:
+    """The run of that name, or the runs of that group. Raises `RunError` when there is neither."""
+    return [run.name for run in runs.list_runs() if run.group == name] or [runs.get(name).name]
 
 
 def stop_run(options: argparse.Namespace) -> None:
@@ -220,11 +303,14 @@ def evaluate(options: argparse.Namespace) -> None:
     check_parent(options.json, "--json")
     from mole.data import read_examples
 
-    read_examples(options.data, limit=options.limit, setting="--data")
+    rows = read_examples(options.data, limit=options.limit, setting="--data")
     loaded = load(options.target)
+    from mole import evaluations
     from mole.evaluate import evaluate as measure
 
+    begun = time.monotonic()
     result = measure(loaded, options.data, limit=options.limit, progress=True)
+    evaluations.keep(options.target, result, options.limit, rows.fingerprint, time.monotonic() - begun)
     print(f"{result['target']} on {result['data']}, {result['rows']} rows:")
     for key, value in result["metrics"].items():
         percent = key in ("accuracy", "exact_match") and value is not None
@@ -317,50 +403,3 @@ def token_lengths(examples: Sequence[Any], model: str, rejected: list[dict[str, 
         "total": sum(lengths),
         f"longer than {longest}": sum(length > longest for length in lengths),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Printing
-
-
-def table(head: list[str], rows: list[list[str]]) -> None:
-    """Print columns as wide as their longest cell."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in [head, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def steps(status: dict[str, Any]) -> str:
-    """`20/60`, or `20` while the total is not known."""
-    return f"{status['step']}/{status['total_steps']}" if status["total_steps"] else str(status["step"])
-
-
-def when(status: dict[str, Any]) -> str:
-    """The creation time, local."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(status["created"]))
-
-
-def shown(value: Any) -> str:
-    """A metric for people."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def megabytes(size: int | None) -> str:
-    """Bytes as MB; `-` when not known."""
-    return f"{size / 1e6:,.0f} MB" if size else "-"
-
-
-def check_parent(path: str | None, flag: str) -> None:
-    """See that a file can be written, before the long work. Raises `InputError`."""
-    if path is None:
-        return
-    target = Path(path).expanduser()
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        raise InputError(
-            f"{flag} {path} cannot be written: {'it is a folder' if target.is_dir() else 'no such folder'}."
-        )
-
-
-def write_json(path: str, values: Any) -> None:
-    """Write JSON to a file."""
-    Path(path).expanduser().write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")

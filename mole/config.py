@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 import yaml
 
-from mole.errors import ConfigError, InputError
-from mole.fields import build, check, setting, unknown_setting
+from mole import limits
+from mole.errors import ConfigError, InputError, brief
+from mole.fields import LONGEST_YAML, build, check, parse_yaml, setting, unknown_setting
 
 # ---------------------------------------------------------------------------------------------------------
 # Routers: one parameter dataclass a method. The class that computes it is in `routers.py`, under the same name.
@@ -55,8 +56,8 @@ class TopKParams(RouterParams):
     paper = "https://arxiv.org/abs/2402.08562"
     summary = "The k most probable experts, their probabilities renormalised to sum 1."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0)
-    top_k: int = setting(2, "Experts used per token (k).", ge=1)
+    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, papers=True)
+    top_k: int = setting(2, "Experts used per token (k).", ge=1, papers=True)
 
 
 @dataclass
@@ -67,7 +68,7 @@ class TopPParams(RouterParams):
     summary = "The fewest experts whose probabilities reach top_p, renormalised to sum 1."
 
     balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0)
-    top_p: float = setting(0.8, "Probability the kept experts must reach together.", gt=0, le=1)
+    top_p: float = setting(0.8, "Probability the kept experts must reach together.", gt=0, le=1, papers=True)
 
 
 @dataclass
@@ -98,7 +99,7 @@ class AdaMoLEParams(RouterParams):
     paper = "https://arxiv.org/abs/2405.00361"
     summary = "A threshold network sets, for each token, how probable an expert must be to take part."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0)
+    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, papers=True)
     max_threshold: float | None = setting(
         None, "Largest threshold τ_max the network can ask for; empty means 1/E, the paper's.", gt=0, le=1
     )
@@ -114,17 +115,19 @@ class DynMoLEParams(RouterParams):
     paper = "https://arxiv.org/abs/2504.00661"
     summary = "An unsure router (high Tsallis entropy) uses all experts; a sure one only its top-p."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0)
-    entropy_loss_coef: float = setting(1e-2, "Weight of the mean router entropy: it makes the router decide.", ge=0)
+    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, papers=True)
+    entropy_loss_coef: float = setting(
+        1e-2, "Weight of the mean router entropy: it makes the router decide.", ge=0, papers=True
+    )
     entropy_threshold: float = setting(
-        0.9, "Normalised entropy above which a token uses all experts; 1 or more never does.", ge=0
+        0.9, "Normalised entropy above which a token uses all experts; 1 or more never does.", ge=0, papers=True
     )
     entropy_index: float = setting(
-        1.1, "Index q of the entropy; 1 is Shannon's, larger stresses the likely experts.", gt=0, le=2
+        1.1, "Index q of the entropy; 1 is Shannon's, larger stresses the likely experts.", gt=0, le=2, papers=True
     )
-    entropy_type: str = setting("tsallis", "Family of the entropy.", choices=("tsallis", "renyi"))
-    keep_top_k: int = setting(2, "Experts a sure token keeps at least.", ge=1)
-    top_p: float = setting(0.75, "Probability mass a sure token's experts may have.", gt=0, le=1)
+    entropy_type: str = setting("tsallis", "Family of the entropy.", choices=("tsallis", "renyi"), papers=True)
+    keep_top_k: int = setting(2, "Experts a sure token keeps at least.", ge=1, papers=True)
+    top_p: float = setting(0.75, "Probability mass a sure token's experts may have.", gt=0, le=1, papers=True)
     inclusive_top_p: bool = setting(
         False, "Also keep the expert that crosses top_p (the usual nucleus; the authors' code drops it)."
     )
@@ -157,7 +160,7 @@ ROUTERS: dict[str, type[RouterParams]] = {
 
 def router_params(router: str) -> type[RouterParams]:
     """The parameter dataclass of a router. Raises `ConfigError` for an unknown name."""
-    if router not in ROUTERS:
+    if not isinstance(router, str) or router not in ROUTERS:
         raise ConfigError("adapter.router", router, f"one of: {', '.join(ROUTERS)}")
     return ROUTERS[router]
 
@@ -182,12 +185,17 @@ class ModelConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N; auto takes the GPU when there is one.")
+    quantization: str = setting(
+        "none",
+        "Keep the frozen base in 8 or 4 bits (bitsandbytes): less memory, slightly less exact; the experts stay exact.",
+        choices=("none", "8bit", "4bit"),
+    )
 
     def __post_init__(self) -> None:
         check(self, "model")
         if not self.name:
             raise ConfigError("model.name", self.name, "a hub id, a folder, a .gguf file or smollm2-135m")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
             raise ConfigError("model.device", self.device, "auto, cpu, mps, cuda or cuda:N")
 
 
@@ -198,7 +206,9 @@ class DataConfig:
     path: str = setting("", "JSON, JSONL, CSV or Parquet file, or a hub id.", label="Training data", flag="--data")
     eval_path: str | None = setting(None, "Held-out file; empty holds out a fraction of the training data.")
     eval_fraction: float = setting(0.02, "Share of the rows held out when there is no held-out file.", ge=0, le=0.5)
-    max_length: int = setting(512, "Longest example in tokens; longer prompts lose their oldest part.", ge=8)
+    max_length: int = setting(
+        512, "Longest example in tokens; longer prompts lose their oldest part.", ge=8, le=limits.LENGTH
+    )
     columns: dict[str, str] = setting(
         {}, "Your column names where they differ, e.g. {prompt: question, completion: reply}."
     )
@@ -215,8 +225,8 @@ class AdapterConfig:
     num_experts: int | list[int] = setting(
         8, "LoRA experts per projection; a list spreads over equal groups of layers (MoLA: 2,4,6,8).", flag="--experts"
     )
-    r: int = setting(8, "Rank of each expert.", ge=1, label="Rank", flag="--rank")
-    lora_alpha: float = setting(16, "LoRA scale: each update is multiplied by alpha / r.", gt=0)
+    r: int = setting(8, "Rank of each expert.", ge=1, le=limits.RANK, label="Rank", flag="--rank")
+    lora_alpha: float = setting(16, "LoRA scale: each update is multiplied by alpha / r.", gt=0, le=1e30)
     lora_dropout: float = setting(0.05, "Dropout on the experts' input while training.", ge=0, le=0.95)
     target_modules: str | list[str] = setting("all-linear", "Projections that get experts: all-linear, or names.")
     params: RouterParams = field(default_factory=DynMoLEParams)
@@ -233,6 +243,12 @@ class AdapterConfig:
             )
         if self.router == "lora" and counts != [1]:
             self.num_experts = 1
+        most = max(self.expert_counts)
+        if most > limits.EXPERTS or len(self.expert_counts) > limits.EXPERTS:
+            raise ConfigError("adapter.num_experts", self.num_experts, f"at most {limits.EXPERTS}")
+        if most * self.r > limits.RANK_TIMES_EXPERTS:
+            allowed = f"such that experts × rank ({most} × {self.r}) is at most {limits.RANK_TIMES_EXPERTS}"
+            raise ConfigError("adapter.num_experts", self.num_experts, allowed)
 
     @property
     def expert_counts(self) -> list[int]:
@@ -243,6 +259,10 @@ class AdapterConfig:
         """Experts of a layer (from 0) of `num_layers`: equal groups of layers, as MoLA allocates them."""
         counts = self.expert_counts
         return counts[min(layer * len(counts) // max(num_layers, 1), len(counts) - 1)]
+
+    def experts_by_layer(self, num_layers: int) -> list[int]:
+        """`experts_at` of every layer of a model of so many."""
+        return [self.experts_at(layer, num_layers) for layer in range(num_layers)]
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> AdapterConfig:
@@ -285,9 +305,9 @@ class TrainingConfig:
     )
     num_train_epochs: float = setting(1.0, "Passes over the data when max_steps is 0.", gt=0, label="Epochs")
     per_device_train_batch_size: int = setting(
-        16, "Examples per step and device.", ge=1, label="Batch size", flag="--batch-size"
+        16, "Examples per step and device.", ge=1, le=limits.BATCH, label="Batch size", flag="--batch-size"
     )
-    gradient_accumulation_steps: int = setting(1, "Micro-batches per optimizer step.", ge=1)
+    gradient_accumulation_steps: int = setting(1, "Micro-batches per optimizer step.", ge=1, le=limits.BATCH)
     learning_rate: float = setting(2e-3, "Peak learning rate.", gt=0, le=1, flag="--lr")
     lr_scheduler_type: str = setting(
         "cosine",
@@ -302,7 +322,9 @@ class TrainingConfig:
     save_steps: int = setting(20, "Write a checkpoint every so many steps: the most that a crash can lose.", ge=1)
     save_total_limit: int = setting(2, "Good checkpoints to keep.", ge=1)
     logging_steps: int = setting(1, "Write an event every so many steps.", ge=1)
-    seed: int = setting(0, "Seed of everything random: weights, order of the data, dropout.", ge=0, flag="--seed")
+    seed: int = setting(
+        0, "Seed of everything random: weights, order of the data, dropout.", ge=0, le=2**32 - 1, flag="--seed"
+    )
 
     def __post_init__(self) -> None:
         check(self, "training")
@@ -313,6 +335,8 @@ class RunConfig:
     """A whole run, as `run.yaml` holds it."""
 
     name: str | None = None
+    group: str | None = None
+    """The runs it was queued with, to be compared: a name under the same rules."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -321,23 +345,23 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """Make one from the nested form. Raises `ConfigError` that names the setting, never a traceback's worth."""
-        for key, value in values.items():
+        check_sections(values)
+        for key in values:
             if key not in {item.name for item in fields(cls)}:
                 raise unknown_setting("", key, {item.name for item in fields(cls)})
-            if key in SECTIONS and not isinstance(value, Mapping):
-                raise ConfigError(key, value, "a section of settings (name: value lines)")
         sections: dict[str, Any] = {
             key: build(section, values.get(key, {}), key) for key, section in SECTIONS.items() if key != "adapter"
         }
-        name = values.get("name")
-        if name is not None and not isinstance(name, str):
-            raise ConfigError("name", name, "text")
-        return cls(name=name, adapter=AdapterConfig.from_flat(values.get("adapter", {})), **sections)
+        names: dict[str, Any] = {key: values.get(key) for key in ("name", "group")}
+        for key, name in names.items():
+            if name is not None and not isinstance(name, str):
+                raise ConfigError(key, name, "text")
+        return cls(**names, adapter=AdapterConfig.from_flat(values.get("adapter", {})), **sections)
 
     def to_dict(self) -> dict[str, Any]:
         """The complete nested form; `RunConfig.from_dict` gives an equal config back."""
         sections = {key: dataclasses.asdict(getattr(self, key)) for key in SECTIONS if key != "adapter"}
-        return {"name": self.name, "model": sections["model"], "data": sections["data"],
+        return {"name": self.name, "group": self.group, "model": sections["model"], "data": sections["data"],
                 "adapter": self.adapter.to_flat(), "training": sections["training"]}  # fmt: skip
 
     @classmethod
@@ -361,10 +385,13 @@ SECTIONS: dict[str, Any] = {
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises `InputError` when it cannot be read or is no mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise InputError(f"The config file {path} is not a plain file.")
+        with path.open(encoding="utf-8") as file:
+            values = parse_yaml(file.read(LONGEST_YAML + 1))
     except FileNotFoundError:
         raise InputError(f"The config file {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"The config file {path} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
         raise InputError(f"The config file {path} is not YAML: {' '.join(str(error).split())}.") from None
@@ -375,12 +402,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def check_sections(values: Mapping[str, Any]) -> None:
+    """See that the nested form is one: settings by name, in sections. Raises `InputError`."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{brief(values)} is no config (expected sections model, data, adapter, training).")
+    for section in SECTIONS:
+        if not isinstance(value := values.get(section, {}), Mapping):
+            raise ConfigError(section, value, "a section of settings (name: value lines)")
+
+
 def apply_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the nested form with `{"section.field": value}` laid over it (`data.columns.prompt` reaches deeper).
 
     Changing `adapter.router` drops the former router's own parameters, which would not fit the new one.
     Raises `InputError` for a name without a section.
     """
+    check_sections(values)
     result: dict[str, Any] = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
     router = overrides.get("adapter.router")
     adapter = result.get("adapter", {})
@@ -393,9 +430,10 @@ def apply_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> dic
         target = result.setdefault(section, {})
         *parents, last = rest.split(".")
         for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise unknown_setting("", dotted, set())
+            inner = target.get(parent) or {}
+            if not isinstance(inner, Mapping):
+                raise InputError(f"{dotted} is not a setting: {parent} is {brief(inner)}.", field=dotted)
+            target[parent] = target = dict(inner)  # of the caller's values nothing changes
         target[last] = value
     return result
 

@@ -147,10 +147,12 @@ def write_converted(gguf: Path, folder: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with quiet():
         try:
+            options |= {"gguf_file": gguf.name, "local_files_only": True}
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
+                gguf.parent, trust_remote_code=False, dtype=torch.float32, **options
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            options.pop("quantization_config", None)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, trust_remote_code=False, **options)
         except Exception as error:
             raise ModelError(f"{gguf} cannot be read as a GGUF model: {one_line(error)}") from error
         limit = getattr(model.config, "max_position_embeddings", None)

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
-
 from mole.config import DataConfig
 from mole.errors import DataError
 from mole.examples import Example, Message, Rejected, Rows, none_left, read_examples
@@ -74,7 +72,7 @@ def render(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt
             add_generation_prompt=add_generation_prompt,
             enable_thinking=False,
         )
-    except (jinja2.TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program, if one in a sandbox, and may fail in any way
         raise DataError(f"the chat template refuses the messages: {one_line(error)}") from None
 
 
@@ -83,7 +81,14 @@ class Encoded(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
-    truncated: bool
+    dropped: int = 0
+    """Tokens of the prompt that were cut off at its beginning."""
+    cut: int = 0
+    """Tokens of the answer that were cut off at its end."""
+
+    @property
+    def truncated(self) -> bool:
+        return bool(self.dropped or self.cut)
 
 
 class Rendered(NamedTuple):
@@ -132,7 +137,7 @@ def tokenise(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def render_example(example: Example, tokenizer: Any) -> Rendered:
-    """The example's text, the last answer apart. Raises `DataError` when the template refuses it."""
+    """The example's text, the last answer apart. Raises `DataError` when the template refuses it or leaves it out."""
     eos = tokenizer.eos_token or ""
     if example.text is not None:
         adds_bos = tokenizer.bos_token is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -143,10 +148,23 @@ def render_example(example: Example, tokenizer: Any) -> Rendered:
     # A template that rewrites the prompt once the answer is there gets the plain answer behind the prompt it was given.
     answer = whole[len(prompt) :].rstrip() if whole.startswith(prompt) else target
     bare = target.strip()
-    if answer.endswith(bare):
-        answer += eos
-    ending = answer[answer.rfind(bare) + len(bare) :]
+    check_rendered("question", example.prompt[-1]["content"] if example.prompt else "", prompt)
+    check_rendered("answer", bare, answer)
+    start = answer.find(bare) if answer.lstrip().startswith(bare) else answer.rfind(bare)
+    ending = answer[start + len(bare) :] if start >= 0 else ""
+    if start >= 0 and not ending:
+        answer, ending = answer + eos, eos
     return Rendered(prompt, answer, earlier_answers(example.prompt, prompt, ending, tokenizer))
+
+
+def check_rendered(part: str, text: str, rendered: str) -> None:
+    """See that a message is in the template's text, by its last word: templates may trim it, and take thoughts away.
+
+    Raises `DataError`: a model trained on such rows would learn from blanks.
+    """
+    words = text.split()
+    if words and words[-1] not in rendered:
+        raise DataError(f"the chat template leaves out the {part}")
 
 
 def earlier_answers(messages: list[Message], prompt: str, ending: str, tokenizer: Any) -> list[tuple[int, int]]:
@@ -189,7 +207,7 @@ def assemble(prompt: list[int], learnt: list[bool], answer: list[int], max_lengt
     # The first token is never predicted, having nothing before it.
     if all(label == IGNORED for label in labels[1:]):
         return DataError("nothing is left to learn from: the answer has no tokens")
-    return Encoded(ids, labels, len(prompt) + len(answer) > len(ids))
+    return Encoded(ids, labels, len(prompt) - kept, kept + len(answer) - len(ids))
 
 
 @dataclass
@@ -266,7 +284,7 @@ def encode_rows(
             truncated += item.truncated
     rejected.sort(key=lambda item: item.row)
     if not rows:
-        raise DataError(f"{source.source}: {none_left(rejected)}", field=setting)
+        raise none_left(source.source, rejected, setting)
     return rows, rejected, truncated
 
 
@@ -296,3 +314,43 @@ class Collator:
             "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
             "labels": padded((row["labels"] for row in rows), IGNORED),
         }
+
+
+LARGEST_PART = 256
+
+
+def by_length(batch: dict[str, torch.Tensor], overhead: int) -> list[dict[str, torch.Tensor]]:
+    """A right-padded batch `(rows, longest)` in parts of like length, each as wide as its longest row.
+
+    The parts have the same tokens and less padding. They are such that the tokens with padding, and `overhead` tokens'
+    worth of work for every part, are fewest.
+    """
+    lengths = batch["attention_mask"].sum(-1)
+    order = lengths.argsort(stable=True)
+    ends = partition(lengths[order].tolist(), overhead)
+    if len(ends) == 1:
+        return [batch]
+    parts = zip([0, *ends], ends, strict=False)
+    return [
+        {name: values[order[start:end], : lengths[order[end - 1]]] for name, values in batch.items()}
+        for start, end in parts
+    ]
+
+
+def partition(lengths: Sequence[int], overhead: int) -> list[int]:
+    """Where ascending lengths are best cut: the end of every part, the cheapest sum of `rows · longest + overhead`.
+
+    No part has more than `LARGEST_PART` rows, so that finding them takes no time.
+    """
+    best, begins = [0], [0]
+    for end, longest in enumerate(lengths, start=1):
+        cost, start = min(
+            (best[start] + (end - start) * longest + overhead, start)
+            for start in range(max(0, end - LARGEST_PART), end)
+        )
+        best.append(cost)
+        begins.append(start)
+    ends = [len(lengths)]
+    while begins[ends[0]]:
+        ends.insert(0, begins[ends[0]])
+    return ends

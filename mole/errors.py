@@ -6,7 +6,23 @@ beside the field when `error.field` names one.
 
 from __future__ import annotations
 
+import errno
+import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+REFUSALS = {
+    errno.ENOSPC: ("The disk is full", "Free some space and try again."),
+    errno.EDQUOT: ("The disk quota is used up", "Free some space and try again."),
+    errno.EFBIG: ("A file would be larger than this process may write", "Raise the limit (ulimit -f) and try again."),
+    errno.EROFS: ("The file system is read-only", "Make it writable, or set MOLE_HOME to a folder that is."),
+    errno.EACCES: ("Writing there is not permitted", "Make it writable, or set MOLE_HOME to a folder that is."),
+    errno.EPERM: ("Writing there is not permitted", "Make it writable, or set MOLE_HOME to a folder that is."),
+}
+"""Why the system does not write: cause and advice."""
+LONGEST = 1_500
+"""Characters of an error's line; what was given may be a whole file."""
 
 
 class MoleError(Exception):
@@ -14,6 +30,10 @@ class MoleError(Exception):
 
     exit_code = 1
     field: str | None = None
+
+    def __init__(self, message: str = "") -> None:
+        line = " ".join(message.encode(errors="backslashreplace").decode().splitlines())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…")
 
 
 class InputError(MoleError):
@@ -37,12 +57,19 @@ class ConfigError(InputError):
     """
 
     def __init__(self, field: str, value: Any, allowed: str, advice: str = "") -> None:
-        message = f"{field} is {value!r}; it must be {allowed}."
+        message = f"{field} is {brief(value)}; it must be {allowed}."
         super().__init__(f"{message} {advice}".strip(), field=field)
 
 
 class DataError(InputError):
-    """A data file or one of its rows cannot be used; the message names the row (from 1) and the reason."""
+    """A data file or one of its rows cannot be used; the message names the row (from 1) and the reason.
+
+    `rejected`, where no row can be used: all of them, with their reasons (`mole.examples.Rejected`).
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, rejected: Sequence[Any] = ()) -> None:
+        super().__init__(message, field=field)
+        self.rejected = list(rejected)
 
 
 class ModelError(InputError):
@@ -63,3 +90,32 @@ class CheckpointError(MoleError):
 
 class TrainingError(MoleError):
     """Training stopped by itself: loss not finite, out of memory, disk full; the message gives cause and advice."""
+
+
+class StorageError(MoleError):
+    """A file could not be written: the disk is full or read-only."""
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """In this block, or the function it decorates, the system's refusal to write is a `StorageError` with advice."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        cause, advice = REFUSALS[error.errno]
+        raise StorageError(f"{cause}{f': {error.filename}' if error.filename else ''}. {advice}") from error
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 300
+_SHORT.maxlevel = 3
+
+
+def brief(value: Any) -> str:
+    """A value as Python writes it, cut to a readable length: it may be huge, hold itself, or grow when written out."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of so many digits
+        return "a number of thousands of digits"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ BATCH_TOKENS = {"cpu": 2048}
 BATCH_TOKENS_GPU = 16384
 MARGIN = 16
 """Tokens an answer may be longer than the reference's and still be the same text."""
+NOTHING = "no row has an answer to evaluate."
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,7 @@ def evaluate(
     progress: bool = False,
     columns: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Measure a model on a data file or hub data set.
-
-    - `accuracy`, rows with choices: how often the right choice has the highest total log-likelihood of all choices as
-      the assistant's answer, not divided by its length, the end-of-turn token not counted.
-    - `exact_match`, other conversations: how often the greedily generated answer is the reference, both stripped.
-    - `perplexity`: exp of the mean negative log-likelihood of the tokens training learns from, in the right answers:
-      the assistant's answers with their end-of-turn tokens; in a text row all tokens.
+    """Measure a model on a data file or hub data set, as `measure` does.
 
     Args:
         loaded: model, tokenizer and adapter.
@@ -67,37 +63,77 @@ def evaluate(
     Returns `{"rows", "metrics", "target", "data"}`. Raises `DataError` when there is nothing to evaluate.
     """
     examples = read_examples(path, columns, limit).examples
-    variants = [
-        (place, example.with_target(choice) if choice is not None else example)
-        for place, example in enumerate(examples)
-        for choice in (example.choices or (None,))
+    with tqdm(total=len(examples), desc="Evaluating", unit="row", disable=not progress) as bar:
+        rows, metrics = measure(loaded, examples, lambda done, total: bar.update(done - bar.n))
+    if not rows:
+        raise DataError(f"{path}: {NOTHING}")
+    return {"rows": rows, "metrics": metrics, "target": loaded.name, "data": path}
+
+
+def measure(
+    loaded: Loaded, examples: Sequence[Example], on_progress: Callable[[int, int], object] | None = None
+) -> tuple[int, dict[str, float]]:
+    """How good a model is on examples: the number of rows that could be measured, and the metrics.
+
+    - `accuracy`, rows with choices: how often the right choice has the highest total log-likelihood of all choices as
+      the assistant's answer, not divided by its length, the end-of-turn token not counted.
+    - `exact_match`, other conversations: how often the greedily generated answer is the reference, both stripped.
+    - `perplexity`: exp of the mean negative log-likelihood of the tokens training learns from, in the right answers:
+      the assistant's answers with their end-of-turn tokens; in a text row all tokens.
+
+    `on_progress` is called with the rows done and all rows; what it raises ends the evaluation. A row that the chat
+    template refuses, or without an answer, is left out; with no other row the result is `(0, {})`.
+    """
+    families = [
+        [example.with_target(choice) if choice is not None else example for choice in example.choices or (None,)]
+        for example in examples
     ]
-    scores = score(loaded, [example for _, example in variants], progress)
-    by_example: list[list[Scored | None]] = [[] for _ in examples]
-    for (place, _), scored in zip(variants, scores, strict=True):
-        by_example[place].append(scored)
-    hits: dict[str, list[bool]] = {"accuracy": [], "exact_match": []}
-    right: list[Scored] = []
+    results: list[Result | None] = [None] * len(examples)
     special, stop = special_ids(loaded.tokenizer), stop_ids(loaded.model, loaded.tokenizer)
-    for example, found in zip(examples, by_example, strict=True):
-        if any(scored is None for scored in found):
-            continue  # the chat template refuses it, or it has no answer: nothing to measure
-        whole = [scored for scored in found if scored is not None]
-        if example.choices:
-            totals = [choice_score(scored, special) for scored in whole]
-            place = example.choices.index(example.answer or "")
-            hits["accuracy"].append(totals.index(max(totals)) == place)
-            right.append(whole[place])
-        else:
-            right += whole
-            if example.text is None:
-                hits["exact_match"].append(matches(loaded, example, whole[0], stop))
-    if not right:
-        raise DataError(f"{path}: no row has an answer to evaluate.")
-    log_probs = [value for scored in right for value in scored.log_probs]
-    metrics = {name: sum(values) / len(values) for name, values in hits.items() if values}
+    for done, (place, found) in enumerate(scores(loaded, families), start=1):
+        results[place] = judge(loaded, examples[place], found, special, stop)
+        if on_progress:
+            on_progress(done, len(examples))
+    return summary([result for result in results if result is not None])
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: its kind of hit (None for text), whether it was one, and the log-probabilities of its right answer."""
+
+    kind: str | None
+    hit: bool
+    log_probs: list[float]
+
+
+def judge(
+    loaded: Loaded, example: Example, found: Sequence[Scored | None], special: set[int], stop: set[int]
+) -> Result | None:
+    """What the scores of a row's answers (one, or one a choice) mean; None when one of them could not be given."""
+    whole = [scored for scored in found if scored is not None]
+    if len(whole) < len(found):
+        return None  # the chat template refuses it, or it has no answer: nothing to measure
+    if example.choices:
+        totals = [choice_score(scored, special) for scored in whole]
+        right = example.choices.index(example.answer or "")
+        return Result("accuracy", totals.index(max(totals)) == right, whole[right].log_probs)
+    if example.text is not None:
+        return Result(None, False, whole[0].log_probs)
+    return Result("exact_match", matches(loaded, example, whole[0], stop), whole[0].log_probs)
+
+
+def summary(results: Sequence[Result]) -> tuple[int, dict[str, float]]:
+    """Rows and metrics of all results."""
+    if not results:
+        return 0, {}
+    metrics = {}
+    for kind in ("accuracy", "exact_match"):
+        hits = [result.hit for result in results if result.kind == kind]
+        if hits:
+            metrics[kind] = sum(hits) / len(hits)
+    log_probs = [value for result in results for value in result.log_probs]
     metrics["perplexity"] = math.exp(min(-sum(log_probs) / len(log_probs), 700.0))
-    return {"rows": len(right), "metrics": metrics, "target": loaded.name, "data": path}
+    return len(results), metrics
 
 
 def choice_score(scored: Scored, special: set[int]) -> float:
@@ -143,60 +179,124 @@ def matches(loaded: Loaded, example: Example, scored: Scored, stop: set[int]) ->
     return text(answer) == wanted
 
 
-def score(loaded: Loaded, examples: Sequence[Example], progress: bool = False) -> list[Scored | None]:
-    """Let the model read examples with their answers, in batches of like length; None for one it cannot be given."""
-    encoded = list(encode_all(examples, loaded.tokenizer, context_length(loaded.model)))
-    rows = {place: item for place, item in enumerate(encoded) if not isinstance(item, DataError)}
-    results: list[Scored | None] = [None] * len(examples)
-    tokens = BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS_GPU)
-    with tqdm(total=len(rows), desc="Evaluating", unit="row", disable=not progress) as bar, torch.no_grad():
-        prefix = Prefix(loaded.model, list(rows.values()))
-        for places in batches(rows, tokens):
-            for place, scored in zip(places, score_batch(loaded, [rows[i] for i in places], prefix), strict=True):
-                results[place] = scored
-            bar.update(len(places))
-    return results
+def score(loaded: Loaded, examples: Sequence[Example]) -> list[Scored | None]:
+    """What the model makes of examples with their answers, in their order."""
+    found = dict(scores(loaded, [[example] for example in examples]))
+    return [found[place][0] for place in range(len(examples))]
 
 
-class Prefix:
-    """The beginning all rows share, a system prompt above all: read once, its keys and values kept for every batch."""
+Found = tuple[int, Sequence[Scored | None]]
 
-    def __init__(self, model: Any, rows: Sequence[Encoded]) -> None:
+
+def scores(loaded: Loaded, families: Sequence[Sequence[Example]]) -> Iterator[Found]:
+    """Let the model read families of examples, one prompt with several answers, in batches of like length.
+
+    Yields each family's place and its scores as soon as they are there; None for an example it cannot be given. What
+    a family's prompts have in common is read once for all of it; what all single examples begin with, a system prompt
+    above all, once for all of them.
+    """
+    limit = context_length(loaded.model)
+    flat = iter(encode_all((example for family in families for example in family), loaded.tokenizer, limit))
+    encoded = [[next(flat) for _ in family] for family in families]
+    whole: dict[int, list[Encoded]] = {}
+    for place, rows in enumerate(encoded):
+        good = [row for row in rows if not isinstance(row, DataError)]
+        if len(good) == len(rows):
+            whole[place] = good
+        else:
+            yield place, [None] * len(rows)
+    yield from single_scores(loaded, {place: rows for place, rows in whole.items() if len(rows) == 1})
+    yield from family_scores(loaded, {place: rows for place, rows in whole.items() if len(rows) > 1})
+
+
+def single_scores(loaded: Loaded, rows: dict[int, list[Encoded]]) -> Iterator[Found]:
+    """The scores of families of one."""
+    shared = Beginnings(loaded.model, [common_prefix([row for (row,) in rows.values()])] if rows else [])
+    for places in batches(rows, batch_tokens(loaded)):
+        found = score_batch(loaded, [rows[place][0] for place in places], shared, [0] * len(places))
+        yield from ((place, [scored]) for place, scored in zip(places, found, strict=True))
+
+
+def family_scores(loaded: Loaded, rows: dict[int, list[Encoded]]) -> Iterator[Found]:
+    """The scores of families of several."""
+    for places in batches(rows, batch_tokens(loaded)):
+        shared = Beginnings(loaded.model, [common_prefix(rows[place]) for place in places])
+        owners = [number for number, place in enumerate(places) for _ in rows[place]]
+        found = iter(score_batch(loaded, [row for place in places for row in rows[place]], shared, owners))
+        yield from ((place, [next(found) for _ in rows[place]]) for place in places)
+
+
+def batch_tokens(loaded: Loaded) -> int:
+    """How many tokens are read at a time."""
+    return BATCH_TOKENS.get(loaded.model.device.type, BATCH_TOKENS_GPU)
+
+
+class Beginnings:
+    """What rows begin with, read once, its keys and values kept.
+
+    Left-padded: what comes next stands right behind it in every row, as attention windows and caches expect. Models
+    with a state of another kind, or that count positions themselves, read all of every row.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, beginnings: Sequence[list[int]]) -> None:
+        self.lengths = [len(ids) for ids in beginnings]
         self.cache: Any = None
-        self.length = min((len(common_prefix(rows[0], row)) for row in rows), default=0)
-        if self.length:
-            ids = torch.tensor([rows[0].input_ids[: self.length]], device=model.device)
-            self.cache = model(input_ids=ids, use_cache=True).past_key_values
-        if not isinstance(self.cache, DynamicCache):  # models with a state of another kind read all of every row
-            self.cache, self.length = None, 0
+        self.mask = torch.zeros(len(beginnings), 0, dtype=torch.long)
+        if min(self.lengths, default=0) and takes_positions(model):
+            longest = max(self.lengths)
+            ids = torch.tensor([[0] * (longest - len(some)) + some for some in beginnings])
+            mask = torch.tensor([[0] * (longest - length) + [1] * length for length in self.lengths])
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+            with only_positions(base_model(model).get_output_embeddings(), torch.tensor([0], device=model.device)):
+                cache = model(**{name: part.to(model.device) for name, part in inputs.items()}, use_cache=True)
+            if isinstance(cache.past_key_values, DynamicCache):
+                self.cache, self.mask = cache.past_key_values, mask
+        if self.cache is None:
+            self.lengths = [0] * len(beginnings)
 
-    def of(self, count: int) -> Any:
-        """A copy of the cache for a batch of `count` rows; None when there is no shared beginning."""
-        cache = copy.deepcopy(self.cache)
-        if cache is not None:
-            cache.batch_repeat_interleave(count)
+    def of(self, owners: Sequence[int]) -> Any:
+        """A cache with a row for each of `owners`, indices of beginnings; None when nothing is kept."""
+        if self.cache is None:
+            return None
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]  # selecting replaces its tensors, and no other's
+        cache.batch_select_indices(torch.tensor(owners, device=cache.layers[0].keys.device))
         return cache
 
 
-def common_prefix(one: Encoded, other: Encoded) -> list[int]:
-    """The ids both rows begin with, ending before the token that predicts the first one learnt of either."""
-    learnt = [next(i for i, label in enumerate(row.labels) if i and label != -100) for row in (one, other)]
-    pairs = zip(one.input_ids, other.input_ids, range(min(learnt) - 1), strict=False)
-    return [a for a, _, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+def takes_positions(model: Any) -> bool:
+    """Whether a model can be told where in the text its tokens stand."""
+    return "position_ids" in inspect.signature(base_model(model).forward).parameters
 
 
-def score_batch(loaded: Loaded, rows: Sequence[Encoded], prefix: Prefix) -> list[Scored]:
-    """One forward pass over rows, right-padded, with logits only where a learnt token is predicted."""
+def common_prefix(rows: Sequence[Encoded]) -> list[int]:
+    """The ids all rows begin with, ending before the token that predicts the first one learnt of any."""
+    learnt = min(next(i for i, label in enumerate(row.labels) if i and label != -100) for row in rows)
+    columns = zip(*(row.input_ids[: learnt - 1] for row in rows), strict=False)
+    return [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+
+
+@torch.no_grad()
+def score_batch(loaded: Loaded, rows: Sequence[Encoded], shared: Beginnings, owners: Sequence[int]) -> list[Scored]:
+    """One forward pass over what follows the shared beginnings, right-padded, with logits where a learnt token is
+    predicted; `owners` says which beginning each row has."""
     device = loaded.model.device
-    collate = Collator(loaded.tokenizer.pad_token_id)
-    batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
-    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)[:, prefix.length :]
+    starts = [shared.lengths[owner] for owner in owners]
+    parts = [
+        {"input_ids": row.input_ids[start:], "labels": row.labels[start:]}
+        for row, start in zip(rows, starts, strict=True)
+    ]
+    batch = Collator(loaded.tokenizer.pad_token_id)(parts)
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     positions = (labels != -100).flatten().nonzero()[:, 0].to(device)
+    inputs = {"input_ids": batch["input_ids"]}
+    inputs["attention_mask"] = torch.cat([shared.mask[owners], batch["attention_mask"]], -1)
+    if shared.cache is not None:
+        inputs["position_ids"] = torch.tensor(starts)[:, None] + torch.arange(labels.shape[1])
     with only_positions(base_model(loaded.model).get_output_embeddings(), positions):
         output = loaded.model(
-            input_ids=batch["input_ids"][:, prefix.length :].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-            past_key_values=prefix.of(len(rows)),
+            **{name: part.to(device) for name, part in inputs.items()}, past_key_values=shared.of(owners)
         )
     logits = output.logits[0].float()
     log_probs = -F.cross_entropy(logits, labels.flatten().to(device)[positions], reduction="none")
@@ -216,15 +316,17 @@ def last_answer(row: Encoded) -> int:
     return sum(learnt) - tail
 
 
-def batches(rows: dict[int, Encoded], tokens: int) -> Iterator[list[int]]:
-    """Keys of rows in groups of like length, the longest first, of about `tokens` tokens with padding."""
+def batches(families: dict[int, list[Encoded]], tokens: int) -> Iterator[list[int]]:
+    """Keys of families in groups of like length, the longest first, of about `tokens` tokens with padding."""
+    longest_of = {place: max(len(row.input_ids) for row in rows) for place, rows in families.items()}
     group: list[int] = []
-    longest = 0
-    for place in sorted(rows, key=lambda place: -len(rows[place].input_ids)):
-        longest = longest or len(rows[place].input_ids)
-        if group and longest * (len(group) + 1) > tokens:
+    longest = count = 0
+    for place in sorted(families, key=lambda place: -longest_of[place]):
+        more = len(families[place])
+        if group and longest * (count + more) > tokens:
             yield group
-            group, longest = [], len(rows[place].input_ids)
+            group, longest, count = [], 0, 0
+        longest, count = longest or longest_of[place], count + more
         group.append(place)
     if group:
         yield group

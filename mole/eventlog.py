@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from mole.trainer import MoleTrainer
 
 
+CALMER = (
+    "Start a new run with a lower training.learning_rate, a larger training.warmup_steps, or model.dtype float32; "
+    "the last good checkpoint is kept."
+)
+
+
 class EventLog(TrainerCallback):
     """Writes a `step` event for every logged step, draws the progress bar, and carries the request to stop."""
 
@@ -40,10 +46,7 @@ class EventLog(TrainerCallback):
         self.tokens += int(self.trainer.batch_tokens)
         loss = float(self.trainer.losses["loss"])
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss became {loss} at step {state.global_step}. Try a lower training.learning_rate, a larger "
-                "training.warmup_steps, or model.dtype float32; the last good checkpoint is kept."
-            )
+            raise TrainingError(f"The loss became {loss} at step {state.global_step}. {CALMER}")
         self.last_loss = loss
         if self.bar is not None:
             self.bar.update()

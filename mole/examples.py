@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from reprlib import repr as brief
+from string import ascii_uppercase
 from typing import Any
 
-from mole.errors import DataError
+from mole.errors import DataError, brief
 from mole.formats import one_line, read_records
 
 Message = dict[str, str]
@@ -28,10 +28,11 @@ SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
 OPTIONAL = ("input",)
 FIELDS = sorted({name for groups in SHAPES.values() for group in groups for name in group} | {*OPTIONAL})
 ROLES = ("system", "user", "assistant")
-ANSWER_FORMAT = re.compile(r"Answer format:[ \t]*(\S[^\n]*?)\s*$", re.MULTILINE)
+ANSWER_FORMAT = re.compile(r"Answer format:[ \t]*(\S[^\n]*)")
+MOST_LABELS = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row made ready: a conversation that ends with the assistant's answer to learn, or plain `text`.
 
@@ -80,11 +81,18 @@ class Rows:
     shape: str
     source: str
     fingerprint: str = field(repr=False)
-    """sha256 of the content."""
+    """sha256 of the content, or of what was read of it."""
+    complete: bool = True
+    """Whether these are all the rows there are."""
 
 
 def read_examples(
-    path: str, columns: dict[str, str] | None = None, limit: int | None = None, *, setting: str = "data.path"
+    path: str,
+    columns: dict[str, str] | None = None,
+    limit: int | None = None,
+    *,
+    setting: str = "data.path",
+    glance: bool = False,
 ) -> Rows:
     """Read a JSON, JSONL, CSV or Parquet file, or a hub data set `owner/name[:config[:split]]`.
 
@@ -93,14 +101,14 @@ def read_examples(
         columns: `{field: column}` where the source's own column names differ.
         limit: read only the first rows.
         setting: the setting that errors blame.
+        glance: read no more of a file than `limit` rows need.
 
     Raises `DataError`: no such file, malformed content (with its line), no known shape (with the columns found), a
     mapped column that is not there, no row that can be used (with the first reasons).
     """
-    records = read_records(path, limit, setting)
+    records = read_records(path, limit, setting, glance=glance)
     found = list(dict.fromkeys(key for _, value in records.rows if isinstance(value, dict) for key in value))
     mapping = checked_mapping(columns or {}, found, path)
-    rows = [(number, renamed(value, mapping)) for number, value in records.rows]
     shape = shape_of({*found, *mapping}, {*mapping}) if found else "none"
     if shape is None:
         known = "; ".join(" + ".join("/".join(group) for group in groups) for groups in SHAPES.values())
@@ -110,21 +118,25 @@ def read_examples(
             field="data.columns",
         )
     examples, rejected = [], []
-    for number, value in rows:
+    records.rows.reverse()
+    while records.rows:  # each gives its memory back as soon as it is an example: there may be millions
+        number, value = records.rows.pop()
         try:
-            examples.append(to_example(value, shape, number))
+            examples.append(to_example(renamed(value, mapping), shape, number))
         except DataError as error:
             rejected.append(Rejected(number, str(error)))
     if any(example.choices for example in examples):
         shape = "multiple choice"
     if not examples:
-        raise DataError(f"{path}: {none_left(rejected)}", field=setting)
-    return Rows(examples, rejected, shape, path, records.fingerprint)
+        raise none_left(path, rejected, setting)
+    return Rows(examples, rejected, shape, path, records.fingerprint, records.complete)
 
 
-def none_left(rejected: list[Rejected]) -> str:
-    """The sentence for data of which no row could be used: how many, and the first reasons."""
-    return f"no row can be used, {len(rejected)} rejected: {'; '.join(map(str, rejected[:3]))}."
+def none_left(path: str, rejected: list[Rejected], setting: str) -> DataError:
+    """The error for data of which no row could be used: how many, and the first reasons."""
+    reasons = "; ".join(map(str, rejected[:3]))
+    text = f"{path}: no row can be used, {len(rejected)} rejected: {reasons}."
+    return DataError(text, field=setting, rejected=rejected)
 
 
 def checked_mapping(columns: Mapping[str, str], found: list[str], path: str) -> dict[str, str]:
@@ -148,6 +160,8 @@ def listed(names: list[str], most: int = 20) -> str:
 def renamed(value: Any, mapping: Mapping[str, str]) -> Any:
     """A record with the mapped columns under their fields' names; anything but a record as it is."""
     if not isinstance(value, dict):
+        return value
+    if not mapping:
         return value
     taken = {*mapping.values()}
     rest = {key: entry for key, entry in value.items() if key not in taken}
@@ -182,7 +196,7 @@ def to_example(value: Any, shape: str, row: int) -> Example:
     prompt = question(value, asking)
     labels = ANSWER_FORMAT.findall(prompt)
     if labels and any(value.get(name) is not None for name in ANSWERS):
-        choices, answer = from_answer_format(labels[-1], text_in(value, answering), first_of(value, ANSWERS))
+        choices, answer = from_answer_format(labels[-1].strip(), text_in(value, answering), first_of(value, ANSWERS))
         return asked(prompt, answer, row, choices)
     return asked(prompt, text_in(value, answering), row)
 
@@ -237,7 +251,7 @@ def from_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], str]:
     texts = [text_in({"": text}, "", f"choice {number}") for number, text in enumerate(texts, start=1)]
     if labels is not None and (not isinstance(labels, list) or len(labels) != len(texts)):
         raise DataError("choices has not as many labels as texts")
-    names = [str(label) for label in labels] if labels else [chr(ord("A") + i) for i in range(len(texts))]
+    names = [str(label) for label in labels] if labels else list(ascii_uppercase[: len(texts)])
     given = answer.strip() if isinstance(answer, str) else answer
     wanted = str(given)
     if labels and wanted in names:
@@ -246,7 +260,7 @@ def from_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], str]:
         return tuple(texts), wanted
     if wanted in names:
         return tuple(texts), texts[names.index(wanted)]
-    if not isinstance(given, bool) and wanted.isdecimal() and int(wanted) < len(texts):
+    if not isinstance(given, bool) and wanted.isdecimal() and len(wanted) < 10 and int(wanted) < len(texts):
         return tuple(texts), texts[int(wanted)]
     raise DataError(f"the answer {brief(answer)} is none of the choices, by label, text or index from 0")
 
@@ -255,7 +269,7 @@ def from_answer_format(labels: str, output: str, answer: Any) -> tuple[tuple[str
     """The row's output with each label of `a/b/c` in the answer's place, and as it is. Raises `DataError`."""
     names = [name.strip() for name in labels.split("/") if name.strip()]
     given = str(answer).strip()
-    if len(names) < 2 or given not in names:
+    if not 2 <= len(names) <= MOST_LABELS or given not in names:
         raise DataError(f"the answer {brief(answer)} is not in its Answer format, {labels}")
     places = list(re.finditer(rf"(?<!\w){re.escape(given)}(?!\w)", output))
     if not places:
@@ -292,8 +306,10 @@ def text_in(value: Mapping[str, Any], name: str, label: str = "") -> str:
         raise DataError(f"{label} is {kind_of(entry)}, not text")
     if not entry.strip():
         raise DataError(f"{label} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in entry):
-        raise DataError(f"{label} is not valid Unicode (half of a surrogate pair)")
+    try:
+        entry.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{label} is not valid Unicode (half of a surrogate pair)") from None
     return entry
 
 

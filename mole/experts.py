@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def reset_experts(down: nn.Linear, up: nn.Linear) -> None:
@@ -15,25 +17,72 @@ def reset_experts(down: nn.Linear, up: nn.Linear) -> None:
     nn.init.zeros_(up.weight)
 
 
-def mix_experts(x: Tensor, down: Tensor, up: Tensor, weights: Tensor, scale: float) -> Tensor:
-    """The update of all experts at once: `s · Σ_i w_i · B_i A_i x = ((x Aᵀ) ⊙ repeat(s·w, r)) Bᵀ`.
+def add_experts(base: Tensor, hidden: Tensor, gates: Tensor, up: Tensor, in_place: bool = False) -> Tensor:
+    """The base's output plus the update of all experts: `base + ((x Aᵀ) ⊙ repeat(s·w, r)) Bᵀ`.
 
     The gates stand between A and B, so no expert's output is ever formed on its own.
 
     Args:
-        x: `(…, in)`.
-        down: A, `(E·r, in)`, expert i in rows i·r … (i+1)·r − 1.
+        base: `(…, out)`.
+        hidden: x Aᵀ, `(…, E·r)`, expert i in columns i·r … (i+1)·r − 1.
+        gates: s·w, `(…, E)`, s = alpha / r.
         up: B, `(out, E·r)`.
-        weights: w, `(…, E)`.
-        scale: s = alpha / r.
+        in_place: write into `base`, where nobody else looks at it.
 
     Returns:
-        `(…, out)`.
+        `(…, out)` in base's dtype.
     """
-    hidden = F.linear(x, down)
-    gates = (weights * scale).to(hidden.dtype)
-    gated = hidden.unflatten(-1, (gates.shape[-1], -1)) * gates[..., None]
-    return F.linear(gated.flatten(-2), up)
+    gates, up = in_dtype(gates, hidden.dtype), in_dtype(up, hidden.dtype)
+    if not torch.is_grad_enabled():
+        return add_update(base, gated(hidden, gates).flatten(0, -2), up, 1.0, in_place)
+    if not in_place or base.dtype != hidden.dtype or torch.compiler.is_compiling():
+        return base + F.linear(gated(hidden, gates), up).to(base.dtype)
+    return cast(Tensor, AddExperts.apply(base, hidden, gates, up))
+
+
+def add_update(base: Tensor, values: Tensor, up: Tensor, scale: float, in_place: bool) -> Tensor:
+    """`base (…, out) + scale · values Bᵀ` of gated `values (N, E·r)`, a row a token, without gradients."""
+    up, rows = in_dtype(up, values.dtype), base.reshape(-1, base.shape[-1])
+    if base.dtype != values.dtype or torch.compiler.is_compiling():
+        return base + (F.linear(values, up) * scale).to(base.dtype).view_as(base)
+    added = rows.addmm_ if in_place else rows.addmm
+    return added(values, up.t(), alpha=scale).view_as(base)
+
+
+class AddExperts(torch.autograd.Function):
+    """`base += ((hidden ⊙ repeat(gates, r)) Bᵀ)`, in place: the update of all experts without a tensor of its own.
+
+    The gated activations are formed again in the backward pass, so nothing of size E·r is kept but `hidden`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, hidden: Tensor, gates: Tensor, up: Tensor) -> Tensor:
+        """`base (…, out)`, `hidden (…, E·r)`, `gates (…, E)`, `up (out, E·r)`, all of one dtype → `base`."""
+        ctx.mark_dirty(base)
+        ctx.save_for_backward(hidden, gates, up)
+        base.view(-1, base.shape[-1]).addmm_(gated(hidden, gates).flatten(0, -2), up.t())
+        return base
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, gates, up = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        back = (flat @ up).view(*hidden.shape[:-1], gates.shape[-1], -1)
+        grad_up = flat.t() @ gated(hidden, gates).flatten(0, -2) if ctx.needs_input_grad[3] else None
+        grad_gates = (back * hidden.view_as(back)).sum(-1)
+        grad_hidden = (back * gates[..., None]).flatten(-2)
+        return grad, grad_hidden, grad_gates, grad_up
+
+
+def gated(hidden: Tensor, gates: Tensor) -> Tensor:
+    """`hidden (…, E·r)` with expert i's r numbers multiplied by `gates (…, E)`."""
+    return (hidden.view(*gates.shape, -1) * gates.unsqueeze(-1)).view_as(hidden)
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes its time even where there is nothing to do: a tenth of decoding."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -6,7 +6,7 @@ The one mechanism under `config.py`. No torch.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -15,7 +15,13 @@ from typing import Any, Union
 
 import yaml
 
-from mole.errors import ConfigError, InputError
+from mole.errors import ConfigError, InputError, brief
+
+LARGEST = 2**63 - 1
+"""The largest whole number that the libraries under us can take."""
+LONGEST_YAML = 1 << 16
+"""Characters of settings that are read: a complete run takes two thousand."""
+DEEPEST = 20
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Spec:
     label: str | None = None
     flag: str | None = None
     """The command line's short flag for it, e.g. `--rank`; every setting also answers to `--set section.name=`."""
+    papers: bool = False
+    """Whether the default is the method's paper's (or its authors' code's), which the form then says."""
 
     def range_text(self) -> str:
         """The allowed range in words, e.g. `"greater than 0 and at most 1"`; empty without bounds."""
@@ -54,10 +62,12 @@ def spec_of(item: dataclasses.Field[Any]) -> Spec:
     return typing.cast(Spec, item.metadata["spec"])
 
 
-def unknown_setting(section: str, key: str, known: set[str]) -> InputError:
+def unknown_setting(section: str, key: Any, known: set[str]) -> InputError:
     """The error for a name that is no setting, with what there is."""
-    dotted = f"{section}.{key}" if section else str(key)
-    return InputError(f"{dotted} is not a setting; there is: {', '.join(sorted(known))}.", field=dotted)
+    name = key if isinstance(key, str) else brief(key)
+    dotted = f"{section}.{name}" if section else name
+    shown = dotted if len(dotted) <= 80 else f"{dotted[:79]}…"
+    return InputError(f"{shown or repr(shown)} is not a setting; there is: {', '.join(sorted(known))}.", field=dotted)
 
 
 def build(section_class: Any, values: Mapping[str, Any], section: str) -> Any:
@@ -129,20 +139,29 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
     for option in options:
         origin = typing.get_origin(option) or option
         if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            if math.isfinite(value):
+            if abs(value) <= sys.float_info.max:
                 return float(value)
-        elif origin is int and isinstance(value, float) and value.is_integer():
-            return int(value)
-        elif origin is int and isinstance(value, bool):
-            continue
+        elif origin is int and isinstance(value, (int, float)):
+            if not isinstance(value, bool) and abs(value) <= LARGEST and value == int(value):
+                return int(value)
         elif origin is list and isinstance(value, (list, tuple)):
             (inner,) = typing.get_args(option)
             return [coerce(inner, entry, name) for entry in value]
         elif origin is dict and isinstance(value, Mapping):
-            return {str(key): coerce(str, entry, name) for key, entry in value.items()}
+            return {str(coerce(str, key, name)): coerce(str, entry, name) for key, entry in value.items()}
         elif isinstance(origin, type) and isinstance(value, origin):
+            if isinstance(value, str) and not value.isascii():
+                check_characters(value, name)
             return value
     raise ConfigError(name, value, kind_text(hint))
+
+
+def check_characters(text: str, name: str) -> None:
+    """See that text can be written and shown. Raises `ConfigError` for half a character (a file's name can have it)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(name, text, "valid Unicode", "Rename the file if it is a file's.") from None
 
 
 def parse_text(text: str, options: tuple[Any, ...]) -> Any:
@@ -158,7 +177,51 @@ def parse_text(text: str, options: tuple[Any, ...]) -> Any:
         return [part.strip() for part in stripped.split(",") if part.strip()]
     if stripped.startswith(("[", "{")) or bool in options:
         try:
-            return yaml.safe_load(stripped)
+            return parse_yaml(stripped)
         except yaml.YAMLError:
             return text
     return text
+
+
+class Settings(yaml.SafeLoader):
+    """YAML as settings need it: plain values, every name once, no depth, and no aliases, which can grow without end."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.line + 1}: an alias (*{event.anchor}); write out its value")
+        if self.depth == DEEPEST:
+            raise yaml.YAMLError(f"line {self.line + 1}: nested too deeply")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set[str]()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"{key.value} is there twice")
+            seen.update([key.value] if isinstance(key, yaml.ScalarNode) else [])
+        return super().construct_mapping(node, deep)
+
+
+class PlainSettings(Settings):
+    """The same with every value as text."""
+
+
+PlainSettings.yaml_implicit_resolvers = {}
+
+
+def parse_yaml(text: str, loader: type[Settings] = Settings) -> Any:
+    """The value of YAML text. Raises `yaml.YAMLError`, whatever is wrong with it."""
+    if len(text) > LONGEST_YAML:
+        raise yaml.YAMLError(f"longer than {LONGEST_YAML:,} characters")
+    try:
+        return yaml.load(text, loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # a date that is none, a number that is none, depth: the library lets them all through
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None

@@ -9,14 +9,18 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
+import os
 import re
 import threading
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mole import limits
 from mole.errors import DataError
+from mole.secrecy import redacted
 
 SUFFIXES = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
@@ -37,23 +41,25 @@ class Records(NamedTuple):
 
     rows: list[tuple[int, Any]]
     fingerprint: str
-    """sha256 of the content."""
+    """sha256 of the content, or of what was read of it."""
+    complete: bool = True
+    """Whether these are all the rows there are."""
 
 
-def read_records(path: str, limit: int | None = None, field: str = "data.path") -> Records:
+def read_records(path: str, limit: int | None = None, field: str = "data.path", *, glance: bool = False) -> Records:
     """Read a file (by its suffix) or a hub data set `owner/name[:config[:split]]` (split `train` unless given).
 
-    `limit` keeps the first rows. Raises `DataError` naming the file, and the line where there is one; `field` is the
-    setting to be blamed.
+    `limit` keeps the first rows; with `glance` no more of a file is read than they need. Raises `DataError` naming the
+    file, and the line where there is one; `field` is the setting to be blamed.
     """
     if not path.strip():
         raise DataError(f"{field} is empty; give a {FORMATS} file or a hub id.", field=field)
     try:
-        file = Path(path).expanduser()
+        file = local_path(path)
         if file.is_dir():
             raise DataError(f"{path} is a folder; give one {FORMATS} file ({field}).", field=field)
         if file.exists():
-            return read_file(file, limit)
+            return read_file(file, limit, glance)
         hub_id = None if file.suffix.lower() in SUFFIXES else HUB_ID.fullmatch(path)
         if hub_id is None:
             raise DataError(f"There is no file {path} ({field}); give a {FORMATS} file or a hub id.", field=field)
@@ -61,27 +67,60 @@ def read_records(path: str, limit: int | None = None, field: str = "data.path") 
     except DataError as error:
         error.field = field
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise DataError(f"{path} cannot be read: {reason} ({field}).", field=field) from None
 
 
-def read_file(file: Path, limit: int | None) -> Records:
+def read_file(file: Path, limit: int | None, glance: bool = False) -> Records:
     """The records of one local file. Raises `DataError`, or `OSError` when it cannot be opened."""
     kind = SUFFIXES.get(file.suffix.lower())
     if kind is None:
         raise DataError(f"{file} has none of the endings {', '.join(SUFFIXES)}, by which the format is known.")
-    content = file.read_bytes()
+    if not file.is_file():  # a pipe may never end
+        raise DataError(f"{file} is not a plain file but a device or a pipe.")
+    size = file.stat().st_size
+    if size > limits.FILE_BYTES:
+        raise DataError(f"{file} has {size >> 20} MB; it may have {limits.FILE_BYTES >> 20}. Split it, or take a part.")
+    part = limit + 1 if glance and limit is not None else None  # one row more tells that there are more
+    content = beginning(file, part, kind) if part else file.read_bytes()
     if not content.strip():
         raise DataError(f"{file} is empty.")
     if kind == "parquet":
-        rows = parse_parquet(file)
+        rows = parse_parquet(file, part)
     else:
         text = decode(content, file)
         rows = parse_json(text, file) if kind == "json" else parse_csv(text, file)
     if not rows:
         raise DataError(f"{file} holds no rows.")
-    return Records(rows[:limit], hashlib.sha256(content).hexdigest())
+    check_rows(len(rows), file)
+    return Records(rows[:limit], hashlib.sha256(content).hexdigest(), limit is None or len(rows) <= limit)
+
+
+def check_rows(count: int, file: Path) -> None:
+    """See that there are not too many. Raises `DataError`."""
+    if count > limits.ROWS:
+        raise DataError(f"{file} holds {count} rows; it may hold {limits.ROWS}. Split it, or take a part of it.")
+
+
+def beginning(file: Path, rows: int, kind: str) -> bytes:
+    """So many lines of a file that they hold its first `rows` rows; all of UTF-16 text and of a JSON array."""
+    with file.open("rb") as lines:
+        start = lines.read(1 << 16)
+        if kind == "parquet":
+            return start
+        lines.seek(0)
+        if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or start.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+            return lines.read()
+        read, whole, quotes = [], 0, 0
+        for line in lines:
+            read.append(line)
+            quotes += line.count(b'"')
+            # A line break inside quotes ends no row of CSV; the header is one row more.
+            whole += bool(line.strip()) and (kind == "json" or quotes % 2 == 0)
+            if whole > rows:
+                break
+    return b"".join(read)
 
 
 def decode(content: bytes, file: Path) -> str:
@@ -144,14 +183,23 @@ def parse_csv(text: str, file: Path) -> list[tuple[int, Any]]:
     return rows
 
 
-def parse_parquet(file: Path) -> list[tuple[int, Any]]:
-    """One record a row. Raises `DataError` when it is no Parquet file."""
+def parse_parquet(file: Path, limit: int | None = None) -> list[tuple[int, Any]]:
+    """One record a row, the first `limit` only if given. Raises `DataError` when it is no Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), start=1))
-    except (pyarrow.ArrowException, ValueError) as error:
+        if limit is None:
+            check_rows(pyarrow.parquet.read_metadata(file).num_rows, file)  # a few bytes can stand for millions of rows
+            table = pyarrow.parquet.read_table(file)
+        else:
+            with pyarrow.parquet.ParquetFile(file) as opened:
+                batches = list(itertools.islice(opened.iter_batches(batch_size=limit), 1))
+                table = pyarrow.Table.from_batches(batches, schema=opened.schema_arrow)
+        return list(enumerate(table.to_pylist(), start=1))
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: what a value can be here, Python's dates, for example, may not hold
         raise DataError(f"{file} is not a Parquet file that can be read: {one_line(error)}.") from None
 
 
@@ -174,7 +222,7 @@ def read_hub(name: str, config: str | None, split: str, limit: int | None) -> Re
     if not rows:
         raise DataError(f"The split {split} of the hub's data set {name} holds no rows.")
     content = json.dumps(rows, sort_keys=True, default=str).encode()
-    return Records(list(enumerate(rows, start=1)), hashlib.sha256(content).hexdigest())
+    return Records(list(enumerate(rows, start=1)), hashlib.sha256(content).hexdigest(), len(rows) == len(data))
 
 
 def check_hub(name: str) -> None:
@@ -206,7 +254,12 @@ def check_hub(name: str) -> None:
         )
 
 
+def local_path(text: str) -> Path:
+    """The path somebody wrote, `~` for the home folder; nobody's home stays as it is written."""
+    return Path(os.path.expanduser(text))
+
+
 def one_line(error: Exception) -> str:
-    """An exception's message on one line, cut to a readable length, without its final stop."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An exception's message on one line, cut to a readable length, without its final stop and without tokens."""
+    text = redacted(" ".join(str(error).split())) or type(error).__name__
     return (text if len(text) <= 200 else text[:199] + "…").rstrip(".")

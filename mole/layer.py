@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from mole.config import AdapterConfig
 from mole.errors import MoleError
-from mole.experts import dropout, mix_experts, stacked
+from mole.experts import add_experts, add_update, stacked
+from mole.grouped import add_up
+from mole.input_group import InputGroup
 from mole.routers import LINEARS, Router, build_router
 from mole.routing import RoutingLog
 
@@ -23,11 +25,13 @@ class MoleLinear(nn.Module, BaseTunerLayer):
     Shape: `x (…, in)` → `(…, out)`, in the base layer's dtype.
 
     PEFT finds an adapter's weights in the `ModuleDict`s named `mole_studio_…`, the adapter's name second to
-    last in every key. The routers' own linears are held there too; `routers` only says how to use them.
+    last in every key. The routers' own linears are held there too; `routers` and `experts` only say how to use them.
     """
 
+    mole_studio_A: nn.ModuleDict
+    mole_studio_B: nn.ModuleDict
     adapter_layer_names = (f"{PREFIX}A", f"{PREFIX}B", *(PREFIX + name for name in LINEARS))
-    other_param_names = ("routers", "scaling", "dropout", "r", "num_experts")
+    other_param_names = ("routers", "experts", "scaling", "dropout", "r", "num_experts")
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -36,12 +40,14 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.routers: dict[str, Router[Any]] = {}
+        self.experts: dict[str, tuple[nn.Linear, nn.Linear]] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.r: dict[str, int] = {}
         self.num_experts: dict[str, int] = {}
         self.log: RoutingLog | None = None
         self.name = ""
+        self.group = InputGroup([self])
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
 
@@ -49,20 +55,20 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         """Give the projection a fresh adapter of `num_experts` experts, which leaves its output unchanged."""
         router = build_router(adapter.router, self.in_features, num_experts, **vars(adapter.params))
         down, up = stacked(self.in_features, self.out_features, num_experts, adapter.r)
-        self.routers[adapter_name] = router
+        self.routers[adapter_name], self.experts[adapter_name] = router, (down, up)
         self.scaling[adapter_name] = adapter.lora_alpha / adapter.r
         self.dropout[adapter_name] = adapter.lora_dropout
         self.r[adapter_name], self.num_experts[adapter_name] = adapter.r, num_experts
-        self.experts(adapter_name, down, up)
+        getattr(self, f"{PREFIX}A")[adapter_name] = down
+        getattr(self, f"{PREFIX}B")[adapter_name] = up
         for name in router.linears:
             getattr(self, PREFIX + name)[adapter_name] = getattr(router, name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def experts(self, adapter_name: str, down: nn.Linear, up: nn.Linear) -> None:
-        """Hold the stacked experts `A (E·r, in)`, `B (out, E·r)` of an adapter."""
-        getattr(self, f"{PREFIX}A")[adapter_name] = down
-        getattr(self, f"{PREFIX}B")[adapter_name] = up
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.group.drop(adapter_name)
 
     def share_linear(self, adapter_name: str, name: str, module: nn.Linear) -> None:
         """Use `module` as the router's linear `name`, shared with another projection."""
@@ -76,16 +82,30 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         for adapter_name in self.active_adapters:
             if adapter_name not in self.routers:
                 continue
-            router = self.routers[adapter_name]
-            routing = router(x)
-            if self.log is not None:
-                self.log.add(self.name, router, routing)
-            down = getattr(self, f"{PREFIX}A")[adapter_name].weight
-            up = getattr(self, f"{PREFIX}B")[adapter_name].weight
-            hidden = dropout(self._cast_input_dtype(x, down.dtype), self.dropout[adapter_name], self.training)
-            update = mix_experts(hidden, down, up, routing.weights, self.scaling[adapter_name])
-            result = result + update.to(result.dtype)
+            answer = self.group.answer(self, adapter_name, x)
+            if self.log is not None and answer.routing is not None:
+                self.log.add(self.name, self.routers[adapter_name], answer.routing)
+            up, owned = self.up(adapter_name), self.owns_result
+            if answer.slots is not None:
+                result = add_up(result, answer.hidden, answer.slots, up, owned)
+            elif answer.gates is None:
+                result = add_update(result, answer.hidden, up, self.scaling[adapter_name], owned)
+            else:
+                result = add_experts(result, answer.hidden, answer.gates, up, owned)
         return result
+
+    def down(self, adapter_name: str) -> Tensor:
+        """A of an adapter, `(E·r, in)`."""
+        return self.experts[adapter_name][0].weight
+
+    def up(self, adapter_name: str) -> Tensor:
+        """B of an adapter, `(out, E·r)`."""
+        return self.experts[adapter_name][1].weight
+
+    @property
+    def owns_result(self) -> bool:
+        """Whether nobody else looks at what the base layer gives: a plain linear without hooks."""
+        return type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise MoleError(

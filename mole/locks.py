@@ -93,9 +93,12 @@ def holder(path: Path) -> dict[str, Any]:
     """What the last holder noted: `pid`, `since` (unix seconds) and its own words; empty when unreadable."""
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return note if isinstance(note, dict) else {}
+    if not isinstance(note, dict):
+        return {}
+    pid = note.get("pid")  # 0 and below would be whole groups of processes, the reader's own among them
+    return note if isinstance(pid, int) and pid > 1 else {key: note[key] for key in note if key != "pid"}
 
 
 def describe_holder(path: Path) -> str:

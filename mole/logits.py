@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -25,3 +26,17 @@ def only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def summed_loss_at(model: nn.Module, head: nn.Module, positions: Tensor, targets: Tensor, **inputs: Tensor) -> Tensor:
+    """Sum of the cross-entropy of `targets (n,)`, logits computed at `positions (n,)` alone → scalar.
+
+    Args:
+        model: the language model; `inputs` are its keyword arguments.
+        head: its output embeddings.
+        positions: indices into the flattened `(batch · length)`, of the tokens before the targets.
+        targets: token ids.
+    """
+    with only_positions(head, positions):
+        logits = model(**inputs).logits[0]
+    return F.cross_entropy(logits.float(), targets, reduction="sum")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mole.routers import Router, Routing
+from mole.routers import Router, Routing, entropy_of
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -71,19 +71,15 @@ def mixture_loss(routers: Sequence[Router[Any]], routings: Sequence[Routing], ma
 
 
 def stack(routings: Sequence[Routing]) -> Routing:
-    """Routings of equal shape `(…, E)` as one with tensors of `(L, N, E)`."""
-
-    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        present = [tensor for tensor in tensors if tensor is not None]
-        return torch.stack(present) if present else None
-
-    merged = Routing(*(joined(column) for column in zip(*routings, strict=True)))  # type: ignore[arg-type]
+    """Routings of equal shape `(…, E)` as one with tensors of `(L, N, E)`; entropies left for later stay so."""
+    weights, probs, entropies, logits, thresholds = zip(*routings, strict=True)
+    later = all(entropy is None for entropy in entropies)
     return Routing(
-        weights=merged.weights.flatten(1, -2),
-        probs=merged.probs.flatten(1, -2),
-        entropy=merged.entropy.flatten(1),
-        logits=merged.logits.flatten(1, -2),
-        threshold=None if merged.threshold is None else merged.threshold.flatten(1),
+        weights=torch.stack(weights).flatten(1, -2),
+        probs=torch.stack(probs).flatten(1, -2),
+        entropy=None if later else torch.stack([entropy_of(routing) for routing in routings]).flatten(1),
+        logits=torch.stack(logits).flatten(1, -2),
+        threshold=None if thresholds[0] is None else torch.stack(thresholds).flatten(1),
     )
 
 
@@ -95,7 +91,7 @@ def projection_losses(router: Router[Any], routing: Routing, mask: Tensor | None
         balance = balance_loss(router.usage(routing), router.balanced(routing), mask)
         total = total + params.balance_loss_coef * balance
     if params.entropy_loss_coef:
-        total = total + params.entropy_loss_coef * entropy_loss(routing.entropy, mask)
+        total = total + params.entropy_loss_coef * entropy_loss(entropy_of(routing), mask)
     if params.z_loss_coef:
         total = total + params.z_loss_coef * z_loss(routing.logits, mask)
     if getattr(params, "cv_loss_coef", 0.0):

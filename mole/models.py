@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import json
+import importlib.util
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from mole import checkpoint
+from mole.adapter_files import AdapterFiles, read_adapter_config
 from mole.config import ModelConfig, RunConfig
 from mole.convert import EMBEDDED, convert_embedded, models_dir, quiet
 from mole.errors import ConfigError, ModelError, RunError
-from mole.formats import one_line
+from mole.formats import local_path, one_line
 from mole.sources import Source, list_models, local_folder, pull, resolve
 
 if TYPE_CHECKING:
     import torch
+
+    from mole.runfolder import Run
 
 __all__ = [
     "EMBEDDED", "Base", "Loaded", "Source", "attach", "convert_embedded", "list_models", "load_base", "load_target",
@@ -25,6 +31,16 @@ __all__ = [
 ]  # fmt: skip
 
 TEMPLATE_FILE = "chat_template.jinja"
+IMPORTING = RLock()
+"""Held while transformers or what builds on it is first imported beside other threads: it resolves its names lazily,
+and of two threads that do so at once one sees a half-imported module."""
+
+
+def import_ahead() -> None:
+    """Import what a first model needs and transformers puts off until then: two of its three seconds."""
+    with IMPORTING:
+        from peft import AutoPeftModelForCausalLM  # noqa: F401
+        from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 
 @dataclass
@@ -36,6 +52,8 @@ class Base:
     name: str
     device: torch.device
     dtype: torch.dtype
+    folder: Path | None = None
+    """Where its files are."""
 
 
 @dataclass
@@ -122,6 +140,7 @@ def load_base(config: ModelConfig) -> Base:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     source = resolve(config.name)
+    quantised = quantisation(config, device, dtype)
     folder = local_folder(source, progress=True)
     tokenizer = load_tokenizer(config.name, folder)
     try:
@@ -133,16 +152,44 @@ def load_base(config: ModelConfig) -> Base:
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                **quantised,
             )
         model, report = loaded
-        model = model.to(device).eval()
+        model = (model if quantised else model.to(device)).eval()
     except Exception as error:
         raise ModelError(f"The model {config.name} cannot be loaded: {reason(error)}.") from error
     if report["missing_keys"]:
         raise ModelError(f"The model {config.name} is incomplete: it has no weights for {min(report['missing_keys'])}.")
     if source.kind == "hub":  # not the cache's path: adapters keep this name of their base
         model.name_or_path = model.config._name_or_path = config.name
-    return Base(model, tokenizer, config.name, device, dtype)
+    return Base(model, tokenizer, config.name, device, dtype, folder)
+
+
+def quantisation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` needs to keep the projections in 8 or 4 bits; empty for none.
+
+    Raises `ConfigError` when bitsandbytes is not installed or does not know the device.
+    """
+    if config.quantization == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        allowed = "none while the package bitsandbytes is not installed"
+        raise ConfigError("model.quantization", config.quantization, allowed, "pip install 'mole-studio[gpu]' adds it.")
+    if device.type not in ("cpu", "cuda"):
+        advice = "bitsandbytes needs a GPU by NVIDIA, or a CPU."
+        raise ConfigError("model.quantization", config.quantization, f"none on {device.type}", advice)
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "8bit":
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return {"quantization_config": settings, "device_map": {"": str(device)}}
 
 
 def reason(error: Exception) -> str:
@@ -152,11 +199,12 @@ def reason(error: Exception) -> str:
 
 def load_tokenizer(name: str, folder: Path | None = None) -> Any:
     """The fast tokenizer of a base model, with a padding token. Raises `ModelError` when it cannot be had."""
-    from transformers import AutoTokenizer
-
     folder = folder or local_folder(resolve(name), progress=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with IMPORTING:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(f"The tokenizer of {name} cannot be loaded: {reason(error)}.") from error
     if tokenizer.eos_token is None:
@@ -167,14 +215,14 @@ def load_tokenizer(name: str, folder: Path | None = None) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Targets: a run's name, an adapter folder, or base:MODEL
+# Targets: a run's name, RUN@STEP for a checkpoint of it, an adapter folder, or base:MODEL
 
 
 def load_target(target: str, model: ModelConfig | None = None) -> Loaded:
-    """Load what a command's TARGET names: a run, an adapter folder, or `base:MODEL`.
+    """Load what a command's TARGET names: a run, a run's checkpoint, an adapter folder, or `base:MODEL`.
 
     Args:
-        target: the run's name, the adapter's folder, or `base:` and a base model.
+        target: the run's name, `RUN@STEP`, the adapter's folder, or `base:` and a base model.
         model: dtype and device to use; its name is not looked at.
 
     Raises `RunError`, `ModelError`, `ConfigError`, or `CheckpointError` for an adapter whose files have changed.
@@ -187,21 +235,22 @@ def load_target(target: str, model: ModelConfig | None = None) -> Loaded:
 def locate(target: str) -> tuple[str, Path | None]:
     """The base model's name and the adapter's folder (None for `base:MODEL`) of a target, without loading them.
 
-    Raises `RunError` or `ModelError` when there is no such run, folder, or finished adapter.
+    Raises `RunError` or `ModelError` when there is no such run, checkpoint, folder, or finished adapter.
     """
     if target.startswith("base:"):
         return target.removeprefix("base:") or EMBEDDED, None
     from mole import runs
 
+    name, at, step = target.rpartition("@")
     try:
-        run = runs.get(target)
+        run = runs.get(name if at else target)
     except RunError as error:
-        folder = Path(target).expanduser()
-        if (folder / "adapter_config.json").is_file():
+        folder = local_path(target)
+        if os.path.isfile(folder / "adapter_config.json"):
             return base_of(folder), folder
-        if (folder / "adapter" / "adapter_config.json").is_file():
+        if os.path.isfile(folder / "adapter" / "adapter_config.json"):
             return base_of(folder / "adapter"), folder / "adapter"
-        if folder.is_dir():
+        if os.path.isdir(folder):
             raise ModelError(f"The folder {target} holds no adapter: it has no adapter_config.json.") from None
         known = ", ".join(run.name for run in runs.list_runs()[-5:]) or "none yet"
         raise ModelError(
@@ -209,63 +258,88 @@ def locate(target: str) -> tuple[str, Path | None]:
             if "/" not in target and "\\" not in target
             else f"There is no adapter folder {target}."
         ) from error
+    if at:
+        return run.config.model.name, checkpoint_of(run, step)
     if not (run.adapter_dir / "adapter_config.json").is_file():
         advice = {
             "queued": "it waits for its device",
             "running": "wait until it has finished",
             "failed": f"see `mole runs show {run.name}`",
         }.get(run.state, f"go on with `mole runs resume {run.name}`")
-        raise RunError(f"The run {run.name} is {run.state} and has no adapter yet: {advice}.")
+        kept = checkpoint.steps(run.checkpoints_dir)
+        instead = f", or take its newest checkpoint: {run.name}@{kept[-1][0]}" if kept else ""
+        raise RunError(f"The run {run.name} is {run.state} and has no adapter yet: {advice}{instead}.")
     return run.config.model.name, run.adapter_dir
+
+
+def checkpoint_of(run: Run, step: str) -> Path:
+    """The folder of a run's checkpoint. Raises `RunError` that lists the steps there are."""
+    kept = {str(number): folder for number, folder in checkpoint.steps(run.checkpoints_dir)}
+    if step not in kept:
+        there = f"checkpoints: {', '.join(f'{run.name}@{number}' for number in kept)}" if kept else "it has none"
+        raise RunError(f"The run {run.name} has no checkpoint of step {step or '(empty)'}; {there}.", field="target")
+    checkpoint.read_manifest(kept[step])
+    return kept[step]
 
 
 def base_of(folder: Path) -> str:
     """The base model of an adapter folder: its run's when it lies in one, else PEFT's note. Raises `ModelError`."""
-    if (folder.parent / "run.yaml").is_file():
-        return RunConfig.load(folder.parent / "run.yaml").model.name
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    if (run / "run.yaml").is_file():
+        return RunConfig.load(run / "run.yaml").model.name
     name = read_adapter_config(folder).get("base_model_name_or_path")
-    if not name:
+    if not isinstance(name, str) or not name:
         raise ModelError(f"{folder}/adapter_config.json does not say its base model (base_model_name_or_path).")
     # The embedded model is noted by its folder, which is another one on another machine.
     return EMBEDDED if Path(name).name == EMBEDDED and not Path(name).is_dir() else str(name)
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of an adapter's `adapter_config.json`. Raises `ModelError` when it is not JSON."""
-    try:
-        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}/adapter_config.json cannot be read: {one_line(error)}.") from None
-    return values if isinstance(values, dict) else {}
-
-
-def attach(base: Base, folder: Path, name: str | None = None) -> Loaded:
+def attach(base: Base, folder: Path, name: str | None = None, onto: Any = None, adapter: str = "default") -> Loaded:
     """Put the adapter in `folder`, of ours or another PEFT method, on a base model, which it changes in place.
 
     The chat template kept with the adapter is used; `Loaded.notice` says when the base's own differs.
+
+    Args:
+        base: the base model.
+        folder: the adapter.
+        name: what to call the result; the folder if None.
+        onto: the `PeftModel` that holds other adapters of the same kind on this base; it gets one more.
+        adapter: PEFT's name for it.
+
     Raises `ModelError` when the adapter cannot be loaded, `CheckpointError` when its files have changed.
     """
     import mole.tuner  # noqa: F401  makes PEFT know our adapters
 
     from peft import PeftModel  # isort: skip
 
-    from mole.data import chat_template
-
-    if not (folder / "adapter_model.safetensors").is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        why = "only pickled weights, which can run code; save it again as safetensors" if pickled else "no weights"
-        raise ModelError(f"The adapter in {folder} has {why} (adapter_model.safetensors).")
-    if (folder / checkpoint.MANIFEST).is_file():
-        checkpoint.verify(folder)
-    settings = read_adapter_config(folder)
+    files = AdapterFiles.read(folder)
+    device = str(base.device)
     try:
-        model = PeftModel.from_pretrained(base.model, str(folder), torch_device=str(base.device)).eval()
+        if onto is None:
+            onto = PeftModel.from_pretrained(base.model, str(folder), adapter_name=adapter, torch_device=device).eval()
+        else:
+            onto.load_adapter(str(folder), adapter_name=adapter, torch_device=device)
+            onto.eval()
     except Exception as error:
         raise ModelError(f"The adapter in {folder} does not load on {base.name}: {one_line(error)}.") from error
-    notice, own = None, chat_template(base.tokenizer)
-    if (folder / TEMPLATE_FILE).is_file():
-        base.tokenizer.chat_template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-        if base.tokenizer.chat_template.strip() != own.strip():
-            notice = f"The chat template kept with the adapter is used; the one of {base.name} differs from it."
-    router = settings.get("router") or "none"
-    return Loaded(model, base.tokenizer, name or str(folder), base.name, router, folder, notice)
+    files.check_complete(onto, adapter, base.name)
+    tokenizer, notice = with_template(base, folder)
+    router = files.config.get("router") or "none"
+    return Loaded(onto, tokenizer, name or str(folder), base.name, router, folder, notice)
+
+
+def with_template(base: Base, folder: Path) -> tuple[Any, str | None]:
+    """The base's tokenizer with the chat template kept with an adapter, and a notice when that differs."""
+    from mole.data import chat_template
+
+    if not (folder / TEMPLATE_FILE).is_file():
+        return base.tokenizer, None
+    try:
+        kept = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / TEMPLATE_FILE} cannot be read: {one_line(error)}.") from None
+    notice = f"The chat template kept with the adapter is used; the one of {base.name} differs from it."
+    differs = kept.strip() != chat_template(base.tokenizer).strip()
+    tokenizer = copy.copy(base.tokenizer)  # the tables are shared; other targets on this base keep their template
+    tokenizer.chat_template = kept
+    return tokenizer, notice if differs else None

@@ -12,6 +12,7 @@ router are the fields of its parameter dataclass there.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -35,15 +36,25 @@ class Routing(NamedTuple):
     Attributes:
         weights: `(…, E)` factor of each expert's update; 0 for an expert that is not used.
         probs: `(…, E)` the router's softmax, before any selection.
-        entropy: `(…)` normalised to 0…1: the method's own, Shannon's for a method without one; 0 when E = 1.
+        entropy: `(…)` normalised to 0…1: the method's own, Shannon's for a method without one; 0 when E = 1. None
+            where `entropy_of` is to compute it when asked.
         logits: `(…, E)` the router's raw scores.
         threshold: `(…)` AdaMoLE's τ(x), None for other methods.
     """
 
     weights: Tensor
     probs: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     logits: Tensor
+    threshold: Tensor | None = None
+
+
+class Choice(NamedTuple):
+    """What a method's rule gives: a `Routing` without what is the same for all methods."""
+
+    weights: Tensor
+    probs: Tensor
+    entropy: Tensor | None = None
     threshold: Tensor | None = None
 
 
@@ -58,6 +69,11 @@ class Router(nn.Module, Generic[P]):
 
     linears: ClassVar[tuple[str, ...]] = ("gate",)
     """Names of the linear children, so that the layer can hold their weights where PEFT looks for them."""
+    reads: ClassVar[tuple[str, ...]] = ("gate",)
+    """Those of them that read the token itself, in the order `route` takes their outputs."""
+    allowed: Tensor | None = None
+    """Indices `(E',)` of the experts to choose among, the others treated as if they were not there; None for all.
+    Set for a while by `mole.steering`."""
 
     def __init__(self, in_features: int, num_experts: int, params: P) -> None:
         super().__init__()
@@ -69,13 +85,34 @@ class Router(nn.Module, Generic[P]):
     def forward(self, x: Tensor) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            logits = linear(self.gate, x)
-            log_probs = logits.log_softmax(-1)
-            return self.route(x, logits, log_probs)
+            return self.decide(*(linear(getattr(self, name), x) for name in self.reads))
 
-    def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
-        """The method's rule, on inputs `x (…, in)` and `logits`, `log_probs (…, E)` in at least float32."""
+    def decide(self, logits: Tensor, *others: Tensor, later: bool = False) -> Routing:
+        """The routing of tokens with these outputs `(…, E)`, `(…, n)` of the linears in `reads`, in float32 or 64.
+
+        With `later`, a method whose rule needs no entropy leaves it to `entropy_of`.
+        """
+        if self.allowed is not None and not len(self.allowed):
+            return nobody(logits)
+        some = logits if self.allowed is None else logits[..., self.allowed]
+        choice = self.route(some, *others)
+        entropy = choice.entropy
+        if entropy is None and not (later and self.allowed is None):
+            entropy = shannon_entropy(some)
+        routing = Routing(choice.weights, choice.probs, entropy, logits, choice.threshold)
+        return routing if self.allowed is None else spread(routing, self.allowed)
+
+    def route(self, logits: Tensor, *others: Tensor) -> Choice:
+        """The method's rule, from the outputs of the linears in `reads`; with `allowed`, E is how many are left.
+
+        It looks at the last dimension alone, so that the tokens of several projections can be routed at once.
+        """
         raise NotImplementedError
+
+    @property
+    def most(self) -> int:
+        """Experts that a token uses at the most."""
+        return self.num_experts
 
     def usage(self, routing: Routing) -> Tensor:
         """`(…, E)` whose mean over tokens is the load balance loss's f: 1 where a token uses an expert."""
@@ -86,36 +123,65 @@ class Router(nn.Module, Generic[P]):
         return routing.probs
 
 
+def entropy_of(routing: Routing) -> Tensor:
+    """The entropy `(…)` of a routing, computed now if it was left for later."""
+    return shannon_entropy(routing.logits) if routing.entropy is None else routing.entropy
+
+
+def entropies_of(routings: Sequence[Routing]) -> Tensor:
+    """The entropies `(…, L)` of L routings of one shape, in one operation where all of them were left for later."""
+    if all(routing.entropy is None for routing in routings):
+        return shannon_entropy(torch.stack([routing.logits for routing in routings], -2))
+    return torch.stack([entropy_of(routing) for routing in routings], -1)
+
+
 def linear(module: nn.Linear, x: Tensor) -> Tensor:
     """`module(x)` in x's dtype, whatever dtype the weights were cast to."""
     bias = None if module.bias is None else module.bias.to(x.dtype)
     return F.linear(x, module.weight.to(x.dtype), bias)
 
 
-def shannon_entropy(log_probs: Tensor) -> Tensor:
-    """`−Σ p ln p / ln E` of `log_probs (…, E)` → `(…)`; 0 when E = 1."""
-    experts = log_probs.shape[-1]
+def spread(routing: Routing, allowed: Tensor) -> Routing:
+    """A routing among the experts `allowed (E',)` as one among all of `routing.logits (…, E)`: 0 for the others."""
+    weights, probs = (torch.zeros_like(routing.logits).index_copy(-1, allowed, part) for part in routing[:2])
+    return routing._replace(weights=weights, probs=probs)
+
+
+def nobody(logits: Tensor) -> Routing:
+    """The routing when no expert is left: all weights 0, so no update."""
+    zeros = torch.zeros_like(logits)
+    return Routing(zeros, zeros, zeros[..., 0], logits)
+
+
+def shannon_entropy(logits: Tensor) -> Tensor:
+    """`−Σ p ln p / ln E` of p = softmax of `logits (…, E)` → `(…)`; 0 when E = 1."""
+    experts = logits.shape[-1]
     if experts == 1:
-        return torch.zeros_like(log_probs[..., 0])
+        return torch.zeros_like(logits[..., 0])
+    log_probs = logits.log_softmax(-1)
     return -(log_probs.exp() * log_probs).sum(-1) / math.log(experts)
 
 
-def tsallis_entropy(log_probs: Tensor, index: float) -> Tensor:
-    """`[1 − Σ (p + ε)^q] / (1 − E^(1−q))` of `log_probs (…, E)` → `(…)`; Shannon's at q = 1, 0 when E = 1."""
-    experts = log_probs.shape[-1]
+def tsallis_entropy(logits: Tensor, probs: Tensor, index: float) -> Tensor:
+    """`[1 − Σ (p + ε)^q] / (1 − E^(1−q))` of `probs (…, E)`, the softmax of `logits` → `(…)`.
+
+    Shannon's at q = 1, 0 when E = 1.
+    """
+    experts = probs.shape[-1]
     if experts == 1 or abs(index - 1) < SHANNON_BAND:
-        return shannon_entropy(log_probs)
-    powers = (log_probs.exp() + ENTROPY_EPS).pow(index).sum(-1)
-    return (1 - powers) / (1 - experts ** (1 - index))
+        return shannon_entropy(logits)
+    return (1 - (probs + ENTROPY_EPS).pow(index).sum(-1)) / (1 - experts ** (1 - index))
 
 
-def renyi_entropy(log_probs: Tensor, index: float) -> Tensor:
-    """`ln(Σ (p + ε)^q) / (1 − q) / ln E` of `log_probs (…, E)` → `(…)`; Shannon's at q = 1, 0 when E = 1."""
-    experts = log_probs.shape[-1]
+def renyi_entropy(logits: Tensor, probs: Tensor, index: float) -> Tensor:
+    """`ln(Σ (p + ε)^q) / (1 − q) / ln E` of `probs (…, E)`, the softmax of `logits` → `(…)`.
+
+    Shannon's at q = 1, 0 when E = 1.
+    """
+    experts = probs.shape[-1]
     if experts == 1 or abs(index - 1) < SHANNON_BAND:
-        return shannon_entropy(log_probs)
-    powers = (log_probs.exp() + ENTROPY_EPS).pow(index).sum(-1)
-    return powers.log() / (1 - index) / math.log(experts)
+        return shannon_entropy(logits)
+    return (probs + ENTROPY_EPS).pow(index).sum(-1).log() / ((1 - index) * math.log(experts))
 
 
 def ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +191,7 @@ def ranked(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 def unranked(kept: Tensor, order: Tensor) -> Tensor:
     """A mask over ranks `(…, E)` as a mask over experts."""
-    return torch.zeros_like(kept).scatter(-1, order, kept)
+    return kept.scatter(-1, order, kept)
 
 
 def normalised(weights: Tensor) -> Tensor:
@@ -137,7 +203,7 @@ def normalised(weights: Tensor) -> Tensor:
 class LoraRouter(Router[config.LoraParams]):
     """One expert, always on, and no parameters: plain LoRA."""
 
-    linears = ()
+    linears = reads = ()
 
     def __init__(self, in_features: int, num_experts: int, params: config.LoraParams) -> None:
         if num_experts != 1:
@@ -147,26 +213,32 @@ class LoraRouter(Router[config.LoraParams]):
     def forward(self, x: Tensor) -> Routing:
         ones = torch.ones(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         zeros = torch.zeros_like(ones)
+        if self.allowed is not None and not len(self.allowed):
+            return nobody(zeros)
         return Routing(ones, ones, zeros[..., 0], zeros)
 
 
 class TopKRouter(Router[config.TopKParams]):
     """The k largest of p, renormalised to sum 1 (MoLA, MixLoRA; arXiv 2402.08562)."""
 
-    def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
+    @property
+    def most(self) -> int:
+        return min(self.params.top_k, self.num_experts)
+
+    def route(self, logits: Tensor, *others: Tensor) -> Choice:
         probs = logits.softmax(-1)
-        order = ranked(probs.detach())[1][..., : self.params.top_k]
-        kept = torch.zeros_like(probs).scatter(-1, order, 1.0)
-        return Routing(normalised(probs * kept), probs, shannon_entropy(log_probs), logits)
+        chosen = ranked(probs.detach())[1][..., : self.params.top_k]
+        weights = logits.gather(-1, chosen).softmax(-1)  # p of the chosen, divided by its sum
+        return Choice(torch.zeros_like(probs).scatter(-1, chosen, weights), probs)
 
 
 class TopPRouter(Router[config.TopPParams]):
     """The smallest set of the most probable experts whose sum reaches top_p, renormalised to sum 1."""
 
-    def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
+    def route(self, logits: Tensor, *others: Tensor) -> Choice:
         probs = logits.softmax(-1)
         kept = nucleus(probs.detach(), self.params.top_p)
-        return Routing(normalised(probs * kept), probs, shannon_entropy(log_probs), logits)
+        return Choice(logits.masked_fill(~kept, -math.inf).softmax(-1), probs)
 
 
 def nucleus(probs: Tensor, top_p: float, at_least: int = 1, inclusive: bool = True) -> Tensor:
@@ -178,11 +250,11 @@ def nucleus(probs: Tensor, top_p: float, at_least: int = 1, inclusive: bool = Tr
         inclusive: keep the expert with which the sum crosses `top_p` (the usual nucleus); otherwise only those
             whose cumulative sum is at most `top_p`.
     """
+    if top_p >= 1:
+        return torch.ones_like(probs, dtype=torch.bool)
     ordered, order = ranked(probs)
     reached = ordered.cumsum(-1)
     kept = F.pad(reached[..., :-1], (1, 0)) < top_p if inclusive else reached <= top_p
-    if top_p >= 1:
-        kept = torch.ones_like(kept)
     kept[..., :at_least] = True
     return unranked(kept, order)
 
@@ -190,35 +262,35 @@ def nucleus(probs: Tensor, top_p: float, at_least: int = 1, inclusive: bool = Tr
 class ThresholdRouter(Router[config.ThresholdParams]):
     """Experts with p ≥ τ, renormalised to sum 1; none reaches τ → all zero (AdaMoLE's ablation)."""
 
-    def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
+    def route(self, logits: Tensor, *others: Tensor) -> Choice:
         probs = logits.softmax(-1)
         kept = probs.detach() >= self.params.threshold
-        return Routing(normalised(probs * kept), probs, shannon_entropy(log_probs), logits)
+        return Choice(normalised(probs * kept), probs)
 
 
 class DenseRouter(Router[config.DenseParams]):
     """All experts, w = p (LoRAMoE; arXiv 2312.09979)."""
 
-    def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
+    def route(self, logits: Tensor, *others: Tensor) -> Choice:
         probs = logits.softmax(-1)
-        return Routing(probs, probs, shannon_entropy(log_probs), logits)
+        return Choice(probs, probs)
 
 
 class AdaMoLERouter(Router[config.AdaMoLEParams]):
     """`τ(x) = τ_max · sigmoid(x vᵀ + b)`, `a = p − τ(x)`, `w = a / Σ a` over a ≥ 0 (arXiv 2405.00361, eq. 4–6)."""
 
-    linears = ("gate", "threshold")
+    linears = reads = ("gate", "threshold")
 
     def __init__(self, in_features: int, num_experts: int, params: config.AdaMoLEParams) -> None:
         super().__init__(in_features, num_experts, params)
         self.threshold = nn.Linear(in_features, 1)
 
-    def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
+    def route(self, logits: Tensor, *others: Tensor) -> Choice:
         limit = 1 / self.num_experts if self.params.max_threshold is None else self.params.max_threshold
         probs = logits.softmax(-1)
-        threshold = limit * linear(self.threshold, x).sigmoid()
+        threshold = limit * others[0].sigmoid()
         weights = normalised((probs - threshold).relu())
-        return Routing(weights, probs, shannon_entropy(log_probs), logits, threshold[..., 0])
+        return Choice(weights, probs, threshold=threshold[..., 0])
 
     def usage(self, routing: Routing) -> Tensor:
         assert routing.threshold is not None
@@ -235,15 +307,16 @@ class DynMoLERouter(Router[config.DynMoLEParams]):
     The kept probabilities are not renormalised, as in the paper.
     """
 
-    def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
+    def route(self, logits: Tensor, *others: Tensor) -> Choice:
         params = self.params
         entropy_of = renyi_entropy if params.entropy_type == "renyi" else tsallis_entropy
-        entropy = entropy_of(log_probs, params.entropy_index)
         probs = logits.softmax(-1)
+        entropy = entropy_of(logits, probs, params.entropy_index)
         kept = nucleus(probs.detach(), params.top_p, params.keep_top_k, params.inclusive_top_p)
-        unsure = (entropy.detach() > params.entropy_threshold) & (params.entropy_threshold < 1)
-        weights = probs * (kept | unsure[..., None])
-        return Routing(weights, probs, entropy, logits)
+        if params.entropy_threshold < 1:
+            kept = kept | (entropy.detach() > params.entropy_threshold)[..., None]
+        weights = probs * kept
+        return Choice(weights, probs, entropy)
 
     def usage(self, routing: Routing) -> Tensor:
         return routing.weights
@@ -257,6 +330,7 @@ class SparsegenRouter(Router[config.SparsegenParams]):
     """
 
     linears = ("gate", "lambda_in", "lambda_out")
+    reads = ("gate", "lambda_in")
 
     def __init__(self, in_features: int, num_experts: int, params: config.SparsegenParams) -> None:
         super().__init__(in_features, num_experts, params)
@@ -265,21 +339,20 @@ class SparsegenRouter(Router[config.SparsegenParams]):
         nn.init.constant_(self.lambda_in.bias, -2.5)
         nn.init.constant_(self.lambda_out.bias, -2.5)
 
-    def sparsity(self, x: Tensor) -> Tensor:
-        """`λ(x)` below 0.99 of inputs `(…, in)` → `(…, 1)`; the larger, the fewer experts."""
-        hidden = F.gelu(linear(self.lambda_in, x))
-        return F.logsigmoid(linear(self.lambda_out, hidden)) + 1 - 0.01
+    def sparsity(self, hidden: Tensor) -> Tensor:
+        """`λ(x)` below 0.99 of the MLP's first outputs `(…, hidden)` → `(…, 1)`; the larger, the fewer experts."""
+        return F.logsigmoid(linear(self.lambda_out, F.gelu(hidden))) + 1 - 0.01
 
-    def route(self, x: Tensor, logits: Tensor, log_probs: Tensor) -> Routing:
-        scale = 1 - self.sparsity(x)
+    def route(self, logits: Tensor, *others: Tensor) -> Choice:
+        scale = 1 - self.sparsity(others[0])
         z = logits - logits.detach().amax(-1, keepdim=True)
         ordered = ranked(z)[0]
         sums = ordered.cumsum(-1)
-        ranks = torch.arange(1, self.num_experts + 1, device=logits.device, dtype=logits.dtype)
+        ranks = torch.arange(1, z.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
         support = (scale + ranks * ordered > sums).sum(-1, keepdim=True).clamp(min=1)
         tau = (sums.gather(-1, support - 1) - scale) / support
         weights = (z - tau).relu() / scale
-        return Routing(weights, logits.softmax(-1), shannon_entropy(log_probs), logits)
+        return Choice(weights, logits.softmax(-1))
 
 
 ROUTERS: dict[str, type[Router[Any]]] = {

@@ -1,4 +1,4 @@
-"""What the routers did: the log every adapted model keeps during a forward pass, and the recorder people use.
+"""What the routers did: the log every adapted model keeps during a forward pass, and the losses over it.
 
 `RoutingLog` is shared by all adapted projections of a model. Between the model's forward hooks each projection
 adds its `Routing`; at the end the log turns them into the auxiliary loss, adds it to the model's own loss, and
@@ -8,16 +8,19 @@ hands them to the traces that listen. Nothing is kept on the modules, and nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mole.errors import MoleError
 from mole.losses import has_losses, masked_mean, mixture_loss
-from mole.routers import Router, Routing
+from mole.routers import Router, Routing, entropy_of
+
+if TYPE_CHECKING:
+    from mole.trace import Trace
 
 LOG_ATTRIBUTE = "_mole_routing_log"
 
@@ -42,6 +45,8 @@ class RoutingLog:
         self.traces: list[Trace] = []
         self.mask: Tensor | None = None
         self.loss: Tensor | None = None
+        self.parts: list[tuple[list[Record], Tensor | None]] | None = None
+        """The passes so far of a batch that comes in parts; None when a pass is a batch."""
         self._open = False
         self._training = False
         self._grad = False
@@ -49,6 +54,11 @@ class RoutingLog:
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingLog:
         """A copied model starts with an empty log: tensors of a forward pass belong to the original."""
         return RoutingLog()
+
+    @property
+    def listens(self) -> bool:
+        """Whether anybody wants to know the routing; the same while checkpointing computes a pass again."""
+        return bool(self.traces) or self._training
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: forget the last pass, note this one's padding."""
@@ -71,7 +81,7 @@ class RoutingLog:
                 "The routers' auxiliary losses get no gradient under reentrant checkpointing: pass "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or set the loss coefficients to 0.'
             )
-        if self.traces or self._training:
+        if self.listens:
             self.records.append(Record(name, router, routing))
 
     def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -83,12 +93,58 @@ class RoutingLog:
         if not self._training:
             self.records = []
             return output
-        records = [record for record in self.records if has_losses(record.router)]
-        if not records:
+        if self.parts is not None:
+            self.parts.append((self.records, self.mask))
             return output
-        routers, routings = [r.router for r in records], [r.routing for r in records]
-        self.loss = mixture_loss(routers, routings, self.mask)
-        return with_added_loss(output, self.loss, kwargs)
+        self.count()
+        return output if self.loss is None else with_added_loss(output, self.loss, kwargs)
+
+    def count(self) -> None:
+        """Turn the records into the auxiliary loss; None when no router has one."""
+        records = [record for record in self.records if has_losses(record.router)]
+        if records:
+            routers, routings = [r.router for r in records], [r.routing for r in records]
+            self.loss = mixture_loss(routers, routings, self.mask)
+
+    def join(self) -> None:
+        """Make one batch of the parts: its records, mask and auxiliary loss."""
+        parts, self.parts = self.parts or [], None
+        if not parts:
+            return
+        self.records = [
+            Record(same[0].name, same[0].router, tokens_of([record.routing for record in same]))
+            for same in zip(*(records for records, _ in parts), strict=True)
+        ]
+        masks = [mask.reshape(-1) for _, mask in parts if mask is not None]
+        self.mask = torch.cat(masks) if len(masks) == len(parts) else None
+        self.count()
+
+
+@contextmanager
+def one_batch(model: nn.Module) -> Iterator[None]:
+    """Take the forward passes in training mode of this block as parts of one batch: `auxiliary_loss` is that of all
+    their tokens, as if there had been one pass. The parts' own losses, with `labels`, have none added."""
+    log = find_log(model)
+    if log is None:
+        yield
+        return
+    log.parts = []
+    try:
+        yield
+        log.join()
+    finally:
+        log.parts = None
+
+
+def tokens_of(routings: Sequence[Routing]) -> Routing:
+    """Routings of `(…, E)` as one of `(N, E)`, their tokens one after another."""
+
+    def joined(tensors: Sequence[Tensor | None], keep: int) -> Tensor | None:
+        flat = [tensor.reshape(-1, *tensor.shape[tensor.dim() - keep :]) for tensor in tensors if tensor is not None]
+        return torch.cat(flat) if flat else None
+
+    columns = zip(*routings, strict=True)
+    return Routing(*(joined(column, keep) for column, keep in zip(columns, (1, 1, 0, 1, 0), strict=True)))  # type: ignore[arg-type]
 
 
 def current_tokens(mask: Tensor | None, records: list[Record]) -> Tensor | None:
@@ -148,155 +204,6 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Recording
-
-
-class RoutingDelta(NamedTuple):
-    """The routing of some tokens, a value for every layer.
-
-    Attributes:
-        weights: `(tokens, layers, E)`, mean over the layer's projections, 0 for experts a layer does not have.
-        entropy: `(tokens, layers)`, mean over the layer's projections.
-        active: `(tokens, layers)`, mean number of experts with a weight above 0.
-    """
-
-    weights: Tensor
-    entropy: Tensor
-    active: Tensor
-
-
-class Trace:
-    """The routing of every token of the first batch row, over all forward passes while it listened.
-
-    Attributes:
-        router: the method's name, `"none"` for a model without adapter.
-        modules: full names of the adapted projections.
-        experts: the largest number of experts.
-        layers: number of layers with adapted projections.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        adapted = adapted_projections(model)
-        self.router = adapted[0][1].params.name if adapted else "none"
-        self.modules = [name for name, _ in adapted]
-        self.experts = max((router.num_experts for _, router in adapted), default=0)
-        places = [layer_index(name) for name in self.modules]
-        self._layers = sorted(set(places))
-        self._layer_of = torch.tensor([self._layers.index(place) for place in places], dtype=torch.long)
-        self._place = {name: place for place, name in enumerate(self.modules)}
-        self._weights: list[Tensor] = []
-        self._entropy: list[Tensor] = []
-
-    @property
-    def layers(self) -> int:
-        return len(self._layers)
-
-    def __len__(self) -> int:
-        return sum(chunk.shape[0] for chunk in self._weights)
-
-    def extend(self, records: list[Record]) -> None:
-        """Add a forward pass: the first batch row's tokens, kept on the model's device."""
-        if not records:
-            return
-        weights, entropy = [], []
-        for record in sorted(records, key=lambda record: self._place[record.name]):
-            row = first_row(record.routing)
-            weights.append(nn.functional.pad(row.weights.detach(), (0, self.experts - row.weights.shape[-1])))
-            entropy.append(row.entropy.detach())
-        self._weights.append(torch.stack(weights, 1))
-        self._entropy.append(torch.stack(entropy, 1))
-
-    @property
-    def weights(self) -> Tensor:
-        """`(tokens, modules, E)` of everything recorded, on the CPU."""
-        return self._joined(self._weights, (0, len(self.modules), self.experts))
-
-    @property
-    def entropy(self) -> Tensor:
-        """`(tokens, modules)` of everything recorded, on the CPU."""
-        return self._joined(self._entropy, (0, len(self.modules)))
-
-    @staticmethod
-    def _joined(chunks: list[Tensor], empty: tuple[int, ...], skip: int = 0) -> Tensor:
-        kept, start = [], 0
-        for chunk in chunks:
-            if start + chunk.shape[0] > skip:
-                kept.append(chunk[max(skip - start, 0) :].float().cpu())
-            start += chunk.shape[0]
-        return torch.cat(kept) if kept else torch.zeros(empty)
-
-    def since(self, start: int) -> RoutingDelta:
-        """The routing of the tokens from `start` on, by layer."""
-        weights = self._joined(self._weights, (0, len(self.modules), self.experts), start)
-        entropy = self._joined(self._entropy, (0, len(self.modules)), start)
-        active = (weights > 0).sum(-1).float()
-        return RoutingDelta(self._by_layer(weights), self._by_layer(entropy), self._by_layer(active))
-
-    def _by_layer(self, values: Tensor) -> Tensor:
-        """Mean of `values (tokens, modules, …)` over each layer's projections → `(tokens, layers, …)`."""
-        counts = torch.bincount(self._layer_of, minlength=self.layers).clamp(min=1)
-        sums = values.new_zeros(values.shape[0], self.layers, *values.shape[2:]).index_add(1, self._layer_of, values)
-        return sums / counts.view(-1, *[1] * (values.dim() - 2))
-
-    def to_dict(self, tokens: list[str], prompt_tokens: int) -> dict[str, Any]:
-        """The trace as JSON-ready values: the format `mole chat --trace` writes."""
-        delta = self.since(0)
-        return {
-            "router": self.router,
-            "experts": self.experts,
-            "layers": self.layers,
-            "modules": self.modules,
-            "tokens": tokens,
-            "prompt_tokens": prompt_tokens,
-            "weights": delta.weights.tolist(),
-            "entropy": delta.entropy.tolist(),
-            "active": delta.active.tolist(),
-        }
-
-
-@contextmanager
-def record_routing(model: nn.Module) -> Iterator[Trace]:
-    """Record what the routers do in every forward pass or `generate` inside the `with` block.
-
-    Recording changes nothing of what the model computes. A model without an adapter of ours gives an empty trace.
-    """
-    trace, log = Trace(model), find_log(model)
-    if log is None:
-        yield trace
-        return
-    log.traces.append(trace)
-    try:
-        yield trace
-    finally:
-        log.traces.remove(trace)
-
-
-def adapted_projections(model: nn.Module) -> list[tuple[str, Router[Any]]]:
-    """The names and active routers of the adapted projections, in the model's order."""
-    found = []
-    for module in model.modules():
-        routers, active = getattr(module, "routers", None), getattr(module, "active_adapters", [])
-        if isinstance(routers, dict):
-            names = [name for name in active if name in routers]
-            if names:
-                found.append((str(module.name), routers[names[-1]]))
-    return found
-
-
-def layer_index(name: str) -> int:
-    """The layer a projection belongs to: the first number in its dotted name; 0 without one."""
-    match = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(match.group(1)) if match else 0
-
-
-def first_row(routing: Routing) -> Routing:
-    """The first batch row `(length, E)` of a routing; one without a batch dimension as it is."""
-    if routing.weights.dim() == 2:
-        return routing
-    return Routing(*(None if tensor is None else tensor[0] for tensor in routing))  # type: ignore[arg-type]
-
-
-# ---------------------------------------------------------------------------------------------------------
 # Statistics for the event log
 
 DEAD_SHARE = 0.01
@@ -322,7 +229,7 @@ def layer_statistics(model: nn.Module) -> dict[str, Any] | None:
             tokens = routing.weights.detach().flatten(0, -2)
             mask = log.mask.reshape(-1) if log.mask is not None and log.mask.numel() == len(tokens) else None
             used = (tokens > 0).sum(-1, keepdim=True).to(tokens)
-            values = torch.cat([tokens, routing.entropy.detach().reshape(-1, 1), used], dim=-1)
+            values = torch.cat([tokens, entropy_of(routing).detach().reshape(-1, 1), used], dim=-1)
             mean = masked_mean(values, mask)
             mean = torch.cat([mean[:-2], mean.new_zeros(experts - tokens.shape[-1]), mean[-2:]])
             rows[layer_index(record.name)].append(mean)
@@ -341,6 +248,12 @@ def layer_statistics(model: nn.Module) -> dict[str, Any] | None:
         "active": rounded(table[:, -1].tolist()),
         "dead": dead,
     }
+
+
+def layer_index(name: str) -> int:
+    """The layer a projection belongs to: the first number in its dotted name; 0 without one."""
+    match = re.search(r"\.(\d+)\.", f".{name}.")
+    return int(match.group(1)) if match else 0
 
 
 def experts_by_layer(records: list[Record]) -> dict[int, int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +17,20 @@ from typing import Any
 
 from mole import checkpoint, locks
 from mole.config import RunConfig
-from mole.errors import BusyError, InputError, RunError
+from mole.errors import BusyError, InputError, RunError, brief
 
 STATES = ("queued", "running", "finished", "stopped", "interrupted", "failed")
 WAITING = ("created", "queued")
-HEAD, BLOCK = 1 << 12, 1 << 14
+HEAD, BLOCK = 1 << 13, 1 << 14
 """Bytes read at a time from the start and from the end of the events."""
+STARTED_SECONDS = 30.0
+"""After this long, a process that was started for a run has its lock."""
+NO_ROOM = 1 << 16
+"""Bytes free on a disk that is as good as full."""
+HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+"""What may be half a character, which no page and no file can take."""
+LARGEST_METRIC = 1e40
+"""Above all that 32-bit floating point can come to; sums and squares of such numbers are still finite."""
 DEVICE_NAMES = r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
 
 
@@ -34,16 +44,16 @@ def runs_dir() -> Path:
     return home() / "runs"
 
 
-def check_name(name: str) -> str:
-    """The name, if a run may be called so. Raises `RunError`."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name) or name.endswith("."):
+def check_name(name: str, what: str = "run", field: str = "name") -> str:
+    """The name, if a run (or `what`) may be called so. Raises `RunError` about `field`."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name) or name.endswith("."):
         raise RunError(
-            f"The run name {name!r} is not allowed: use up to 64 letters, digits, '.', '_' and '-', "
+            f"The {what} name {brief(name)} is not allowed: use up to 64 letters, digits, '.', '_' and '-', "
             "starting with a letter, digit or '_'.",
-            field="name",
+            field=field,
         )
     if re.fullmatch(DEVICE_NAMES, name):
-        raise RunError(f"The run name {name!r} is not allowed: Windows keeps it for a device.", field="name")
+        raise RunError(f"The {what} name {brief(name)} is not allowed: Windows keeps it for a device.", field=field)
     return name
 
 
@@ -101,8 +111,11 @@ class Run:
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = "\n" + line
             data = line.encode()
-            if os.write(descriptor, data) != len(data):
-                raise OSError(28, "No space left on device", str(self.events_path))
+            written = os.write(descriptor, data)
+            if written != len(data):
+                if os.fstat(descriptor).st_size == size + written:
+                    os.ftruncate(descriptor, size)  # a shorter line, which says why, may have room
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.events_path))
         finally:
             os.close(descriptor)
 
@@ -121,27 +134,27 @@ class Run:
                     offset = 0
                 file.seek(offset)
                 data = file.read()
-        except FileNotFoundError:
+        except OSError:
             return [], 0
         complete = data[: data.rfind(b"\n") + 1]
-        return [event for line in complete.splitlines() if (event := _parse(line))], offset + len(complete)
+        return [event for line in complete.splitlines() if (event := parse_event(line))], offset + len(complete)
 
     def events_backwards(self) -> Iterator[dict[str, Any]]:
         """The events from the last to the first, reading no more of the file than is asked for."""
-        if not self.events_path.exists():
+        if not self.events_path.is_file():
             return
         with self.events_path.open("rb") as file:
             start, rest, complete = file.seek(0, os.SEEK_END), b"", False
             while start > 0:
-                size = min(BLOCK, start)
+                size = min(max(BLOCK, len(rest)), start)  # of a line without end each time as much again
                 start -= size
                 file.seek(start)
                 rest, *lines = (file.read(size) + rest).split(b"\n")
                 if lines and not complete:
                     lines.pop()  # what follows the last newline is still being written
                     complete = True
-                yield from filter(None, map(_parse, reversed(lines)))
-            if complete and (event := _parse(rest)):
+                yield from filter(None, map(parse_event, reversed(lines)))
+            if complete and (event := parse_event(rest)):
                 yield event
 
     @property
@@ -158,11 +171,21 @@ class Run:
                 lines = file.read(HEAD).split(b"\n")[:-1]
         except OSError:
             return events
-        for event in filter(None, map(_parse, lines)):
+        for event in filter(None, map(parse_event, lines)):
             if event["type"] not in ("created", "queued", "starting", "started", "stopped"):
                 break
             events.append(event)
         return events
+
+    def log_lines(self, most: int) -> list[str]:
+        """The lines in the last `most` bytes of `train.log`, progress bars reduced to their last state."""
+        try:
+            with self.log_path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError:
+            return []
+        return [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
 
     # State -------------------------------------------------------------------------------------------------
 
@@ -200,30 +223,46 @@ class Run:
         """The optimizer steps done, as the last event says."""
         return int(self.last_event["step"])
 
+    @property
+    def group(self) -> str | None:
+        """The group of runs it was queued with; None for a run of its own."""
+        return next((text_in(event, "group") for event in self._head if event["type"] == "created"), None)
+
     @cached_property
     def created(self) -> float:
         """When the run was made, in unix seconds."""
-        times = [event["time"] for event in self._head if event["type"] == "created"]
+        return self._created_in(self._head)
+
+    def _created_in(self, head: list[dict[str, Any]]) -> float:
+        times = [event["time"] for event in head if event["type"] == "created"]
         return float(times[0]) if times else self.config_path.stat().st_mtime
 
     def status(self) -> dict[str, Any]:
         """Name, state, step, total_steps (0 while unknown), router, model and created (unix seconds)."""
+        return self.look()[0]
+
+    def look(self) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
+        """`status()`, the group and the last event from one reading, for a list of many runs."""
         state, last = self.observe()
+        head = self._head
         made: dict[str, Any] = {}
-        for event in self._head:
+        for event in head:
             if event["type"] in ("created", "started"):
-                made.update({key: event[key] for key in ("router", "model", "total_steps") if event.get(key)})
+                made.update({key: told for key in ("router", "model") if (told := text_in(event, key))})
+                if isinstance(steps := event.get("total_steps"), int) and 0 < steps < 1 << 53:
+                    made["total_steps"] = steps
         if "router" not in made or "model" not in made:
             made = {**self._made(), **made}
-        return {
+        status = {
             "name": self.name,
             "state": state,
             "step": int(last["step"]),
             "total_steps": int(made.get("total_steps") or 0),
             "router": made["router"],
             "model": made["model"],
-            "created": self.created,
+            "created": self._created_in(head),
         }
+        return status, next((text_in(event, "group") for event in head if event["type"] == "created"), None), last
 
     def _made(self) -> dict[str, Any]:
         """Router, model and steps from `run.yaml`: the events of this folder do not say."""
@@ -241,20 +280,33 @@ class Run:
         status = self.status()
         metrics: dict[str, Any] = {}
         error = advice = None
-        for number, event in enumerate(self.events_backwards()):
+        for place, event in enumerate(self.events_backwards()):
             for key in ("loss", "eval_loss"):
-                if event.get(key) is not None:
-                    metrics.setdefault(key, event[key])
+                if (value := number(event.get(key))) is not None:
+                    metrics.setdefault(key, value)
             if event["type"] == "finished":
-                metrics.update(event.get("metrics") or {})
-            if number == 0 and event["type"] == "failed":
-                error, advice = event.get("error"), event.get("advice")
-            if {"loss", "eval_loss"} <= metrics.keys() or number > 5_000:
+                metrics.update(numbers(event.get("metrics")))
+            if place == 0 and event["type"] == "failed":
+                error, advice = text_in(event, "error"), text_in(event, "advice")
+            if {"loss", "eval_loss"} <= metrics.keys() or place > 5_000:
                 break
         if status["state"] == "interrupted":
-            error = "The process ended without a word: killed, out of memory, or the machine went down."
+            error = self.silence()
             advice = f"Continue from the last checkpoint: mole runs resume {self.name}"
+        elif status["state"] == "queued" and self._nobody_waits():
+            error = "It is in line, but no process waits for its turn: killed, or the machine went down."
+            advice = f"Start it again: mole runs resume {self.name}"
         return {**status, "config": self.config.to_dict(), "metrics": metrics, "error": error, "advice": advice}
+
+    def silence(self) -> str:
+        """Why a process that left no word has ended, as far as one can tell."""
+        if shutil.disk_usage(self.path).free < NO_ROOM:
+            return f"The process ended and could not say why: the disk is full ({self.path}). Free some space first."
+        return "The process ended without a word: it was killed, ran out of memory, or the machine went down."
+
+    def _nobody_waits(self) -> bool:
+        """Whether no process holds this queued run, nor can be just starting."""
+        return not self.held and abs(time.time() - self.last_event["time"]) > STARTED_SECONDS
 
     # Locks and stopping --------------------------------------------------------------------------------------
 
@@ -287,19 +339,55 @@ def made_of(config: RunConfig) -> dict[str, Any]:
         "router": config.adapter.router,
         "model": config.model.name,
         "total_steps": config.training.max_steps,
+        **({"group": config.group} if config.group else {}),
     }
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The event in a line; None for what is not one (the rest of a write that was cut off)."""
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line; None for what is not one: garbage, or the rest of a write that was cut off."""
     try:
-        event = json.loads(line)
+        event = json.loads(line, parse_int=_whole)
+        if HALF_PAIR.search(line):
+            json.dumps(event, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
-    kinds: dict[str, Any] = {"type": str, "time": (int, float), "step": int}
-    if isinstance(event, dict) and all(isinstance(event.get(key), kind) for key, kind in kinds.items()):
-        return event
-    return None
+    return event if is_event(event) else None
+
+
+def _whole(digits: str) -> float:
+    """A whole number, as a page can take it: one of more than 64 bits is as good as its first digits."""
+    return int(digits) if len(digits) < 19 else float(digits)
+
+
+def is_event(event: Any) -> bool:
+    """Whether a parsed line has what every event has: a type, and a step and a time that can be."""
+    if not isinstance(event, dict):
+        return False
+    step, moment = event.get("step"), event.get("time")
+    return (
+        isinstance(event.get("type"), str)
+        and isinstance(step, int)
+        and 0 <= step < 1 << 53
+        and isinstance(moment, (int, float))
+        and 0 <= moment < 1 << 40
+    )
+
+
+def text_in(event: dict[str, Any], key: str) -> str | None:
+    """A text of an event; None when it is none."""
+    value = event.get(key)
+    return value if isinstance(value, str) else None
+
+
+def number(value: Any) -> float | None:
+    """A number as it is, None for anything else, and for one that no training comes to."""
+    return value if isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC else None
+
+
+def numbers(values: Any) -> dict[str, float]:
+    """The numbers among named values; none when they are no such thing."""
+    known = {name: number(value) for name, value in values.items()} if isinstance(values, dict) else {}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _finite(value: Any) -> Any:

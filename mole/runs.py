@@ -7,32 +7,34 @@ so it cannot disagree with them. The command line and the studio share this modu
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import secrets
 import shutil
-import subprocess
 import sys
-import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mole import checkpoint, locks
+from mole import checkpoint, limits, locks, processes
 from mole.config import ModelConfig, RunConfig
-from mole.errors import BusyError, ConfigError, MoleError, RunError
-from mole.runfolder import STATES, WAITING, Run, check_name, home, made_of, runs_dir
+from mole.errors import BusyError, ConfigError, MoleError, RunError, writing
+from mole.formats import local_path, one_line
+from mole.runfolder import STATES, WAITING, Run, check_name, home, made_of, number, runs_dir
 
 __all__ = [
-    "STATES", "Run", "acquire_device", "check_inputs", "check_name", "create", "delete", "device_lock_path",
-    "device_of", "enqueue", "export", "get", "home", "list_runs", "queue", "runs_dir", "spawn", "start", "stop",
-    "wake_queued",
+    "QUEUE_LIMIT", "STATES", "Run", "acquire_device", "ahead_of", "check_inputs", "check_name", "check_room", "create",
+    "delete", "device_lock_path", "device_of", "enqueue", "export", "get", "home", "list_runs", "move", "place_of",
+    "queue", "reorder", "runs_dir", "spawn", "start", "stop", "user_of", "wake_queued",
 ]  # fmt: skip
 
 STARTING_SECONDS = 5.0
 """A queued run this fresh may have a process that has not taken its lock yet."""
+QUEUE_LIMIT = limits.QUEUE
 
 # ---------------------------------------------------------------------------------------------------------
 # Creating, finding, deleting, exporting
@@ -50,16 +52,19 @@ def check_inputs(config: RunConfig) -> None:
         data.read_examples(config.data.eval_path, config.data.columns, setting="data.eval_path")
 
 
+@writing()
 def create(config: RunConfig, *, number: bool = False) -> Run:
     """Make a run's folder, all of it or nothing, with `run.yaml` and the event `created`.
 
     Without a name it is called `<router>-<model>-<n>`; with `number`, a name that is taken gets a number too. Paths
     in the config become absolute: the run is trained from another folder. Raises `RunError` when the name is taken.
     """
-    config = _absolute(config)
+    config = absolute(config)
     runs_dir().mkdir(parents=True, exist_ok=True)
     if config.name is not None:
         check_name(config.name)
+    if config.group is not None:
+        check_name(config.group, "group", "group")
     for name in _names(config, number):
         if not (runs_dir() / name).exists() and (run := _claim(name, config)):
             return run
@@ -87,7 +92,9 @@ def _claim(name: str, config: RunConfig) -> Run | None:
         made = Run(name, aside)
         made.config_path.write_text(dataclasses.replace(config, name=name).to_yaml(), encoding="utf-8")
         made.append_event("created", 0, **made_of(config))
+        checkpoint.sync(made.config_path, made.events_path, aside)
         aside.rename(runs_dir() / name)
+        checkpoint.sync(runs_dir(), home())
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, OSError) and (runs_dir() / name).exists():
@@ -96,10 +103,10 @@ def _claim(name: str, config: RunConfig) -> Run | None:
     return Run(name, runs_dir() / name)
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """The config with local paths made absolute; hub ids and the embedded model's name stay."""
 
-    def absolute(name: str) -> str:
+    def found(name: str) -> str:
         try:
             path = Path(name).expanduser()
             return str(path.absolute()) if name and path.exists() else name
@@ -107,9 +114,9 @@ def _absolute(config: RunConfig) -> RunConfig:
             return name
 
     data, model = config.data, config.model
-    data = dataclasses.replace(data, path=absolute(data.path), eval_path=data.eval_path and absolute(data.eval_path))
+    data = dataclasses.replace(data, path=found(data.path), eval_path=data.eval_path and found(data.eval_path))
     if model.name != ModelConfig().name:
-        model = dataclasses.replace(model, name=absolute(model.name))
+        model = dataclasses.replace(model, name=found(model.name))
     return dataclasses.replace(config, data=data, model=model)
 
 
@@ -135,6 +142,7 @@ def list_runs() -> list[Run]:
     return [run for *_, run in sorted(found, key=lambda item: item[:2])]
 
 
+@writing()
 def delete(run: Run) -> None:
     """Remove a run's folder. Raises `RunError` when a process works on it."""
     try:
@@ -153,13 +161,17 @@ def export(run: Run, dest: str | os.PathLike[str]) -> Path:
     Returns the path written. Raises `RunError` when there is no adapter yet or `dest` exists, `CheckpointError` when
     the adapter does not verify.
     """
-    target = Path(dest).expanduser().absolute()
+    target = local_path(os.fspath(dest)).absolute()
     if not (run.adapter_dir / checkpoint.MANIFEST).is_file():
         raise RunError(f"The run {run.name} is {run.state} and has no adapter yet; export it when it has finished.")
-    if target.exists() or target.is_symlink():
-        raise RunError(f"{target} exists already; choose a new path.", field="dest")
-    if not target.parent.is_dir():
-        raise RunError(f"{target.parent} is not a folder; make it first.", field="dest")
+    try:
+        if target.exists() or target.is_symlink():
+            raise RunError(f"{target} exists already; choose a new path.", field="dest")
+        if not target.parent.is_dir():
+            raise RunError(f"{target.parent} is not a folder; make it first.", field="dest")
+        target.with_name(f".{target.name}-12345678").exists()
+    except (OSError, ValueError) as error:
+        raise RunError(f"{target} is no path that can be written: {one_line(error)}.", field="dest") from None
     checkpoint.verify(run.adapter_dir)
     files = [path for path in run.adapter_dir.rglob("*") if path.is_file()] + [run.config_path, run.events_path]
     aside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
@@ -184,11 +196,14 @@ def export(run: Run, dest: str | os.PathLike[str]) -> Path:
 # Starting, stopping, and the queue
 
 
+@writing()
 def enqueue(run: Run, *, resume: bool = False) -> None:
     """Put the run in line for its device, for the process that is about to work on it.
 
-    Raises `BusyError` when it is already worked on, `RunError` when it is not in a state to start or resume.
+    Raises `BusyError` when it is already worked on or the queue is full, `RunError` when it is not in a state to start
+    or resume.
     """
+    check_room()
     with run.lock():
         last = run.last_event
         state = run.state_unheld(last)
@@ -200,7 +215,9 @@ def enqueue(run: Run, *, resume: bool = False) -> None:
             raise RunError(f"The run {run.name} is {state}; continue it with: mole runs resume {run.name}")
         run.clear_stop()
         device = device_of(run.config)
-        run.append_event("queued", last["step"], device=device, resume=resume, position=time.time())
+        behind = max((position for position, *_ in _waiting()), default=0.0)  # also when the clock was set back
+        position = max(time.time(), math.nextafter(behind, math.inf))
+        run.append_event("queued", last["step"], device=device, resume=resume, position=position)
 
 
 def start(run: Run, *, resume: bool = False) -> None:
@@ -209,27 +226,13 @@ def start(run: Run, *, resume: bool = False) -> None:
     spawn(run, resume=resume)
 
 
+@writing()
 def spawn(run: Run, *, resume: bool = False) -> None:
     """Start the worker process of a queued run: its own session, no open files of ours, output to `train.log`."""
-    root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "MOLE_HOME": str(home())}
-    if root.name not in ("site-packages", "dist-packages"):
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "mole.worker", run.name, *(["--resume"] if resume else [])]
-    with run.log_path.open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=home(),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    # Waiting for it keeps no zombie while we live; when we end first, init takes it over.
-    threading.Thread(target=process.wait, name=f"reap-{run.name}", daemon=True).start()
+    processes.detach("mole.worker", run.name, *(["--resume"] if resume else []), log=run.log_path)
 
 
+@writing()
 def stop(run: Run) -> None:
     """Ask a running run to save and stop, or take a queued one out of the line. Raises `RunError` in other states."""
     if run.state not in ("queued", "running"):
@@ -246,12 +249,102 @@ def stop(run: Run) -> None:
 
 def queue(device: str | None = None) -> list[Run]:
     """The runs waiting for a device (any if None), first in line first."""
+    return [run for *_, run in _waiting(device)]
+
+
+def _waiting(device: str | None = None) -> list[tuple[float, str, Run]]:
+    """The places, names and runs of `queue`."""
     waiting = []
     for run in list_runs():
         state, last = run.observe()
         if state == "queued" and last["type"] == "queued" and device in (None, last.get("device")):
-            waiting.append((float(last.get("position") or last["time"]), run.name, run))
-    return [run for *_, run in sorted(waiting, key=lambda item: item[:2])]
+            if not isinstance(last.get("device"), str):
+                continue  # whoever wrote that, it was not us: its process will tell its device anew
+            waiting.append((_position(last), run.name, run))
+    return sorted(waiting, key=lambda item: item[:2])
+
+
+def check_room(more: int = 1) -> None:
+    """See that so many more runs may wait. Raises `BusyError`."""
+    waiting = len(queue())
+    if waiting + more > QUEUE_LIMIT:
+        raise BusyError(
+            f"{waiting} runs wait already and {more} more would pass the queue's limit of {QUEUE_LIMIT}; "
+            "let some finish, or take some out: mole runs queue."
+        )
+
+
+@writing()
+def reorder(names: Sequence[str]) -> list[Run]:
+    """Let these waiting runs take turns in this order, among the places they have; returns the whole queue.
+
+    A run that has begun meanwhile is passed over. Raises `RunError` for a name that is no run, `BusyError` when
+    somebody else changes the queue for long.
+    """
+    asked = [get(name) for name in dict.fromkeys(names)]
+    with _line():
+        waiting = {run.name for run in queue() if not run.stop_requested()}
+        moved = [(run, run.last_event) for run in asked if run.name in waiting]
+        moved = [(run, last) for run, last in moved if user_of(last["device"]) != run.name]
+        place = 0.0
+        for (run, last), free in zip(moved, sorted(_position(last) for _, last in moved), strict=True):
+            place = max(free, math.nextafter(place, math.inf))
+            if place != _position(last):
+                kept = {key: last.get(key) for key in ("device", "resume")}
+                run.append_event("queued", last["step"], **kept, position=place, moved=True)
+    return queue()
+
+
+def move(run: Run, place: int) -> list[Run]:
+    """Let a waiting run be the `place`-th in line for its device, 1 being the next; returns that line.
+
+    Raises `RunError` when it does not wait, and errors as `reorder`.
+    """
+    device = str(run.last_event.get("device"))
+    line = [other.name for other in queue(device)]
+    if run.name not in line:
+        raise RunError(f"The run {run.name} is {run.state}; only one that waits in the queue can be moved.")
+    line.remove(run.name)
+    line.insert(max(place, 1) - 1, run.name)
+    reorder(line)
+    return queue(device)
+
+
+def place_of(run: Run) -> tuple[str, float]:
+    """A run's device, and where it stands in line for it: smaller is earlier."""
+    last = run.last_event
+    return str(last.get("device") or device_of(run.config)), _position(last)
+
+
+def ahead_of(run: Run) -> list[str]:
+    """The names of the runs a waiting run waits for: the one on its device, then those before it in line."""
+    device, _ = place_of(run)
+    line = [user_of(device), *(other.name for other in queue(device))]
+    before = line[: line.index(run.name)] if run.name in line else line[:1]
+    return [name for name in before if name]
+
+
+def user_of(device: str) -> str:
+    """The name of the run that has the device; empty when it is free."""
+    path = device_lock_path(device)
+    return str(locks.holder(path).get("run", "")) if locks.is_held(path) else ""
+
+
+def _position(queued: dict[str, Any]) -> float:
+    """A run's place in line, as its last `queued` event has it: the time it was queued, unless it was moved."""
+    return number(queued.get("position")) or float(queued["time"])
+
+
+@contextmanager
+def _line(patience: float = 5.0) -> Iterator[None]:
+    """Nobody else takes a device or changes the queue within this block. Raises `BusyError`."""
+    path = home() / "locks" / "queue.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = locks.acquire(path, patience)
+    if lock is None:
+        raise BusyError("Somebody else is changing the queue; try again.")
+    with lock:
+        yield
 
 
 def wake_queued() -> list[Run]:
@@ -298,11 +391,15 @@ def acquire_device(device: str, run: Run) -> locks.Lock | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if locks.is_held(path):
         return None
-    line = [other for other in queue(device) if other.held]
-    if line and line[0].name != run.name:
+    try:
+        with _line(patience=0.2):  # a run is either moved first and then passed over, or has the device and stays
+            line = [other for other in queue(device) if other.held]
+            if line and line[0].name != run.name:
+                return None
+            return locks.acquire(path, patience=0.2, run=run.name)
+    except BusyError:
         return None
-    return locks.acquire(path, patience=0.2, run=run.name)
 
 
 def _is_fresh(event: dict[str, Any]) -> bool:
-    return abs(time.time() - event["time"]) < STARTING_SECONDS
+    return not event.get("moved") and abs(time.time() - event["time"]) < STARTING_SECONDS

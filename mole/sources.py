@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,15 @@ from typing import Any
 
 from mole.convert import EMBEDDED, HUB_SECONDS, convert_embedded, convert_gguf, models_dir, within
 from mole.errors import ModelError
-from mole.formats import one_line
+from mole.formats import local_path, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+DUPLICATES = ("consolidated.safetensors",)
+"""The same weights again, in the format of their maker's own programs."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SAMPLED = 1 << 20
+"""Bytes at either end of a file of weights by which it is known again."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,11 @@ def resolve(name: str) -> Source:
     """
     if name == EMBEDDED:
         return Source("embedded", name, str(models_dir() / EMBEDDED))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = local_path(name)
+    if os.path.isdir(path):
         check_folder(path)
         return Source("folder", name, str(path))
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but no .gguf; give the folder that holds its config.json.")
         return Source("gguf", name, str(path))
@@ -83,8 +88,8 @@ def shards(folder: Path) -> list[str]:
     if not index.is_file():
         return []
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index} is no index of weights: {one_line(error)}.") from None
 
 
@@ -130,7 +135,7 @@ def find_on_hub(name: str) -> Source:
     except Exception as error:
         raise ModelError(f"{neither} the hub cannot be reached ({one_line(error)}). {instead()}") from None
     names = [file.rfilename for file in info.siblings or []]
-    files = tuple(file for file in names if "/" not in file and file.endswith(HUB_FILES))
+    files = tuple(file for file in names if "/" not in file and file.endswith(HUB_FILES) and file not in DUPLICATES)
     if "config.json" not in files:
         raise ModelError(f"{name} on the hub is no base model: it has no config.json.")
     if not any(file.endswith(".safetensors") for file in files):
@@ -144,11 +149,30 @@ def instead() -> str:
     return f"Give a local folder, a .gguf file, or {EMBEDDED}, which is embedded."
 
 
-def local_folder(source: Source, progress: bool = False) -> Path:
+def local_folder(source: Source, progress: bool = False, *, weights: bool = True) -> Path:
     """The model's folder of safetensors: downloaded or converted first where that was not done yet.
 
-    Raises `ModelError` when the download or the conversion fails.
+    Without `weights` the hub's are not downloaded, which is enough for a tokenizer. Raises `ModelError` when the
+    download or the conversion fails, or the model wants a program fetched.
     """
+    folder = fetched(source, progress, weights)
+    check_programs(folder, source.name)
+    return folder
+
+
+def check_programs(folder: Path, name: str) -> None:
+    """See that a model names no compiled code on the hub, which is fetched and run where its attention is chosen."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # said by who loads it
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise ModelError(f"The model {name} wants code from the hub (config.json has {key}), which is never run.")
+
+
+def fetched(source: Source, progress: bool, weights: bool) -> Path:
+    """`local_folder`, whatever is in it."""
     if source.kind == "embedded":
         return convert_embedded(Path(source.location), progress)
     if source.kind == "gguf":
@@ -161,10 +185,25 @@ def local_folder(source: Source, progress: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = list(source.files)
+        files = [file for file in source.files if weights or not file.endswith(".safetensors")]
         return Path(snapshot_download(source.location, revision=source.revision, allow_patterns=files))
     except Exception as error:
         raise ModelError(f"{source.name} could not be downloaded: {one_line(error)}.") from error
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """By what a model's folder is known again, cheaply: of its config and each file of weights, a hash of the size, the
+    beginning (where the shapes are) and the end."""
+    hashes = {}
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(size).encode())
+            for start in sorted({0, max(0, size - SAMPLED)}):
+                file.seek(start)
+                digest.update(file.read(SAMPLED))
+        hashes[path.name] = digest.hexdigest()
+    return hashes
 
 
 def pull(name: str, progress: bool = True) -> Path:

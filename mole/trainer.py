@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
 from mole import checkpoint, snapshot
-from mole.config import RunConfig
-from mole.data import Collator, Datasets, build_datasets, chat_template
-from mole.errors import CheckpointError
-from mole.eventlog import EventLog
-from mole.logits import only_positions
+from mole.adapter_files import WEIGHTS
+from mole.config import ModelConfig, RunConfig
+from mole.data import Collator, Datasets, build_datasets, by_length, chat_template
+from mole.errors import CheckpointError, TrainingError
+from mole.eventlog import CALMER, EventLog
+from mole.logits import summed_loss_at
 from mole.models import TEMPLATE_FILE, Base, load_base
-from mole.routing import auxiliary_loss
+from mole.routing import auxiliary_loss, one_batch
 from mole.runs import Run
+from mole.sources import fingerprint
 from mole.tuner import mole_config
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINER_STATE = "trainer_state.json"
+OVERHEAD = {"cpu": 24}
+OVERHEAD_GPU = 1024
+"""What one more pass through the model costs, in tokens, by device."""
 FREE_TO_CHANGE = {"save_steps", "save_total_limit", "logging_steps", "eval_steps"}
 """Training settings that may differ on resume: they do not change what is learnt."""
+
+AnyTrainer = TypeVar("AnyTrainer", bound="MoleTrainer")
 
 
 def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
@@ -47,43 +57,93 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
         TrainingError: the loss is no longer finite.
     """
     config = run.config
-    device = config.model.device
-    if device.startswith("cuda:"):  # before CUDA starts, so that this GPU is the only one seen
-        os.environ["CUDA_VISIBLE_DEVICES"] = device.partition(":")[2]
-        config.model.device = "cuda"
-    base = load_base(config.model)
+    base = load_base(on_its_gpu(config.model))
     datasets = build_datasets(config.data, base.tokenizer, config.training.seed)
     source = checkpoint.newest_good(run.checkpoints_dir) if resume else None
-    meta = {"config": run.config.to_dict(), "data": datasets.report.fingerprint}
+    meta = {
+        "config": config.to_dict(),
+        "data": datasets.report.fingerprint,
+        "tokens": fingerprint_of_tokens(datasets),
+        "base": fingerprint(base.folder) if base.folder else {},
+    }
     if source is not None:
         require_same(checkpoint.read_manifest(source).meta, meta)
+    trainer = assemble(MoleTrainer, run, config, base, datasets, meta, progress)
+    trainer.announce(source)
+    try:
+        if source is not None and checkpoint.read_manifest(source).step >= trainer.total_steps():
+            trainer.take_over(source)
+        else:
+            trainer.train(resume_from_checkpoint=None if source is None else str(source))
+    finally:
+        trainer.log_callback.close()
+    trainer.conclude()
+
+
+def assemble(
+    kind: type[AnyTrainer],
+    run: Run,
+    config: RunConfig,
+    base: Base,
+    datasets: Datasets,
+    meta: dict[str, Any],
+    progress: bool,
+) -> AnyTrainer:
+    """A trainer of that kind, the fresh adapter on the base model, ready to train."""
     set_seed(config.training.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # checkpointing has other names in newer transformers
         model = get_peft_model(base.model, mole_config(config.adapter, task_type="CAUSAL_LM"))
         if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer = MoleTrainer(run, config, base, model, datasets, meta, progress)
-    trainer.announce(source)
-    trainer.train(resume_from_checkpoint=None if source is None else str(source))
-    trainer.conclude()
+    return kind(run, config, base, model, datasets, meta, progress)
+
+
+def on_its_gpu(model: ModelConfig) -> ModelConfig:
+    """The model's settings for a process that sees only the GPU `cuda:N` asks for; call it before CUDA starts."""
+    kind, _, number = model.device.partition(":")
+    if not number:
+        return model
+    os.environ["CUDA_VISIBLE_DEVICES"] = number
+    return dataclasses.replace(model, device=kind)
 
 
 def require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise `CheckpointError` naming every setting, and the data, that differ from the checkpoint's."""
+    """Raise `CheckpointError` naming every setting that differs from the checkpoint's, the data, and the base model.
+
+    What a checkpoint of an earlier version does not tell is not compared.
+    """
     changes = []
+    config = RunConfig.from_dict(before["config"]).to_dict()  # a setting that is newer than the checkpoint: its default
     for section in ("model", "data", "adapter", "training"):
-        old, new = before["config"][section], now["config"][section]
+        old, new = config[section], now["config"][section]
         for key in sorted({*old, *new} - FREE_TO_CHANGE):
             if old.get(key) != new.get(key):
                 changes.append(f"{section}.{key} was {old.get(key)!r} and is now {new.get(key)!r}")
+    data, model = now["config"]["data"], now["config"]["model"]["name"]
     if before["data"] != now["data"]:
-        changes.append("the content of the training data has changed")
+        files = " or ".join(data[key] for key in ("path", "eval_path") if data[key])
+        changes.append(f"the content of the training data has changed ({files})")
+    elif before.get("tokens", now["tokens"]) != now["tokens"]:
+        changes.append(f"the same data gives other tokens: tokenizer or chat template of {model} have changed")
+    base = before.get("base", now["base"])
+    files = ", ".join(name for name in sorted({*base, *now["base"]}) if base.get(name) != now["base"].get(name))
+    if files:
+        changes.append(f"the base model {model} is another one now ({files})")
     if changes:
         raise CheckpointError(
             f"The run cannot be resumed, because it is no longer the same: {'; '.join(changes)}. "
             "Undo the change, or start a new run with the new settings."
         )
+
+
+def fingerprint_of_tokens(datasets: Datasets) -> str:
+    """The sha256 of everything that is learnt from, as the model sees it."""
+    digest = hashlib.sha256()
+    for row in [*datasets.train, *datasets.eval]:
+        for values in (row["input_ids"], row["labels"]):
+            digest.update(np.asarray([len(values), *values], dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def training_arguments(run: Run, config: RunConfig, base: Base) -> TrainingArguments:
@@ -182,10 +242,11 @@ class MoleTrainer(Trainer):
     def announce(self, source: Path | None) -> None:
         """Write the `started` and `data` events."""
         report = self.data.report
+        step = 0 if source is None else checkpoint.read_manifest(source).step
         trainable = sum(p.numel() for p in self.peft_model.parameters() if p.requires_grad)
         self.run.append_event(
             "started",
-            0 if source is None else checkpoint.read_manifest(source).step,
+            step,
             pid=os.getpid(),
             device=str(self.base.device),
             dtype=str(self.base.dtype).removeprefix("torch."),
@@ -194,7 +255,7 @@ class MoleTrainer(Trainer):
             total_steps=self.total_steps(),
             resumed_from=None if source is None else source.name,
         )
-        self.run.append_event("data", 0, **report.to_dict())
+        self.run.append_event("data", step, **report.to_dict())
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -205,9 +266,13 @@ class MoleTrainer(Trainer):
         per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
         return math.ceil(per_epoch * settings.num_train_epochs)
 
+    def take_over(self, source: Path) -> None:
+        """Take the weights of the last step's checkpoint: of nothing left to do, Trainer would do one step more."""
+        self._load_from_checkpoint(str(source))
+        self.state = TrainerState.load_from_json(str(source / TRAINER_STATE))
+
     def conclude(self) -> None:
         """After the last step: write the adapter and the `finished` event, or `stopped`."""
-        self.log_callback.close()
         step = self.state.global_step
         if step < self.total_steps():
             self.run.append_event("stopped", step)
@@ -219,7 +284,13 @@ class MoleTrainer(Trainer):
         self.run.append_event("finished", step, metrics=metrics)
 
     def write_adapter(self, folder: Path) -> None:
-        """Put the adapter in PEFT's format, and the chat template it was trained with, into a folder."""
+        """Put the adapter in PEFT's format, and the chat template it was trained with, into a folder.
+
+        Raises `TrainingError` when its weights are not finite: such a checkpoint must not push out a good one.
+        """
+        finite = [weight.isfinite().all() for weight in self.peft_model.parameters() if weight.requires_grad]
+        if not torch.stack(finite).all():
+            raise TrainingError(f"The adapter's weights are not finite after step {self.state.global_step}. {CALMER}")
         # without a look for resized embeddings, which asks the hub and can take long
         self.peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
         (folder / TEMPLATE_FILE).write_text(chat_template(self.base.tokenizer), encoding="utf-8")
@@ -245,7 +316,8 @@ class MoleTrainer(Trainer):
         The auxiliary loss of a micro-batch is weighted by its share of tokens, so that means over tokens add up
         to those of one big batch.
         """
-        loss = self.summed_loss(model, inputs)
+        with one_batch(model):
+            loss = self.summed_loss(model, inputs)
         items = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"][:, 1:] != -100).sum()
         loss = loss / items
         self.note("loss", loss)
@@ -260,12 +332,19 @@ class MoleTrainer(Trainer):
         return self.run_config.adapter.router != "lora"
 
     def summed_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Sum of the cross-entropy over the labelled tokens of a batch, logits computed at those alone → scalar."""
+        """Sum of the cross-entropy over the labelled tokens of a batch, logits computed at those alone → scalar.
+
+        Rows of like length go through the model together, so that little of the work is padding.
+        """
+        overhead = OVERHEAD.get(inputs["input_ids"].device.type, OVERHEAD_GPU)
+        return torch.stack([self.loss_of_part(model, part) for part in by_length(inputs, overhead)]).sum()
+
+    def loss_of_part(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """The same of rows that go through the model together."""
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100).flatten()
         positions = (labels != -100).nonzero()[:, 0]
-        with only_positions(self.head, positions):
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
-        return F.cross_entropy(logits.float(), labels[positions], reduction="sum")
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return summed_loss_at(model, self.head, positions, labels[positions], **given)
 
     def note(self, name: str, value: Tensor) -> None:
         """Add a micro-batch's part of a loss to the step's."""
@@ -296,7 +375,7 @@ class MoleTrainer(Trainer):
         def writer(folder: Path) -> None:
             self.write_adapter(folder)
             snapshot.save_state(folder, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.state.save_to_json(str(folder / TRAINER_STATE))
 
         settings = self.run_config.training
         step = self.state.global_step
@@ -304,9 +383,7 @@ class MoleTrainer(Trainer):
         self.run.append_event("checkpoint", step, path=folder.name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        outcome: Any = set_peft_model_state_dict(
-            self.peft_model, load_file(Path(resume_from_checkpoint) / ADAPTER_WEIGHTS)
-        )
+        outcome: Any = set_peft_model_state_dict(self.peft_model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
         if outcome.unexpected_keys:
             strange = ", ".join(outcome.unexpected_keys[:3])
             raise CheckpointError(f"{resume_from_checkpoint} has weights that this adapter has not: {strange}.")

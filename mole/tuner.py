@@ -17,6 +17,7 @@ from torch import nn
 
 from mole.config import ROUTERS, AdapterConfig
 from mole.errors import ConfigError, MoleError
+from mole.input_group import SIBLINGS, InputGroup
 from mole.layer import PREFIX, MoleLinear, features, supports
 from mole.routing import install_log, layer_index
 
@@ -100,6 +101,17 @@ def depth(model: nn.Module) -> int:
     return getattr(config, "num_hidden_layers", None) or 1
 
 
+def group_siblings(model: nn.Module) -> None:
+    """Let adapted projections that read the same input compute their adapters together."""
+    for parent in model.modules():
+        for names in SIBLINGS:
+            found = [layer for name in names if isinstance(layer := getattr(parent, name, None), MoleLinear)]
+            if len(found) > 1 and len({layer.in_features for layer in found}) == 1:
+                group = InputGroup(found)
+                for layer in found:
+                    layer.group = group
+
+
 class MoleModel(BaseTuner):
     """Puts a `MoleLinear` around every targeted projection of a model."""
 
@@ -148,6 +160,7 @@ class MoleModel(BaseTuner):
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)  # a set's order differs from process to process
         log = install_log(model)
+        group_siblings(model)
         first_of_width: dict[int, MoleLinear] = {}
         for layer in model.modules():
             if not isinstance(layer, MoleLinear) or adapter_name not in layer.routers:

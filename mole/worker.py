@@ -14,12 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from mole import locks, runs
-from mole.errors import InputError, MoleError, RunError, TrainingError
+from mole import locks, processes, runs
+from mole.errors import MoleError, RunError, TrainingError
+from mole.runfolder import WAITING
 from mole.runs import Run
+from mole.secrecy import redacted
 
 POLL_SECONDS = 0.5
 
@@ -33,9 +35,14 @@ FAILURES = (
         "training.gradient_checkpointing=true.",
     ),
     (
-        r"no space left|errno 28|disk quota",
+        r"no space left|(errno|os error) 28\b|disk quota",
         "The disk is full.",
         "Free some space, then resume the run: its last checkpoint is kept.",
+    ),
+    (
+        r"file too large|(errno|os error) 27\b",
+        "A file would be larger than this process may write.",
+        "Raise the limit (ulimit -f), then resume the run: its last checkpoint is kept.",
     ),
     (
         r"read-only file system|permission denied",
@@ -59,9 +66,14 @@ def work(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     the same).
     """
     with run.lock(), logging_to(run), stopping_on_signals(run, progress):
+        last = run.last_event
+        if last["type"] not in WAITING:  # of two that were started for it, the other has had it meanwhile
+            raise RunError(f"The run {run.name} is {run.state_unheld(last)} and does not wait to be trained.")
         try:
-            with turn(run, say if progress else log.info) as device:
-                if device is None:
+            device = str(run.last_event.get("device") or runs.device_of(run.config))
+            tell = say if progress else log.info
+            with turn(device, lambda: runs.acquire_device(device, run), run.stop_requested, tell) as held:
+                if not held:
                     if run.last_event["type"] != "stopped":
                         run.append_event("stopped", run.step)
                     return
@@ -82,14 +94,16 @@ def work(run: Run, *, resume: bool = False, progress: bool = False) -> None:
 
 
 @contextmanager
-def turn(run: Run, tell: Callable[[str], Any]) -> Iterator[str | None]:
-    """Hold the device when the run is first in line and the device is free; None when it is asked to stop before."""
-    device, told = str(run.last_event.get("device") or runs.device_of(run.config)), ""
-    while not run.stop_requested():
-        lock = runs.acquire_device(device, run)
+def turn(
+    device: str, acquire: Callable[[], locks.Lock | None], stopped: Callable[[], bool], tell: Callable[[str], Any]
+) -> Iterator[bool]:
+    """Hold the device as soon as `acquire` gives its lock; False when `stopped` before. `tell` says who has it."""
+    told = ""
+    while not stopped():
+        lock = acquire()
         if lock is not None:
             with lock:
-                yield device
+                yield True
             return
         path = runs.device_lock_path(device)
         message = f"Waiting for {device}: {locks.describe_holder(path)} is using it." if locks.is_held(path) else ""
@@ -97,7 +111,7 @@ def turn(run: Run, tell: Callable[[str], Any]) -> Iterator[str | None]:
             tell(message)
             told = message
         time.sleep(POLL_SECONDS)
-    yield None
+    yield False
 
 
 def fail(run: Run, error: Exception) -> tuple[str, str]:
@@ -113,7 +127,7 @@ def fail(run: Run, error: Exception) -> tuple[str, str]:
 
 def explain(error: Exception) -> tuple[str, str]:
     """An error's cause and what to do about it, in one line each; the advice is empty when the cause says it all."""
-    text = " ".join(str(error).split())
+    text = redacted(" ".join(str(error).split()))
     if isinstance(error, MoleError):
         return text, ""
     kind = type(error).__name__
@@ -123,12 +137,33 @@ def explain(error: Exception) -> tuple[str, str]:
     return f"{kind}: {text[:500]}", "The whole error is in the run's train.log."
 
 
+class LogFile(logging.FileHandler):
+    """A log that a full disk does not turn into an error: the run may go on, or fail for a better reason."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+class Formatter(logging.Formatter):
+    """A line of the log, or a traceback in it, without tokens."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 @contextmanager
 def logging_to(run: Run) -> Iterator[None]:
     """Let the log of `mole` go to the run's `train.log`."""
-    handler = logging.FileHandler(run.log_path, encoding="utf-8", delay=True)
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk must not add tracebacks
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = LogFile(run.log_path, encoding="utf-8", delay=True)
+    handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -169,15 +204,14 @@ def say(message: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """`NAME [--resume]` → exit code: 0 finished or stopped, 1 failed, 2 bad input."""
-    try:
-        names = [argument for argument in arguments if argument != "--resume"]
+    names = [argument for argument in arguments if argument != "--resume"]
+
+    def train() -> None:
         if len(names) != 1:
             raise RunError("usage: python -m mole.worker NAME [--resume]")
         work(runs.get(names[0]), resume="--resume" in arguments)
-    except MoleError as error:
-        say(f"mole: {error}")
-        return InputError.exit_code if isinstance(error, InputError) else MoleError.exit_code
-    return 0
+
+    return processes.exit_code(train)
 
 
 if __name__ == "__main__":

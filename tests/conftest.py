@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import browser, open_page, page, shared_studio, studio, studio_with_model
+
+__all__ = ["browser", "open_page", "page", "shared_studio", "studio", "studio_with_model"]
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

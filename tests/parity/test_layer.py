@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mole import MoleConfig
 from mole.config import ROUTERS
-from mole.experts import dropout, mix_experts
+from mole.experts import add_experts, dropout
 
 INPUTS, OUTPUTS, EXPERTS, RANK = 10, 7, 4, 3
 ROUTED = [name for name in ROUTERS if name != "lora"]
@@ -144,11 +144,13 @@ def test_nothing_selected_leaves_the_base_output() -> None:
     assert torch.equal(net(x), layer.base_layer(x))
 
 
-def test_the_fused_product_has_the_gradients_of_its_formula() -> None:
+@pytest.mark.parametrize("in_place", [False, True], ids=["formula", "in-place"])
+def test_the_fused_product_has_the_gradients_of_its_formula(in_place: bool) -> None:
     torch.manual_seed(0)
-    shapes = [(2, 3, INPUTS), (EXPERTS * RANK, INPUTS), (OUTPUTS, EXPERTS * RANK), (2, 3, EXPERTS)]
+    shapes = [(2, 3, OUTPUTS), (2, 3, EXPERTS * RANK), (2, 3, EXPERTS), (OUTPUTS, EXPERTS * RANK)]
     tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(lambda *t: mix_experts(*t, scale=1.7), tensors)
+    # a leaf cannot be written into: the base's output is the result of something
+    assert torch.autograd.gradcheck(lambda base, *t: add_experts(1 * base, *t, in_place=in_place), tensors)
 
 
 def test_a_half_precision_base_keeps_its_output_dtype_and_the_router_its_float32() -> None:

@@ -255,3 +255,14 @@ def test_a_tokens_routing_depends_on_that_token_alone(case: tuple[str, dict[str,
     for routing in (router(x), router(others)):
         torch.testing.assert_close(routing.weights[1, place], alone.weights, rtol=0, atol=1e-14)
         torch.testing.assert_close(routing.entropy[1, place], alone.entropy, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_an_entropy_left_for_later_is_the_one_computed_at_once(name: str) -> None:
+    router, x = make(name, 6), random_inputs(2, 4, INPUTS)
+    outputs = [routers.linear(getattr(router, part), x) for part in router.reads]
+    now, later = router.decide(*outputs), router.decide(*outputs, later=True)
+    assert (later.entropy is None) == (name != "dynmole")
+    for several in ([later, later], [now, later], [now, now]):
+        found = routers.entropies_of(several)
+        assert torch.equal(found, torch.stack([now.entropy] * 2, -1))

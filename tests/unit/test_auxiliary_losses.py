@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from mole import MoleConfig, auxiliary_loss
 from mole.config import ROUTERS
+from mole.data import by_length
 from mole.errors import MoleError
+from mole.routing import one_batch
 
 Make = Callable[..., Any]
 ROUTED = [name for name in ROUTERS if name != "lora"]
@@ -53,8 +55,8 @@ def by_hand(model: Any, mask: Tensor | None = None, **inputs: Any) -> Tensor:
         )
 
     hooks = [
-        router.register_forward_hook(lambda module, args, routing: look(module, routing))
-        for router in (layer.routers["default"] for layer in layers_of(model))
+        layer.register_forward_pre_hook(lambda module, args: look(router := module.routers["default"], router(args[0])))
+        for layer in layers_of(model)
     ]
     with torch.no_grad():
         model(**inputs)
@@ -87,6 +89,14 @@ def test_a_loop_with_its_own_loss_adds_the_auxiliary_loss_itself(tiny_model: Mak
         loss.backward()
         results.append(gradients(model))
     hold_equal(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_a_projection_with_muted_experts_counts_like_the_others(tiny_model: Make) -> None:
+    model = adapt64(tiny_model("llama"), "topk", **LOSSES).train()
+    layers_of(model)[0].routers["default"].allowed = torch.tensor([0, 2])
+    expected = by_hand(model, input_ids=TOKENS)
+    model(input_ids=TOKENS)
+    torch.testing.assert_close(auxiliary_loss(model), expected)
 
 
 def test_the_loss_is_also_found_by_way_of_transformers_own_add_adapter(tiny_model: Make) -> None:
@@ -158,6 +168,30 @@ def test_accumulated_gradients_equal_those_of_one_big_batch(
     for part in parts:
         model(input_ids=part, labels=part, num_items_in_batch=items).loss.backward()
     hold_equal(gradients(model), at_once, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("router", ROUTED)
+def test_parts_of_like_length_are_one_batch(router: str, tiny_model: Make) -> None:
+    """Also for the balance loss, a product of means over the whole batch: the same as with the padding."""
+    model = adapt64(tiny_model(), router, **LOSSES).train()
+    batch = {name: values for name, values in padded("right").items() if name != "position_ids"}
+    head = model.get_output_embeddings().weight
+    losses, grads = [], []
+    for parts in ([batch], by_length(batch, overhead=0)):
+        model.zero_grad()
+        with one_batch(model):
+            logits = [model(**part).logits[part["attention_mask"].bool()] for part in parts]
+        loss = auxiliary_loss(model) + torch.cat(logits).square().sum() / head.numel()
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append(gradients(model))
+    assert len(parts) == 3, "rows of three lengths, and nothing to be gained by padding them"
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=1e-12)
+    hold_equal(grads[1], grads[0], rtol=1e-6, atol=1e-9)
+    model(**batch)
+    torch.testing.assert_close(
+        auxiliary_loss(model), by_hand(model, batch["attention_mask"], **batch), rtol=1e-5, atol=1e-6
+    )
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):

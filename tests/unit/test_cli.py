@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from mole import checkpoint, cli, runs
+from mole import checkpoint, cli, commands, runs
 from mole.config import SECTIONS, RunConfig
 from mole.fields import spec_of
 
@@ -76,7 +76,8 @@ def test_help_lists_every_command(mole: Mole) -> None:
 @pytest.mark.parametrize(
     "command",
     ["studio", "train", "chat", "eval", "runs", "models", "data", "models list", "models pull", "data check"]
-    + [f"runs {name}" for name in ("list", "show", "stop", "resume", "delete", "export")],
+    + [f"runs {name}" for name in ("list", "show", "queue", "move", "stop", "resume", "delete", "export")]
+    + ["presets"],
 )
 def test_every_command_has_help(mole: Mole, command: str) -> None:
     answer = mole(*command.split(), "--help")
@@ -131,6 +132,12 @@ def test_a_wrong_command_line_is_one_line_with_a_hint(mole: Mole, arguments: str
         (["--router", "topk", "--set", "adapter.top_p=0.5"], ["adapter.top_p", "'topk'", "top_k"]),
         (["--set", "training.speed=9"], ["training.speed is not a setting", "max_steps"]),
         (["--set", "nonsense"], ["SECTION.FIELD=VALUE"]),
+        (["--preset", "magic"], ["no preset 'magic'", "mola", "gpu-24gb"]),
+        (["--grid", "nonsense"], ["SECTION.FIELD=VALUE,VALUE", "training.seed=0,1,2"]),
+        (["--grid", "training.seed=0,-1"], ["training.seed=-1 is not possible", "at least 0"]),
+        (["--grid", "adapter.router=topk,lora", "--grid", "adapter.top_k=1,2"], ["adapter.router=lora", "'lora'"]),
+        (["--grid", "training.seed=0,1", "--name", "x"], ["--name", "--group"]),
+        (["--grid", "training.seed=0,1", "--group", "../x"], ["group name '../x'", "not allowed"]),
         (["--set", "model.device=tpu"], ["model.device", "'tpu'"]),
         (["--name", "../out"], ["'../out'", "not allowed"]),
         (["--name", "NUL"], ["'NUL'", "Windows"]),
@@ -368,3 +375,39 @@ def test_train_chat_eval_and_export_in_a_row(mole: Mole, base: list[str], home: 
     again = mole("train", "--config", str(run.config_path), "--steps", "1", "--detach")
     assert (again.code, again.out) == (0, "demo-2\n")
     runs.stop(runs.get("demo-2"))
+
+
+# Presets, grids and the queue
+
+
+def test_presets_are_listed_and_begun_with(mole: Mole, base: list[str]) -> None:
+    listed = mole("presets")
+    assert listed.code == 0
+    for name in ("cpu", "gpu-24gb", "dynmole", "adamole", "mola", "loramoe", "ldmole", "lora"):
+        assert f"\n{name} " in listed.out
+    Path("over.yaml").write_text("training: {warmup_steps: 7}\nadapter: {r: 2}")
+    options = cli.parser().parse_args([*base, "--preset", "mola", "--config", "over.yaml", "--rank", "4"])
+    made = RunConfig.from_dict(commands.train_settings(options))
+    assert (made.adapter.num_experts, made.training.learning_rate) == ([2, 4, 6, 8], 3e-4)  # the preset's
+    assert (made.training.warmup_steps, made.adapter.r) == (7, 4)  # the file over it, the flag over that
+    other = cli.parser().parse_args([*base, "--preset", "mola", "--router", "dynmole"])
+    assert RunConfig.from_dict(commands.train_settings(other)).adapter.to_flat()["entropy_threshold"] == 0.9
+
+
+def test_a_grid_is_queued_listed_moved_and_left(mole: Mole, base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "spawn", lambda run, **_: None)
+    flags = ["--set", "model.device=cpu", "--grid", "adapter.router=topk,lora", "--grid", "training.seed=0,1"]
+    answer = mole(*base, *flags, "--group", "try")
+    expected = ["try-topk-s0", "try-topk-s1", "try-lora-s0", "try-lora-s1"]
+    assert answer.out.splitlines() == ["Queued 4 runs in the group try:", *expected]
+    assert {run.group for run in runs.list_runs()} == {"try"}
+    assert [line.split()[:4] for line in mole("runs", "queue").out.splitlines()[1:]] == [
+        [str(place), "cpu", name, "try"] for place, name in enumerate(expected, start=1)
+    ]
+    moved = mole("runs", "move", "try-lora-s1", "2").out.splitlines()
+    assert [line.split()[2] for line in moved[1:]] == ["try-topk-s0", "try-lora-s1", "try-topk-s1", "try-lora-s0"]
+    for name in expected:
+        assert mole("runs", "stop", name).code == 0
+    assert mole("runs", "queue").out == "No run waits.\n"
+    refused(mole("runs", "move", "try-lora-s1", "1"), "try-lora-s1 is stopped")
+    refused(mole("runs", "move", "try-lora-s1", "0"), "a whole number at least 1")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from mole.data import (
     Example,
     Rows,
     build_datasets,
+    by_length,
     chat_template,
     encode,
     encode_all,
+    partition,
     read_examples,
     render_prompt,
 )
@@ -436,6 +440,31 @@ def test_a_batch_is_padded_on_the_right(tiny_tokenizer: Any) -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]], "by length: the pad token may be the end token"
     assert batch["labels"].tolist() == [[-100, 6, 2], [7, -100, -100]]
+
+
+def test_a_batch_is_cut_into_parts_of_like_length_and_nothing_is_lost() -> None:
+    rows = [
+        {"input_ids": [number] * length, "labels": [number] * length} for number, length in enumerate((9, 2, 8, 2, 1))
+    ]
+    parts = by_length(Collator(pad_token_id=0)(rows), overhead=2)
+    assert [part["input_ids"].shape for part in parts] == [(3, 2), (2, 9)]
+    for part in parts:
+        for ids, mask, labels in zip(*part.values(), strict=True):
+            number, length = int(ids[0]), int(mask.sum())
+            assert ids[:length].tolist() == labels[:length].tolist() == rows[number]["input_ids"]
+            assert not mask[length:].any() and (labels[length:] == -100).all()
+    (whole,) = by_length(Collator(pad_token_id=0)(rows), overhead=1000)
+    assert whole["input_ids"].shape == (5, 9) and whole["input_ids"][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9).map(sorted), st.integers(0, 60))
+def test_no_other_cut_is_cheaper(lengths: list[int], overhead: int) -> None:
+    def cost(ends: Sequence[int]) -> int:
+        return sum((end - start) * lengths[end - 1] + overhead for start, end in zip([0, *ends], ends, strict=False))
+
+    cuts = range(1, len(lengths))
+    every = [(*some, len(lengths)) for count in range(len(lengths)) for some in combinations(cuts, count)]
+    assert cost(partition(lengths, overhead)) == min(map(cost, every))
 
 
 @pytest.mark.model

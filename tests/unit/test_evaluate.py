@@ -142,13 +142,43 @@ def test_batching_and_the_shared_beginning_change_nothing(
     examples = read_examples(pairs).examples
     together = score(loaded, examples)
     alone = [score(loaded, [example])[0] for example in examples]
-    monkeypatch.setattr(module, "common_prefix", lambda one, other: [])
+    monkeypatch.setattr(module, "common_prefix", lambda rows: [])
     without_cache = score(loaded, examples)
     for one, two, three in zip(together, alone, without_cache, strict=True):
         assert one is not None and two is not None and three is not None
         assert one.tokens == two.tokens == three.tokens
         assert one.log_probs == pytest.approx(two.log_probs, abs=1e-4)
         assert one.log_probs == pytest.approx(three.log_probs, abs=1e-4)
+
+
+QUESTIONS = [
+    "Which is it?",
+    "And which of all of these here is it now?",
+    "Now?",
+    "The last one: is it 3 km or 4 miles?",
+]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "gpt2", "phi"])
+def test_choices_behind_their_shared_prompt_score_as_rows_read_alone(
+    arch: str, tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of unlike length, answers of unlike length, several families in a batch and several batches."""
+    loaded = Loaded(tiny_model(arch), tiny_tokenizer, "base:tiny", "tiny")
+    choices = ["yes", "no, it is the other one", "3"]
+    families = [[example_of(question, choice) for choice in choices] for question in QUESTIONS]
+    read = []
+    loaded.model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    monkeypatch.setitem(module.BATCH_TOKENS, "cpu", 400)
+    together = dict(module.scores(loaded, families))
+    assert len(read) == 4, "two batches, each with its beginnings and its endings"
+    for place, family in enumerate(families):
+        for found, example in zip(together[place], family, strict=True):
+            (alone,) = score(loaded, [example])
+            assert found is not None and alone is not None and found.tokens == alone.tokens
+            assert found.log_probs == pytest.approx(alone.log_probs, abs=1e-4)
 
 
 def test_an_adapter_scores_the_same_in_a_batch(tiny_adapter: Path, pairs: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -444,3 +445,34 @@ def test_a_target_that_is_not_there_is_said(home: Path, target: str, message: st
 def test_a_folder_without_adapter_is_said(home: Path, tiny_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no adapter: it has no adapter_config\.json"):
         models.load_target(str(tiny_folder), CPU)
+
+
+def test_a_checkpoint_of_a_run_is_a_target(home: Path, tiny_adapter: Path, tiny_folder: Path) -> None:
+    from mole import checkpoint, runs
+
+    run = runs.create(RunConfig(name="mine", model=on_cpu(tiny_folder)))
+    with pytest.raises(RunError, match="mine has no checkpoint of step 20; it has none"):
+        models.locate("mine@20")
+    for step in (3, 20):
+        copy = functools.partial(shutil.copytree, tiny_adapter, dirs_exist_ok=True)
+        checkpoint.write(run.checkpoints_dir, step, copy, limit=2)
+    run.append_event("stopped", 20)
+    with pytest.raises(RunError, match="or take its newest checkpoint: mine@20"):
+        models.locate("mine")
+    with pytest.raises(RunError, match="no checkpoint of step 7; checkpoints: mine@3, mine@20"):
+        models.load_target("mine@7", CPU)
+    with pytest.raises(RunError, match=r"no checkpoint of step \(empty\)"):
+        models.load_target("mine@", CPU)
+    with pytest.raises(ModelError, match="no run and no adapter folder 'other@3'"):
+        models.load_target("other@3", CPU)
+    folder = run.checkpoints_dir / "step-20"
+    loaded = models.load_target("mine@20", CPU)
+    assert (loaded.name, loaded.base, loaded.adapter_dir) == ("mine@20", str(tiny_folder), folder)
+    assert models.locate(str(folder)) == (str(tiny_folder), folder), "typed as a folder it is the same"
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.write(b"\x00")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors has changed"):
+        models.load_target("mine@20", CPU)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="was not written to the end"):
+        models.load_target("mine@20", CPU)

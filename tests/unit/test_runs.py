@@ -81,6 +81,17 @@ def test_many_at_once_never_share_a_folder(home: Path) -> None:
     assert {path.name for path in (home / "runs").iterdir()} == set(names)
 
 
+def test_a_group_is_kept_in_the_config_and_told_cheaply(home: Path) -> None:
+    run = runs.create(config(name="a", group="sweep"))
+    assert runs.get("a").config.group == "sweep"
+    run.config_path.write_text("not looked at: [")
+    assert runs.get("a").group == "sweep"
+    assert runs.create(config(name="b")).group is None
+    with pytest.raises(RunError, match="group name '../x' is not allowed"):
+        runs.create(config(name="c", group="../x"))
+    assert not (home / "runs" / "c").exists()
+
+
 def test_local_paths_become_absolute_hub_ids_stay(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("")
@@ -415,6 +426,130 @@ def test_the_device_goes_to_the_first_in_line(home: Path) -> None:
         held = runs.acquire_device("cpu", second)
         assert held is not None
         held.release()
+
+
+def names(line: list[Run]) -> list[str]:
+    return [run.name for run in line]
+
+
+def queued(*given: str, device: str = "cpu") -> list[Run]:
+    """Runs in line, in this order, without processes."""
+    made = [runs.create(config(name=name, model={"device": device})) for name in given]
+    for run in made:
+        runs.enqueue(run)
+    return made
+
+
+def test_the_queue_takes_the_order_it_is_given(home: Path) -> None:
+    queued("a", "b", "c", "d")
+    assert names(runs.reorder(["d", "b", "a"])) == ["d", "b", "c", "a"], "c was not named and keeps its place"
+    assert names(runs.reorder(["a"])) == ["d", "b", "c", "a"]
+    queued("e")
+    assert names(runs.queue()) == ["d", "b", "c", "a", "e"], "who comes later stands behind"
+    with pytest.raises(RunError, match="no run called 'z'"):
+        runs.reorder(["e", "z"])
+
+
+@pytest.mark.parametrize(("place", "line"), [(1, "cab"), (2, "acb"), (3, "abc"), (99, "abc"), (-4, "cab")])
+def test_a_run_is_moved_to_a_place(home: Path, place: int, line: str) -> None:
+    queued("a", "b", "c")
+    queued("other", device="cuda:0")
+    assert names(runs.move(runs.get("c"), place)) == list(line)
+    assert names(runs.queue("cuda:0")) == ["other"]
+
+
+def test_runs_queued_in_the_same_instant_can_be_told_apart(home: Path) -> None:
+    for run in queued("a", "b", "c"):
+        run.append_event("queued", 0, device="cpu", position=5.0)
+    assert names(runs.reorder(["c", "a", "b"])) == ["c", "a", "b"]
+
+
+def test_a_run_that_has_begun_or_ended_is_not_put_back_in_line(home: Path) -> None:
+    first, second, third, fourth = queued("a", "b", "c", "d")
+    with first.lock(), runs.acquire_device("cpu", first) or pytest.fail("the device is free"):
+        before = len(first.events())
+        assert names(runs.reorder(["d", "c", "b", "a"])) == ["a", "d", "c", "b"], "a has the device already"
+        assert len(first.events()) == before
+        first.append_event("starting", 0)
+        runs.stop(third)
+        runs.reorder(["c", "b", "a", "d"])
+        assert (first.state, third.state) == ("running", "stopped")
+        for gone in (first, third):
+            with pytest.raises(RunError, match="only one that waits"):
+                runs.move(gone, 1)
+        assert runs.ahead_of(fourth) == ["a", "b"] and runs.ahead_of(second) == ["a"]
+        assert runs.user_of("cpu") == "a" and runs.user_of("cuda:0") == ""
+
+
+def test_a_moved_run_without_a_process_is_woken_at_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its event is new, but nobody has just started it."""
+    queued("a", "b")
+    runs.reorder(["b", "a"])
+    monkeypatch.setattr(runs, "spawn", lambda run, **_: None)
+    assert names(runs.wake_queued()) == ["a", "b"]
+
+
+def test_the_queue_has_an_end(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queued("a", "b")
+    monkeypatch.setattr(runs, "QUEUE_LIMIT", 2)
+    run = runs.create(config(name="c"))
+    with pytest.raises(BusyError, match="2 runs wait already and 1 more would pass the queue's limit of 2"):
+        runs.enqueue(run)
+
+
+def test_two_who_reorder_at_once_lose_no_run(home: Path) -> None:
+    letters = [run.name for run in queued(*"abcdef")]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda turn: runs.reorder(letters[turn:] + letters[:turn]), range(12)))
+    assert sorted(names(runs.queue())) == letters
+    positions = [run.last_event["position"] for run in runs.queue()]
+    assert len(set(positions)) == 6
+
+
+def wait_until(happened: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_waiting_processes_keep_to_the_new_order(home: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    """Three real processes wait for a device that is taken; the last in line is moved to the front, then it is free."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "say yes", "completion": "yes"}\n' * 8)
+    path = runs.device_lock_path("cpu")
+    path.parent.mkdir(parents=True)
+    taken = locks.acquire(path, run="holder")
+    assert taken is not None
+    made = []
+    for name in ("one", "two", "three"):
+        made.append(
+            runs.create(
+                config(
+                    name=name,
+                    data={"path": str(tmp_path / "rows.jsonl")},
+                    model={"name": str(tiny_folder), "device": "cpu"},
+                    adapter={"num_experts": 2, "r": 2},
+                    training={"max_steps": 1, "per_device_train_batch_size": 2},
+                )
+            )
+        )
+        runs.start(made[-1])
+    one, two, three = made
+    try:
+        wait_until(lambda: all(run.held for run in made))
+        assert names(runs.move(three, 1)) == ["three", "one", "two"]
+        runs.stop(two)
+        wait_until(lambda: not two.held)
+        assert two.state == "stopped"
+        taken.release()
+        wait_until(lambda: three.state == "finished" and one.state != "queued")
+        begun = {run.name: next(e["time"] for e in run.events() if e["type"] == "starting") for run in (one, three)}
+        assert begun["three"] < begun["one"]
+    finally:
+        for run in made:
+            if run.state in ("queued", "running"):
+                runs.stop(run)
+        wait_until(lambda: not any(run.held for run in made))
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from mole import auxiliary_loss, record_routing
 from mole.config import ROUTERS
 from mole.errors import InputError, MoleError
+from mole.routing import find_log
 
 Make = Callable[..., Any]
 
@@ -187,6 +190,19 @@ def test_sparsegen_shares_its_sparsity_network_among_layers_of_one_width(tiny_mo
 # Several adapters, switching, disabling
 
 
+def test_a_deleted_adapter_gives_its_memory_back(tiny_model: Make) -> None:
+    model = adapt(tiny_model("llama"))
+    model.add_adapter("other", settings("adamole"))
+    model.set_adapter("other")
+    logits(model)
+    kept = [weakref.ref(layer.routers["other"]) for layer in layers_of(model)]
+    kept += [weakref.ref(layer.experts["other"][0]) for layer in layers_of(model)]
+    model.delete_adapter("other")
+    gc.collect()
+    assert kept
+    assert not any(one() for one in kept)
+
+
 @pytest.mark.parametrize(("first", "second"), [("dynmole", "topk"), ("sparsegen", "adamole"), ("lora", "sparsegen")])
 def test_two_adapters_on_one_base_switch_and_are_deleted(first: str, second: str, tiny_model: Make) -> None:
     alone = [logits(adapt(tiny_model(), first, seed=1)), logits(adapt(tiny_model(), second, seed=2, num_experts=3))]
@@ -293,10 +309,10 @@ def test_a_bfloat16_base_keeps_a_float32_router_and_experts(tiny_model: Make) ->
     model = get_peft_model(tiny_model().to(torch.bfloat16), settings("adamole"))
     assert {w.dtype for n, w in model.named_parameters() if "mole_studio_" in n} == {torch.float32}
     seen: list[torch.dtype] = []
-    for layer in layers_of(model):
-        layer.routers["default"].register_forward_hook(lambda *args: seen.append(args[2].weights.dtype))
-    assert model(TOKENS).logits.dtype == torch.bfloat16
-    assert set(seen) == {torch.float32}
+    with record_routing(model):
+        find_log(model).add = lambda name, router, routing: seen.append(routing.weights.dtype)
+        assert model(TOKENS).logits.dtype == torch.bfloat16
+    assert set(seen) == {torch.float32} and len(seen) == len(layers_of(model))
 
 
 def test_a_bfloat16_base_round_trips_bit_for_bit(tiny_model: Make, tmp_path: Path) -> None:
