@@ -1,181 +1,222 @@
-"""The one chat model in memory: loaded on first use, switched, unloaded. torch is imported here, inside functions only.
+"""The chat models in memory: loaded on first use, switched, unloaded. torch is imported here, inside functions only.
 
-One reply at a time: two streams on one model would record each other's routing.
+One reply at a time: two streams on one base would take each other's adapter and record each other's routing.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
-from app.routing_view import REELS, Reel
-from mole.config import AdapterConfig
+from app import placing
+from app.filming import film, new_reel
+from app.routing_view import Reel
+from mole.config import ModelConfig
+from mole.errors import ModelError
+from mole.models import IMPORTING, import_ahead
+from mole.steering import AS_TRAINED, Steering
 
 if TYPE_CHECKING:
-    from mole.chat import Step
-    from mole.models import Loaded
+    from mole.shelf import Shelf
+    from mole.trace import Trace
 
-NO_ROUTING = "This is the base model without an adapter: it has no experts, so there is no routing to show."
-ONE_EXPERT = "This adapter is plain LoRA: one expert a layer, always used, so there is no routing to show."
-NOT_OURS = "This adapter has no router, so there is no routing to show."
+WATCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Saying:
-    """One moment of a reply: its text and reel so far, the number of its tokens, and the seconds since the prompt."""
+    """One moment of a reply.
+
+    Attributes:
+        text: the reply so far.
+        reel: its routing so far, for the page.
+        count: number of its tokens.
+        seconds: since the prompt was read.
+        finished: whether this is the last moment.
+        tokens, trace, prompt: texts of all tokens, the prompt's too; their routing; how many are the prompt's.
+        notice: what the person should know about the model, or None.
+    """
 
     text: str
     reel: Reel
     count: int
     seconds: float
     finished: bool
+    tokens: list[str]
+    trace: Trace | None
+    prompt: int
+    notice: str | None
+
+    def trace_json(self) -> dict[str, Any] | None:
+        """The routing as `mole chat --trace` writes it; None where nothing was recorded."""
+        return self.trace.to_dict(self.tokens, self.prompt) if self.trace is not None else None
 
 
 class Engine:
-    """Holds at most one loaded target; safe to call from any thread."""
+    """The models in memory, and the turns they take; safe to call from any thread."""
 
     def __init__(self) -> None:
         # Not an RLock: a reply is a generator whose steps the server runs in any of its threads.
         self._using = Lock()
-        self._loaded: Loaded | None = None
-        self._key: tuple[Any, ...] | None = None
+        self._shelf: Shelf | None = None
+        self._watcher: Thread | None = None
+        self._insists = False
+        """Whether the last reply was to be on the GPU although a run trained there."""
 
-    def holds(self, target: str) -> bool:
+    @property
+    def shelf(self) -> Shelf:
+        """What is in memory."""
+        if self._shelf is None:
+            with IMPORTING:
+                from mole.shelf import Shelf
+
+            leave_a_core()
+            self._shelf = Shelf()
+        return self._shelf
+
+    def holds(self, target: str, device: str = "auto") -> bool:
         """Whether the target is in memory, as it is on disk now. Raises `MoleError` when there is no such target."""
-        return self._key == key_of(target)
+        return self.shelf.holds(target, ModelConfig(device=device))
 
     def unload(self) -> None:
         """Give the memory back, once the reply that is being written is done."""
         with self._using:
-            self._unload()
+            if self._shelf is not None:
+                self._shelf.clear()
 
     def warm_up(self) -> None:
         """Import what a first reply needs, in the background, while the message is being typed."""
+
+        def import_it() -> None:
+            with IMPORTING:
+                importlib.import_module("mole.chat")
+                import_ahead()
+
         if "mole.chat" not in sys.modules:
-            Thread(target=importlib.import_module, args=("mole.chat",), name="warm-up", daemon=True).start()
-
-    def _unload(self) -> None:
-        self._loaded = self._key = None
-        gc.collect()
-        torch = sys.modules.get("torch")  # never the first to import it
-        if torch is not None and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _load(self, target: str) -> Loaded:
-        """The loaded target; what was there before is given back first."""
-        key = key_of(target)
-        if self._loaded is None or self._key != key:
-            self._unload()
-            from mole.models import load_target
-
-            self._loaded = load_target(target)
-            self._key = key
-        return self._loaded
+            Thread(target=import_it, name="warm-up", daemon=True).start()
 
     def say(
-        self, target: str, messages: list[dict[str, str]], settings: dict[str, Any], should_stop: Callable[[], bool]
+        self,
+        target: str,
+        messages: list[dict[str, str]],
+        settings: dict[str, Any],
+        should_stop: Callable[[], bool] = lambda: False,
+        *,
+        steering: Steering = AS_TRAINED,
+        against: str | None = None,
+        device: str = "auto",
     ) -> Iterator[Saying]:
-        """Answer a conversation, a `Saying` a token; `settings` are those of `mole.chat.ChatSettings`.
+        """Answer a conversation, a `Saying` a token; none at all when stopped before its turn.
 
-        Raises `MoleError`: what is wrong with the target, the settings or the conversation.
+        Args:
+            target: what answers, see `mole.models.locate`.
+            messages: the conversation.
+            settings: those of `mole.chat.ChatSettings`.
+            should_stop: asked before every token; true ends the reply.
+            steering: what is different in the routing of this reply.
+            against: id of an earlier reel to show the difference from.
+            device: as in `model.device`.
+
+        Raises `MoleError`: what is wrong with the target, the settings or the conversation, or too little memory.
         """
-        with self._using:
+        while not self._using.acquire(timeout=0.2):
+            if should_stop():
+                return
+        try:
+            self._insists = device == "auto" and bool(placing.training_on(placing.device()))
+            yield from self._say(target, messages, settings, should_stop, steering, against, device)
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            self.shelf.clear()
+            raise ModelError(
+                "There is not enough memory for this reply. Shorten the conversation, compare fewer models, or wait "
+                "until a run that trains has ended."
+            ) from None
+        finally:
+            self._using.release()
+
+    def _say(
+        self, target: str, messages: list[dict[str, str]], settings: dict[str, Any], should_stop: Callable[[], bool],
+        steering: Steering, against: str | None, device: str,
+    ) -> Iterator[Saying]:  # fmt: skip
+        with IMPORTING:
             from mole.chat import ChatSettings, stream
 
-            loaded = self._load(target)
+        chosen = ChatSettings(**settings)
+        with self.shelf.use(target, ModelConfig(device=device)) as loaded:
+            if loaded.model.device.type == "cuda":
+                self._watch()
             reel: Reel | None = None
-            begun, count = time.monotonic(), 0
-            for step in stream(loaded, messages, ChatSettings(**settings), should_stop=should_stop):
+            tokens: list[str] = []
+            begun = time.monotonic()
+            for step in stream(loaded, messages, chosen, should_stop=should_stop, steering=steering):
+                tokens += [text for _, text in step.tokens]
                 if reel is None:
-                    reel, begun = new_reel(loaded, step), time.monotonic()
-                else:
-                    count += len(step.tokens)
+                    reel, begun = new_reel(loaded, step, steering, against), time.monotonic()
                 film(reel, step)
                 reel.meta["finished"] = step.finished
-                yield Saying(step.text, reel, count, time.monotonic() - begun, step.finished)
+                count, seconds = max(len(tokens) - step.prompt_tokens, 0), time.monotonic() - begun
+                yield Saying(
+                    step.text, reel, count, seconds, step.finished, tokens, step.trace, step.prompt_tokens,
+                    loaded.notice,
+                )  # fmt: skip
+
+    def _watch(self) -> None:
+        """Give a GPU's memory back as soon as a run begins to train there, whether or not anybody chats then."""
+        if self._watcher is None or not self._watcher.is_alive():
+            self._watcher = Thread(target=self._yield_gpu, name="yield-gpu", daemon=True)
+            self._watcher.start()
+
+    def _yield_gpu(self) -> None:
+        while self.shelf.on("cuda"):
+            time.sleep(WATCH_SECONDS)
+            if not self._insists and placing.training_on(placing.device()) and self._using.acquire(blocking=False):
+                try:
+                    self.shelf.clear("cuda")
+                finally:
+                    self._using.release()
 
 
-def key_of(target: str) -> tuple[Any, ...]:
-    """What a target stands for on disk now; a run trained anew under the same name has another key."""
-    from mole.models import locate
+def leave_a_core() -> None:
+    """Leave the page a core of its own, unless the person chose how many threads there are (`OMP_NUM_THREADS`).
 
-    base, folder = locate(target)
-    stamp = (folder / "adapter_config.json").stat().st_mtime_ns if folder else 0
-    return base, folder, stamp
-
-
-def new_reel(loaded: Loaded, step: Step) -> Reel:
-    """An empty reel for a reply of this model."""
-    layers, experts = (step.trace.layers, step.trace.experts) if step.trace else (0, 0)
-    meta: dict[str, Any] = {"prompt": step.prompt_tokens, "router": loaded.router, "about": about(loaded)}
-    if experts < 2:
-        note = NO_ROUTING if loaded.adapter_dir is None else ONE_EXPERT if loaded.router == "lora" else NOT_OURS
-        return REELS.new(note=note, **meta)
-    counts, threshold = shape(loaded.adapter_dir, layers, experts)
-    meta["about"] += f" · {experts} experts · {layers} layers"
-    return REELS.new(layers=layers, experts=experts, counts=counts, threshold=threshold, **meta)
-
-
-def about(loaded: Loaded) -> str:
-    """A loaded target in a few words."""
-    base = Path(loaded.base).name
-    return f"{base}, base model" if loaded.adapter_dir is None else f"{loaded.router} on {base}"
-
-
-def shape(folder: Path | None, layers: int, experts: int) -> tuple[list[int], float | None]:
-    """Experts by layer, and the entropy threshold where the method has one, as the adapter's own config says."""
-    from mole.models import read_adapter_config
-
-    values = read_adapter_config(folder) if folder else {}
-    allocation = AdapterConfig(num_experts=values.get("num_experts", experts))
-    threshold = values.get("entropy_threshold") if values.get("router") == "dynmole" else None
-    return [allocation.experts_at(layer, layers) for layer in range(layers)], threshold
-
-
-def film(reel: Reel, step: Step) -> None:
-    """Add a step's tokens and routing to the reel, as bytes."""
-    experts = reel.meta["experts"]
-    if step.routing is None or not experts or not step.tokens:
-        return
-
+    torch's threads wait for each other by spinning: one that has to wait for the page holds up all, and on two cores
+    a reply takes twice as long.
+    """
     import torch
 
-    def bytes_of(values: torch.Tensor) -> bytes:
-        return values.clamp(0, 1).mul(255).round().to(torch.uint8).numpy().tobytes()
-
-    delta = step.routing
-    texts = [text for _, text in step.tokens]
-    reel.extend(texts, bytes_of(delta.weights), bytes_of(delta.entropy), bytes_of(delta.active / experts))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), max((os.cpu_count() or 2) - 1, 1)))
 
 
 ENGINE = Engine()
 
 
 class Stops:
-    """Which conversations were asked to stop, by the browser session they belong to."""
+    """Which replies go on: of each browser session the one that was begun last, until somebody asks to stop it."""
 
     def __init__(self) -> None:
-        self._asked: set[str] = set()
+        self._current: dict[str, object] = {}
         self._lock = Lock()
 
+    def begin(self, session: str) -> Callable[[], bool]:
+        """Begin a reply, which ends the session's former one; gives what tells whether to stop."""
+        mine = object()
+        with self._lock:
+            self._current[session] = mine
+        return lambda: self._current.get(session) is not mine
+
     def ask(self, session: str) -> None:
+        """End the session's reply after the token it is at."""
         with self._lock:
-            self._asked.add(session)
-
-    def clear(self, session: str) -> None:
-        with self._lock:
-            self._asked.discard(session)
-
-    def asked(self, session: str) -> bool:
-        with self._lock:
-            return session in self._asked
+            self._current.pop(session, None)
 
 
 STOPS = Stops()

@@ -17,7 +17,9 @@ import gradio as gr
 import yaml
 from gradio.components import Component
 
-from mole.config import ROUTERS, SECTIONS, RunConfig
+from app import problem
+from mole.config import ROUTERS, SECTIONS, AdapterConfig, RunConfig
+from mole.errors import DataError, ModelError, MoleError
 from mole.fields import options_of, spec_of
 
 WORDS = {
@@ -34,6 +36,12 @@ def label_of(item: dataclasses.Field[Any]) -> str:
         return spec.label
     text = " ".join(WORDS.get(word, word) for word in item.name.split("_"))
     return text if text.startswith(("LoRA", "CV")) else text[:1].upper() + text[1:]
+
+
+def help_of(item: dataclasses.Field[Any]) -> str:
+    """A setting's help, with its default where that is the paper's."""
+    spec = spec_of(item)
+    return f"{spec.help} Paper: {spelled(default_of(item))}." if spec.papers else spec.help
 
 
 def element_id(dotted: str, router: str = "") -> str:
@@ -56,7 +64,7 @@ def component(owner: type, item: dataclasses.Field[Any], **given: Any) -> Compon
     """
     spec, default = spec_of(item), default_of(item)
     kinds = options_of(typing.get_type_hints(owner)[item.name])
-    shown: dict[str, Any] = {"label": label_of(item), "info": spec.help, "value": default, **given}
+    shown: dict[str, Any] = {"label": label_of(item), "info": help_of(item), "value": default, **given}
     if "choices" in given:
         return gr.Dropdown(**shown)
     if spec.choices:
@@ -99,14 +107,20 @@ class RunForm:
     shared: dict[str, Component] = field(default_factory=dict)
     own: dict[str, dict[str, Component]] = field(default_factory=dict)
     groups: dict[str, gr.Column] = field(default_factory=dict)
+    folds: dict[str, list[str]] = field(default_factory=dict)
+    """The accordions a field is in, the outermost first, by element id; kept, for the page forgets them when served."""
 
     def add(self, section: str, name: str, **given: Any) -> Component:
         """Make the component of the setting `section.name` where we stand in the layout."""
         owner = SECTIONS[section]
         item = next(entry for entry in dataclasses.fields(owner) if entry.name == name)
         dotted = f"{section}.{name}"
-        self.shared[dotted] = component(owner, item, elem_id=element_id(dotted), **given)
+        self.shared[dotted] = self._kept(component(owner, item, elem_id=element_id(dotted), **given))
         return self.shared[dotted]
+
+    def _kept(self, made: Component) -> Component:
+        self.folds[str(made.elem_id)] = folds_of(made)
+        return made
 
     def add_name(self) -> Component:
         """The run's name, which belongs to no section."""
@@ -125,7 +139,7 @@ class RunForm:
         self.own[router] = {}
         with gr.Column(visible=visible, elem_classes="own-fields", elem_id=f"router-{router}") as group:
             self._add_own(router, [item for item in items if item not in losses])
-            with gr.Accordion("Loss weights", open=False, elem_classes="accordion-card"):
+            with gr.Accordion("Loss weights", open=False, elem_classes="accordion-card", elem_id=f"losses-{router}"):
                 self._add_own(router, losses)
         self.groups[router] = group
         return group
@@ -135,7 +149,8 @@ class RunForm:
             with gr.Row():
                 for item in pair:
                     dotted = element_id(f"adapter.{item.name}", router)
-                    self.own[router][item.name] = component(ROUTERS[router], item, elem_id=dotted, min_width=180)
+                    made = component(ROUTERS[router], item, elem_id=dotted, min_width=180)
+                    self.own[router][item.name] = self._kept(made)
 
     @property
     def inputs(self) -> list[Any]:
@@ -165,6 +180,24 @@ class RunForm:
         """The run as the page has it. Raises `InputError` naming the field."""
         return RunConfig.from_dict(self.nested(values))
 
+    def fill(self, config: RunConfig) -> list[Any]:
+        """The values of `inputs` that show a config; the settings of routers it has not chosen go back to defaults."""
+        values = config.to_dict()
+        shown = {dotted: value_at(values, dotted) for dotted in self.shared}
+        filled = [in_component(made, shown[dotted]) for dotted, made in self.shared.items()]
+        for router, group in self.own.items():
+            chosen = config.adapter if router == config.adapter.router else AdapterConfig.from_flat({"router": router})
+            filled += [in_component(made, chosen.to_flat()[name]) for name, made in group.items()]
+        return filled
+
+    def told(self, values: Sequence[Any], error: MoleError, reveal: bool = False) -> dict[str, Any]:
+        """An error as the page's problem line, at the field it is about; `values` are those of `inputs`."""
+        dotted = error.field
+        if dotted is None and isinstance(error, (DataError, ModelError)):
+            dotted = "data.path" if isinstance(error, DataError) else "model.name"
+        element = self.element_of(dotted, self.nested(values)["adapter"]["router"])
+        return problem.told(str(error), element, reveal, self.folds.get(element, []))
+
     def element_of(self, dotted: str | None, router: str) -> str:
         """The page's element of a setting named by an error; empty when the form has none."""
         if not dotted:
@@ -174,6 +207,29 @@ class RunForm:
             return element_id(dotted, router)
         known = dotted if dotted in self.shared else ".".join(dotted.split(".")[:2])
         return element_id(known) if known in self.shared else ""
+
+
+def folds_of(made: Component) -> list[str]:
+    """The element ids of the accordions a component is in, the outermost first."""
+    folds: list[str] = []
+    around: Any = made.parent
+    while around is not None:
+        if isinstance(around, gr.Accordion) and around.elem_id:
+            folds.insert(0, around.elem_id)
+        around = around.parent
+    return folds
+
+
+def value_at(values: Mapping[str, Any], dotted: str) -> Any:
+    """The setting `section.name` (or `name`) of the nested form of `run.yaml`."""
+    for part in dotted.split("."):
+        values = values[part]
+    return values
+
+
+def in_component(made: Component, value: Any) -> Any:
+    """A setting's value as its component shows it: text boxes have it as it is typed on a command line."""
+    return spelled(value) if isinstance(made, gr.Textbox) else value
 
 
 def differences(config: RunConfig) -> Iterator[tuple[str, Any, str | None]]:
@@ -210,9 +266,14 @@ def command(config: RunConfig) -> str:
 def spelled(value: Any) -> str:
     """A setting's value as it is typed on a command line; empty for one that is not set."""
     if isinstance(value, (list, tuple)):
-        return ",".join(str(entry) for entry in value)
+        text = ",".join(str(entry) for entry in value)
+        return text if len(value) > 1 else f"[{text}]"
     if isinstance(value, dict):
-        return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()
+        return (
+            ""
+            if not value
+            else yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()
+        )
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

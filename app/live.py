@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import html
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from app import charts, settings
 from app.run_view import run_view
+from app.wiring import QUIET
 from mole import runs
 from mole.errors import MoleError, RunError
+from mole.secrecy import redacted
 
 TICK = 1.0
+TICK_READING = 0.3
+"""Seconds between two looks at a run, and while its past is still being read."""
+LONGEST = 600
+"""Characters of a message that comes up."""
 ALIVE = ("queued", "running")
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""How small events are wired: nothing flickers, and they are no part of the API."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a page has been shown: how far the events were read, and the state the buttons stand for."""
+    """What a page has been shown, the state the buttons stand for, and the seconds between its looks (0: none)."""
 
     cursor: charts.Cursor = charts.Cursor()
     state: str = ""
+    pace: float = 0.0
 
 
 @dataclass
@@ -46,11 +52,19 @@ class Live:
 
 def build(prefix: str) -> Live:
     """Make the view and its buttons where we stand in the layout; `prefix` begins their element ids."""
-    view = run_view(elem_id=f"{prefix}-run")
     with gr.Row(elem_classes="buttons") as buttons:
-        stop = gr.Button("Stop", size="md", visible=False, elem_id=f"{prefix}-stop")
-        resume = gr.Button("Resume", size="md", visible=False, elem_id=f"{prefix}-resume")
-        chat = gr.Button("Chat with this", variant="primary", size="md", visible=False, elem_id=f"{prefix}-chat")
+        stop = gr.Button("Stop", size="md", scale=0, min_width=110, visible=False, elem_id=f"{prefix}-stop")
+        resume = gr.Button("Resume", size="md", scale=0, min_width=110, visible=False, elem_id=f"{prefix}-resume")
+        chat = gr.Button(
+            "Chat with this",
+            variant="primary",
+            size="md",
+            scale=0,
+            min_width=110,
+            visible=False,
+            elem_id=f"{prefix}-chat",
+        )
+    view = run_view(elem_id=f"{prefix}-run", server_functions=[charts.routing_at, charts.whole])
     live = Live(gr.State(""), gr.State(Seen()), gr.Timer(TICK, active=False), view, stop, resume, chat, buttons)
     live.timer.tick(tick, [live.name, live.seen], live.shown, queue=False, **QUIET)
     stop.click(press_stop, live.name, None, **QUIET).then(show, live.name, live.shown, **QUIET)
@@ -78,15 +92,17 @@ def tick(name: str, seen: Seen) -> list[Any]:
         return [{"status": None}, Seen(), gr.Timer(active=False), *[gr.Button(visible=False)] * 3]
     value, cursor = charts.delta(run, seen.cursor)
     state = value["status"]["state"]
-    goes_on = state in ALIVE or cursor != seen.cursor
+    reading = value["reading"] is not None
+    pace = TICK_READING if reading else TICK if state in ALIVE or cursor != seen.cursor else 0.0
+    timer = gr.skip() if pace == seen.pace else gr.Timer(pace or TICK, active=pace > 0)
+    shown = Seen(cursor, state, pace)
     if state == seen.state:
-        timer = gr.skip() if goes_on else gr.Timer(active=False)
-        return [value, replace(seen, cursor=cursor), timer, gr.skip(), gr.skip(), gr.skip()]
+        return [value, shown, timer, gr.skip(), gr.skip(), gr.skip()]
     locked = bool(settings.space_id())
     return [
         value,
-        Seen(cursor, state),
-        gr.Timer(active=goes_on),
+        shown,
+        timer,
         gr.Button(visible=state in ALIVE and not locked),
         gr.Button(visible=state in ("stopped", "interrupted", "failed") and not locked),
         gr.Button(visible=state == "finished"),
@@ -110,10 +126,16 @@ def told(action: Any) -> Any:
     try:
         return action()
     except MoleError as error:
-        gr.Warning(str(error), title="Not done")
+        gr.Warning(harmless(str(error)), title="Not done")
         return None
 
 
-def newest(*states: str) -> str:
-    """The name of the newest run in one of these states; empty when there is none."""
-    return next((run.name for run in reversed(runs.list_runs()) if run.state in states), "")
+def harmless(text: str) -> str:
+    """Text for a message that comes up on the page, which would be taken for HTML."""
+    return html.escape(shortened(text), quote=False)
+
+
+def shortened(text: str) -> str:
+    """A message in one line of bounded length, without tokens."""
+    text = " ".join(redacted(text).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import inspect
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mole import runs
-from mole.errors import DataError, RunError
+from mole import checkpoint, limits, runs
+from mole.config import RunConfig
+from mole.errors import ConfigError, DataError, InputError, ModelError, RunError
+from mole.formats import SUFFIXES, local_path
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "MoLE Studio"
 CLAIM = "Train a mixture of LoRA experts, and watch which experts answer."
-MAX_UPLOAD = "1gb"
-MAX_QUEUE = 64
 DELETE_CACHE = (24 * 3600, 24 * 3600)
 """Gradio's own copies of uploads are looked at, and deleted, after a day; ours in `$MOLE_HOME/uploads` stay."""
 
@@ -30,12 +30,32 @@ def space_id() -> str:
     return os.environ.get("SPACE_ID", "")
 
 
-def sample(name: str) -> Path | None:
-    """A file of the sample data: in the working tree, or inside the installed package; None when neither has it."""
+def names() -> set[str]:
+    """Further names the studio answers under, of a proxy before it: `$MOLE_HOSTS`, with commas between them."""
+    return {name.strip().lower() for name in os.environ.get("MOLE_HOSTS", "").split(",") if name.strip()}
+
+
+def debug() -> bool:
+    """Whether errors are told with their tracebacks: `mole studio --debug`."""
+    return "--debug" in sys.argv
+
+
+def asset(*parts: str) -> Path | None:
+    """A file or folder of `assets/`: in the working tree, or inside the installed package; None when neither has it."""
     import mole
 
-    places = (ROOT / "assets" / "data" / name, Path(mole.__file__).parent / "assets" / "data" / name)
-    return next((path for path in places if path.is_file()), None)
+    places = (ROOT / "assets", Path(mole.__file__).parent / "assets")
+    return next((path for place in places if (path := place.joinpath(*parts)).exists()), None)
+
+
+def sample(name: str) -> Path | None:
+    """A file of the sample data."""
+    return asset("data", name)
+
+
+def demo() -> Path | None:
+    """The demo adapter's folder, as a target to chat with."""
+    return asset("demo") if asset("demo", "adapter", "adapter_config.json") else None
 
 
 def keep_upload(path: str) -> Path:
@@ -44,21 +64,62 @@ def keep_upload(path: str) -> Path:
     Raises `DataError` when it cannot be read.
     """
     source = Path(path)
+    if source.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"The upload {source.name} is no data file; give one of {', '.join(SUFFIXES)}.", field="data.path"
+        )
     try:
-        digest = hashlib.sha256()
-        with source.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem).strip(".-")[:60] or "data"
-        kept = runs.home() / "uploads" / f"{stem}-{digest.hexdigest()[:8]}{source.suffix.lower()}"
+        kept = runs.home() / "uploads" / f"{stem}-{checkpoint.sha256(source)[:8]}{source.suffix.lower()}"
         kept.parent.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
-            aside = kept.with_name(f".{kept.name}.{os.getpid()}")
-            shutil.copyfile(source, aside)
-            aside.replace(kept)
+            check_uploads(kept.parent)
+            checkpoint.write_file(kept, lambda aside: shutil.copyfile(source, aside))
     except OSError as error:
         raise DataError(f"The upload {source.name} cannot be kept: {error}.", field="data.path") from None
     return kept
+
+
+def check_uploads(folder: Path) -> None:
+    """See that one more upload may be kept; which may go, only their owner knows. Raises `DataError`."""
+    if len(os.listdir(folder)) >= limits.UPLOADS:
+        raise DataError(
+            f"{limits.UPLOADS} uploads are kept already, which is the most; delete some in {folder}.", field="data.path"
+        )
+
+
+def check_asked(message: Any, system: Any, max_new_tokens: Any) -> None:
+    """See that what is asked of a model is bounded, whatever it is. Raises `InputError` naming the field."""
+    for field, text in (("message", message), ("system", system)):
+        if not isinstance(text, str):
+            raise ConfigError(field, text, "text")
+        if len(text) > limits.MESSAGE:
+            raise InputError(
+                f"The {field} has {len(text)} characters; it must have at most {limits.MESSAGE}.", field=field
+            )
+    if not isinstance(max_new_tokens, (int, float)) or not 1 <= max_new_tokens <= limits.NEW_TOKENS:
+        allowed = f"a whole number from 1 to {limits.NEW_TOKENS}"
+        raise ConfigError("max_new_tokens", max_new_tokens, allowed, "mole chat writes longer ones.")
+
+
+def check_public(config: RunConfig) -> None:
+    """On a Space, see that a visitor looks at samples, uploads and the small model alone. Raises `InputError`."""
+    if not space_id():
+        return
+    for path in (config.data.path, config.data.eval_path):
+        if path and not is_public(path):
+            raise DataError("This Space shows its samples and what was uploaded to it.", field="data.path")
+    if config.model != RunConfig().model:
+        raise ModelError("This Space has no such model; it has its default.", field="model.name")
+
+
+def is_public(path: str) -> bool:
+    """Whether a Space's visitor may look at a data file; elsewhere every file is the person's own."""
+    if not space_id():
+        return True
+    folders = [asset("data"), runs.home() / "uploads"]
+    found = local_path(path).resolve()
+    return any(folder is not None and found.is_relative_to(folder.resolve()) for folder in folders)
 
 
 @contextmanager

@@ -102,5 +102,6 @@ def theme() -> gr.themes.Base:
 
 
 def head() -> str:
-    """The page's style sheet, for its head."""
-    return f"<style>{CSS.read_text(encoding='utf-8')}</style>"
+    """The page's style sheet and script, for its head."""
+    script = CSS.with_suffix(".js").read_text(encoding="utf-8")
+    return f"<style>{CSS.read_text(encoding='utf-8')}</style><script type=module>{script}</script>"

@@ -3,8 +3,16 @@
 
 // Sequential, perceptually even and colour-blind-safe ("mako"): light pages run from pale to dark, dark ones back.
 const MAKO = ["#0b0405", "#2e1e3b", "#413d7b", "#37659e", "#348fa7", "#40b7ad", "#8bdab2", "#def5e5"].map(rgb);
-// Okabe-Ito: the hues of experts; after eight they start over, the number tells them apart.
-const HUES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#8a8a8a"].map(rgb);
+// The hues of experts, after Okabe and Ito; after eight they start over, the number tells them apart.
+const HUES = {
+  light: ["#0c3897", "#ffa000", "#307975", "#c039ff", "#77c0eb", "#733628", "#7a7703", "#b8a5a7"].map(rgb),
+  dark: ["#0063d5", "#ab901a", "#27e09b", "#fc6ab0", "#b4bdff", "#9d522e", "#dffa0c", "#707874"].map(rgb),
+};
+// The two arms of differences, from zero outwards: less is blue, more is orange.
+const DIVERGING = {
+  light: [["#f1f2f2", "#a9cbe6", "#4f93c8", "#155a9a", "#07325f"], ["#f1f2f2", "#f9cf9c", "#ec9440", "#b85c0c", "#6f3303"]].map((arm) => arm.map(rgb)),
+  dark: [["#262d33", "#1f4f7d", "#2f7fc2", "#6fb4ee", "#c6e3ff"], ["#262d33", "#6b4215", "#b5701c", "#eda64a", "#ffe0b0"]].map((arm) => arm.map(rgb)),
+};
 
 function rgb(hex) {
   const value = parseInt(hex.slice(1), 16);
@@ -31,11 +39,13 @@ function isDark() {
   return document.body.classList.contains("dark");
 }
 
-// The page's colours as they are now; read at every draw, so that a change of theme needs only a redraw.
+// The page's colours, light or dark as it is now. Asking the browser costs a layout, so each is asked for once.
+const looks = {};
 function theme(element) {
-  const style = getComputedStyle(element);
   const dark = isDark();
-  return {
+  if (looks[dark]) return looks[dark];
+  const style = getComputedStyle(element);
+  const look = {
     dark,
     text: style.getPropertyValue("--body-text-color").trim() || (dark ? "#eee" : "#222"),
     muted: style.getPropertyValue("--body-text-color-subdued").trim() || "#888",
@@ -45,6 +55,8 @@ function theme(element) {
     empty: dark ? "rgba(255,255,255,.045)" : "rgba(0,0,0,.035)",
     font: style.fontFamily || "system-ui, sans-serif",
   };
+  if (element.isConnected) looks[dark] = look;
+  return look;
 }
 
 // Heat of a value 0…1. The very ends are left out: they would vanish against the page.
@@ -54,8 +66,27 @@ function heat(share, dark) {
   return mix(MAKO[low], MAKO[low + 1], at - low);
 }
 
-function hue(expert) {
-  return HUES[expert % HUES.length];
+function hue(expert, dark = isDark()) {
+  const hues = HUES[dark ? "dark" : "light"];
+  return hues[expert % hues.length];
+}
+
+// A difference −1…1 in blue and orange, which no colour-blindness confuses; zero is next to the page's own colour.
+function divergingColour(share, dark) {
+  const arm = DIVERGING[dark ? "dark" : "light"][share < 0 ? 0 : 1];
+  const at = Math.min(Math.abs(share), 1) * (arm.length - 1);
+  const low = Math.min(Math.floor(at), arm.length - 2);
+  return mix(arm[low], arm[low + 1], at - low);
+}
+
+// Black or white, whichever reads better: at least 4.58 : 1 on any colour there is.
+function ink(fill) {
+  return luminance(fill) > 0.179 ? "#000000" : "#ffffff";
+}
+
+// A token's colour. Hue: the strongest expert. Lightness: entropy, the surer the fuller.
+function chipFill(expert, entropy, dark = isDark()) {
+  return mix(dark ? [22, 27, 32] : [255, 255, 255], hue(expert, dark), 0.2 + 0.8 * (1 - clamp(entropy)) ** 0.5);
 }
 
 function clamp(value) {
@@ -66,17 +97,37 @@ function number(value, digits = 2) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   if (size >= 1000) return Math.round(value).toLocaleString("en");
-  if (size !== 0 && size < 0.001) return value.toExponential(1);
+  if (size !== 0 && size < 0.001) return value.toExponential(1).replace(".0e", "e");
   return String(Number(value.toFixed(size < 0.1 ? Math.max(digits, 4) : digits)));
+}
+
+function signed(value, digits = 3) {
+  return `${value < 0 ? "−" : "+"}${number(Math.abs(value), digits)}`;
+}
+
+function fixed(value, digits = 2) {
+  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
 }
 
 function percent(value) {
   return `${Math.round(value * 100)} %`;
 }
 
+const widths = new WeakMap();
+const widthsObserver = new ResizeObserver((entries) => entries.forEach(({ target, contentRect }) => widths.set(target, contentRect.width)));
+
+// An element's width without a layout in the middle of a frame: asked for once, then told by the browser.
+function widthOf(element) {
+  if (!widths.get(element)) {
+    widths.set(element, element.clientWidth);
+    widthsObserver.observe(element);
+  }
+  return Math.max(widths.get(element), 1);
+}
+
 // A canvas context in CSS pixels, sharp on every screen.
 function surface(canvas, height) {
-  const width = Math.max(canvas.clientWidth, 1);
+  const width = widthOf(canvas);
   const ratio = window.devicePixelRatio || 1;
   const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
   if (canvas.width !== w || canvas.height !== h) {
@@ -92,130 +143,26 @@ function surface(canvas, height) {
 
 // Calls `draw` at most once a frame, again when the theme or the size changes, and not while nobody can see it.
 function painter(element, draw) {
-  let asked = false;
+  let [asked, near] = [false, false];
   const ask = () => {
-    if (asked) return;
+    if (asked || !near) return;
     asked = true;
     requestAnimationFrame(() => {
       asked = false;
-      if (element.isConnected && element.offsetParent !== null) draw();
+      if (element.isConnected) draw();
     });
   };
+  const look = ([entry]) => {
+    near = entry.isIntersecting;
+    ask();
+  };
+  new IntersectionObserver(look, { rootMargin: "2000px" }).observe(element);
   new ResizeObserver(ask).observe(element);
   new MutationObserver(ask).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   return ask;
 }
 
-// The smallest of a few fixed ceilings that holds `largest`: colours keep their meaning from one token to the next.
-function ceiling(largest, experts) {
-  return [2 / Math.max(experts, 1), 0.5, 1].filter((c) => c <= 1).find((c) => largest <= c + 1e-6) || 1;
-}
-
 const GUTTER = 30; // left of a plot, for its numbers
-
-// Layer × expert heatmap: layers run right, experts down, and under it a row of entropy and one of active experts.
-// `data`: {layers, experts, counts [layer], weight(layer, expert), entropy(layer), active(layer), top}.
-function drawHeatmap(canvas, data, mark) {
-  const { layers, experts } = data;
-  const look = theme(canvas);
-  const rowHeight = Math.max(3, Math.min(22, Math.floor(176 / experts)));
-  const strip = 13;
-  const bottom = experts * rowHeight;
-  const { context, width } = surface(canvas, bottom + 2 * strip + 28);
-  const cell = (width - GUTTER) / layers;
-  const gapX = cell > 5 ? 1 : 0;
-  const gapY = rowHeight > 5 ? 1 : 0;
-  for (let layer = 0; layer < layers; layer++) {
-    const x = GUTTER + layer * cell;
-    const w = Math.max(cell - gapX, 0.5);
-    for (let expert = 0; expert < experts; expert++) {
-      const absent = expert >= data.counts[layer];
-      context.fillStyle = absent ? look.empty : css(heat(data.weight(layer, expert) / data.top, look.dark));
-      const inset = absent ? 0.3 * rowHeight : 0;
-      context.fillRect(x, expert * rowHeight + inset, w, rowHeight - gapY - 2 * inset);
-    }
-    [data.entropy(layer), data.active(layer) / Math.max(data.counts[layer], 1)].forEach((share, row) => {
-      context.fillStyle = look.muted;
-      context.globalAlpha = 0.06 + 0.74 * clamp(share);
-      context.fillRect(x, bottom + 6 + row * strip, w, strip - 2);
-      context.globalAlpha = 1;
-    });
-  }
-  labelHeatmap(context, look, { layers, experts, cell, rowHeight, bottom, strip });
-  if (mark && mark.layer < layers) {
-    context.strokeStyle = look.text;
-    context.lineWidth = 1.5;
-    const high = mark.expert < experts ? [mark.expert * rowHeight, rowHeight] : [bottom + 5, 2 * strip];
-    context.strokeRect(GUTTER + mark.layer * cell - 0.5, high[0] - 0.5, cell, high[1]);
-  }
-  canvas.dataset.draws = String(Number(canvas.dataset.draws || 0) + 1);
-  canvas.geometry = { cell, rowHeight, bottom, layers, experts };
-}
-
-function labelHeatmap(context, look, { layers, experts, cell, rowHeight, bottom, strip }) {
-  context.font = `11px ${look.font}`;
-  context.fillStyle = look.muted;
-  context.textBaseline = "middle";
-  context.textAlign = "right";
-  const every = Math.max(1, Math.ceil(13 / rowHeight));
-  for (let expert = 0; expert < experts; expert += every) {
-    context.fillText(String(expert + 1), GUTTER - 7, (expert + 0.5) * rowHeight);
-  }
-  context.fillText("H", GUTTER - 7, bottom + 6 + strip / 2 - 1);
-  context.fillText("n", GUTTER - 7, bottom + 6 + strip * 1.5 - 1);
-  context.textAlign = "center";
-  const step = [1, 2, 5, 10, 20, 50].find((s) => s * cell >= 24) || 100;
-  for (let layer = 0; layer < layers; layer++) {
-    if (layer === 0 || (layer + 1) % step === 0) {
-      const x = Math.min(GUTTER + (layer + 0.5) * cell, GUTTER + layers * cell - 7);
-      context.fillText(String(layer + 1), x, bottom + 2 * strip + 19);
-    }
-  }
-}
-
-// The layer and expert under a pointer; an expert past the last one means the two strips below.
-function heatmapCell(canvas, event) {
-  const shape = canvas.geometry;
-  if (!shape) return null;
-  const box = canvas.getBoundingClientRect();
-  const layer = Math.floor((event.clientX - box.left - GUTTER) / shape.cell);
-  const y = event.clientY - box.top;
-  if (layer < 0 || layer >= shape.layers || y > shape.bottom + 34) return null;
-  return { layer, expert: Math.min(Math.floor(y / shape.rowHeight), shape.experts) };
-}
-
-function heatmapText(data, mark) {
-  const where = `Layer ${mark.layer + 1}`;
-  const sure = `entropy ${number(data.entropy(mark.layer))}, ${number(data.active(mark.layer), 1)} of ${data.counts[mark.layer]} experts active`;
-  if (mark.expert >= data.experts) return `${where}: ${sure}`;
-  if (mark.expert >= data.counts[mark.layer]) return `${where} has no expert ${mark.expert + 1}`;
-  const weight = data.weight(mark.layer, mark.expert);
-  return `${where}, expert ${mark.expert + 1}: weight ${number(weight, 3)} (even: ${number(1 / data.counts[mark.layer], 3)}); ${sure}`;
-}
-
-// The colour scale of a heatmap, with a tick where all experts share evenly.
-function drawScale(canvas, top, experts) {
-  const look = theme(canvas);
-  const { context, width } = surface(canvas, 26);
-  for (let x = 0; x < width; x++) {
-    context.fillStyle = css(heat(x / width, look.dark));
-    context.fillRect(x, 0, 1, 8);
-  }
-  const even = 1 / Math.max(experts, 1);
-  context.fillStyle = look.muted;
-  context.font = `11px ${look.font}`;
-  context.textBaseline = "alphabetic";
-  context.textAlign = "left";
-  context.fillText("0", 0, 22);
-  context.textAlign = "right";
-  context.fillText(number(top), width, 22);
-  if (experts > 1 && even < top * 0.85) {
-    const x = (even / top) * width;
-    context.fillRect(x - 0.5, 0, 1, 12);
-    context.textAlign = "center";
-    context.fillText("even", Math.max(x, 24), 22);
-  }
-}
 
 // Round steps for an axis from `low` to `high`: at most `count` + 1 of them.
 function ticks(low, high, count) {

@@ -1,271 +1,218 @@
-// The routing view beside the chat. Its value is a small delta: `meta` says which reply, model and shape it belongs to,
-// `at` where its tokens start. Weights, entropy and active experts arrive as bytes (0…255 for 0…1) in base64.
-// Whatever was missed (the tab was hidden, the component was mounted anew) is fetched by its position from the server.
-const INVITATION = "Send a message: for every token of the reply, this shows which experts were at work, in which layer, and how sure the router was.";
-const $ = (selector) => element.querySelector(selector);
-const view = { meta: null, tokens: [], weights: [], entropy: [], active: [], means: [], chosen: -1, follow: true, hovered: -1, scope: "token", top: 0, fetching: false, wanted: 0 };
-const decode = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const repaint = painter(element, paint);
 
-function reset(meta) {
-  Object.assign(view, { meta, tokens: [], weights: [], entropy: [], active: [], means: [], chosen: -1, hovered: -1, follow: true, top: 0 });
-  view.mean = new Float32Array(meta.layers * meta.experts + 2 * meta.layers);
+function put(selector, text) {
+  if ($(selector).textContent !== text) $(selector).textContent = text;
+}
+
+function begin(meta) {
+  const routed = meta.experts > 0;
   $(".strip").replaceChildren();
   showPrompt(false);
-  const routed = meta.experts > 0;
+  closeLayer();
+  setScope(view.scope);
+  $('[data-scope="earlier"]').hidden = true;
   $(".views").hidden = !routed;
-  $(".scope").hidden = !routed;
+  $(".as-table").hidden = !routed;
   $(".empty").hidden = routed;
-  $(".empty").textContent = meta.note || "";
-  $(".about").textContent = meta.about || "";
-  $(".heat-title").textContent = `Experts by layer (${meta.experts} × ${meta.layers})`;
+  put(".empty", meta.note || "");
+  put(".about", meta.about || "");
+  put(".said", "");
+  view.chip = null;
 }
 
-function receive(value) {
-  if (!value) return;
-  if (!value.meta) return reset({ id: "", layers: 0, experts: 0, counts: [], prompt: 0, note: INVITATION });
-  if (!view.meta || value.meta.id !== view.meta.id) reset(value.meta);
-  Object.assign(view.meta, value.meta);
-  view.wanted = value.at + value.tokens.length;
-  if (value.at === view.tokens.length) append(value);
-  else if (view.wanted > view.tokens.length) fetchMissed();
-  if (value.meta.finished && view.tokens.length && view.tokens.length <= value.meta.prompt) showPrompt(true);
-  repaint();
+// The reply is complete: said once, for those who listen.
+function finish() {
+  if (view.told || !view.meta.experts || !view.tokens.length) return;
+  view.told = true;
+  if (replyLength() < 1) showPrompt(true);
+  else tell(`Reply of ${replyLength()} tokens. ${sentence(replyMeans())}`);
 }
 
-async function fetchMissed() {
-  if (view.fetching) return;
-  view.fetching = true;
-  try {
-    for (let more = true; more && view.tokens.length < view.wanted; ) {
-      const missed = await server.routing([view.meta.id, view.tokens.length]);
-      more = Boolean(missed) && missed.meta.id === view.meta.id && missed.at === view.tokens.length && missed.tokens.length > 0;
-      if (more) append(missed);
-    }
-  } finally {
-    view.fetching = false;
-  }
-  repaint();
+function tell(text) {
+  put(".said", text);
 }
 
-function append({ tokens, weights, entropy, active }) {
-  const { layers, experts, prompt } = view.meta;
-  if (!experts || !tokens.length) return;
-  const [w, h, a] = [decode(weights), decode(entropy), decode(active)];
-  const size = layers * experts;
+// ---- Tokens
+
+// The new tokens; in the frame, so that the browser lays the strip out once however many deltas came.
+function addChips() {
   const strip = $(".strip");
-  const atEnd = strip.scrollHeight - strip.scrollTop - strip.clientHeight < 30;
+  const from = strip.childElementCount;
+  if (from === view.tokens.length) return;
   const fragment = document.createDocumentFragment();
-  tokens.forEach((text, i) => {
-    const index = view.tokens.length;
-    view.tokens.push(text);
-    view.weights.push(w.subarray(i * size, (i + 1) * size));
-    view.entropy.push(h.subarray(i * layers, (i + 1) * layers));
-    view.active.push(a.subarray(i * layers, (i + 1) * layers));
-    view.means.push(tokenMeans(index));
-    if (index >= prompt) learn(index);
-    fragment.append(chip(text, index, index < prompt));
-  });
+  for (let index = from; index < view.tokens.length; index++) fragment.append(chip(index));
   strip.append(fragment);
-  if (view.follow) view.chosen = view.tokens.length - 1;
-  if (atEnd && view.follow) strip.scrollTop = strip.scrollHeight;
-  $(".prompt").hidden = !prompt;
-  $(".prompt").textContent = `Prompt (${prompt} tokens)`;
+  if (view.follow && view.atEnd) strip.scrollTop = strip.scrollHeight;
+  $(".prompt").hidden = !view.meta.prompt;
+  put(".prompt", `Prompt (${view.meta.prompt} tokens)`);
 }
 
-// Keeps the mean over the reply up to date, and the colours' ceiling.
-function learn(index) {
-  const { layers, experts, prompt } = view.meta;
-  const size = layers * experts;
-  const count = index - prompt + 1;
-  const values = [view.weights[index], view.entropy[index], view.active[index]];
-  let place = 0;
-  for (const part of values) for (const v of part) view.mean[place] += (v - view.mean[place++]) / count;
-  for (let i = 0; i < size; i++) view.top = Math.max(view.top, view.weights[index][i] / 255);
-}
-
-function tokenMeans(index) {
-  const { layers, experts, counts } = view.meta;
-  const load = new Array(experts).fill(0);
-  let [entropy, active, full] = [0, 0, 0];
-  for (let layer = 0; layer < layers; layer++) {
-    for (let e = 0; e < experts; e++) load[e] += view.weights[index][layer * experts + e] / 255 / layers;
-    entropy += view.entropy[index][layer] / 255 / layers;
-    active += ((view.active[index][layer] / 255) * experts) / layers;
-    full += counts[layer] / layers;
-  }
-  return { load, entropy, active, full, strongest: load.indexOf(Math.max(...load)) };
-}
-
-function chip(text, index, fromPrompt) {
+function chip(index) {
   const made = document.createElement("span");
-  made.textContent = text.replace(/\n/g, "⏎\n").replace(/\t/g, "⇥") || "∅";
-  made.id = `token-${view.meta.id}-${index}`;
+  made.textContent = view.tokens[index].replace(/\n/g, "⏎\n").replace(/\t/g, "⇥") || "∅";
+  made.id = `${uid}-${index}`;
   made.dataset.index = index;
   made.setAttribute("role", "option");
   made.setAttribute("aria-selected", "false");
-  if (fromPrompt) made.className = "from-prompt";
+  if (index < view.meta.prompt) made.className = "from-prompt";
+  if (view.means[index].strongest >= HUES.light.length) made.classList.add("again");
   colour(made, index);
   return made;
 }
 
 function colour(made, index) {
   const { strongest, entropy } = view.means[index];
-  const fill = mix(isDark() ? [22, 27, 32] : [255, 255, 255], hue(strongest), 0.16 + 0.84 * (1 - entropy) ** 0.75);
+  const fill = chipFill(strongest, entropy);
+  if (index < view.meta.prompt) {
+    made.style.borderBottom = `3px solid ${css(fill)}`;
+    return;
+  }
   made.style.background = css(fill);
-  made.style.color = luminance(fill) > 0.3 ? "#16191d" : "#ffffff";
+  made.style.color = ink(fill);
 }
 
-function shown() {
-  if (view.hovered >= 0) return view.hovered;
-  return view.chosen;
+function paintChosen() {
+  const made = $(".strip").children[shown()];
+  if (made === view.chip) return;
+  if (view.chip) view.chip.setAttribute("aria-selected", "false");
+  view.chip = made;
+  if (!made) return;
+  made.setAttribute("aria-selected", "true");
+  $(".strip").setAttribute("aria-activedescendant", made.id);
 }
 
-// What the heatmap shows: one token, or the mean over the reply.
+// Underlines the tokens that used the marked layer's expert above its even share.
+function paintUse() {
+  const { layers, experts } = view.meta;
+  const cell = view.mark && view.mark.expert < experts && view.mark.layer < layers ? view.mark : null;
+  const key = cell && `${cell.layer} ${cell.expert} ${view.tokens.length}`;
+  if (key === view.used) return;
+  view.used = key;
+  const chips = $(".strip").children;
+  for (let index = 0; index < chips.length; index++) {
+    const share = cell ? view.weights[index][cell.layer * experts + cell.expert] / 255 : 0;
+    chips[index].classList.toggle("uses", Boolean(cell) && share > view.even[cell.layer] + 1 / 510);
+  }
+}
+
+// ---- Heatmap
+
 function heatData() {
-  const { layers, experts, counts } = view.meta;
-  const index = shown();
-  const whole = view.scope === "reply" && view.hovered < 0;
+  const { layers, experts, counts, muted } = view.meta;
+  const look = scoped(view.projection);
+  if (!look) return null;
   const size = layers * experts;
-  const weights = whole ? view.mean : view.weights[index];
+  const whole = isWhole();
+  const index = shown();
   const entropy = whole ? view.mean.subarray(size, size + layers) : view.entropy[index];
   const active = whole ? view.mean.subarray(size + layers) : view.active[index];
   return {
-    layers, experts, counts, whole, top: ceiling(view.top, Math.max(...counts)),
-    weight: (layer, expert) => weights[layer * experts + expert] / 255,
+    layers, experts, counts, muted, whole, open: view.open, even: view.even, bare: Boolean(view.projection),
+    weight: look.at, diverging: look.diverging, top: topOf(look),
     entropy: (layer) => entropy[layer] / 255,
     active: (layer) => (active[layer] / 255) * experts,
   };
 }
 
+// The scale's end: it only ever grows during a reply, in few steps, and so keeps its meaning.
+function topOf({ at, diverging }) {
+  const { layers, experts } = view.meta;
+  let largest = 0;
+  for (let layer = 0; layer < layers; layer++) for (let e = 0; e < experts; e++) largest = Math.max(largest, Math.abs(at(layer, e)));
+  return endOf(`${diverging} ${view.projection}`, largest, diverging);
+}
+
+function endOf(kind, value, diverging) {
+  const largest = (view.tops[kind] = Math.max(view.tops[kind] || 0, value));
+  return diverging ? [0.05, 0.1, 0.25, 0.5].find((end) => largest <= end + 1e-6) || 1 : ceiling(largest, Math.max(...view.meta.counts));
+}
+
+function heatTitle() {
+  const { layers, experts } = view.meta;
+  const what = { reply: "mean over the reply", difference: "difference from the reply’s mean", earlier: `difference from ${earlierName()}` };
+  const scope = view.scope === "reply" && view.hovered >= 0 ? "token" : view.scope;
+  return `${experts} experts × ${layers} layers${view.projection ? `, ${view.projection}` : ""}${what[scope] ? `: ${what[scope]}` : ""}`;
+}
+
+function evenText() {
+  const values = [...new Set(view.even.map((value) => number(value, 3)))];
+  return values.length > 1 ? `${values[values.length - 1]} to ${values[0]}` : values[0];
+}
+
+// ---- Words
+
+function tokenName(index) {
+  const { prompt } = view.meta;
+  return `${index < prompt ? "Prompt token" : "Token"} ${index < prompt ? index + 1 : index - prompt + 1} “${view.tokens[index].trim() || "␣"}”`;
+}
+
+function sentence(means) {
+  const { counts, threshold, limit } = view.meta;
+  const full = counts.reduce((sum, count) => sum + count, 0) / counts.length;
+  const sure = `entropy ${number(means.entropy)}${hasThreshold() ? ` (threshold ${number(threshold)})` : ""}`;
+  const tau = limit ? `; τ ${number(means.threshold, 3)} (at most ${number(limit, 3)})` : "";
+  return `Strongest: expert ${means.strongest + 1} with ${number(means.shares[means.strongest], 3)} (even: ${evenText()}); ${sure}; ${number(means.active, 1)} of ${number(full, 1)} experts active${tau}.`;
+}
+
+function hasThreshold() {
+  const { threshold } = view.meta;
+  return threshold !== null && threshold !== undefined && threshold < 1;
+}
+
+function paintWords() {
+  const whole = isWhole();
+  const means = whole ? replyMeans() : view.means[shown()];
+  const name = whole ? `Whole reply, ${replyLength()} tokens` : tokenName(shown());
+  put(".summary", `${name}. ${sentence(means)}`);
+  put(".heat-title", compact ? "" : heatTitle());
+  if (compact) return;
+  const key = $(".experts");
+  if (key.childElementCount !== view.meta.experts) key.replaceChildren(...means.shares.map(expertKey));
+  const top = Math.max(0.5, ...means.shares);
+  const even = means.shares.length ? view.even.reduce((sum, value) => sum + value, 0) / view.even.length : 0;
+  means.shares.forEach((share, e) => {
+    const [, words, bar] = key.children[e].children;
+    const text = `${e + 1} · ${percent(share)}`;
+    if (words.textContent !== text) words.textContent = text;
+    bar.style.setProperty("--share", `${Math.round((100 * share) / top)}%`);
+    bar.style.setProperty("--even", `${Math.round((100 * even) / top)}%`);
+  });
+}
+
+function expertKey(_, expert) {
+  const [made, swatch, words, bar] = ["span", "i", "b", "em"].map((tag) => document.createElement(tag));
+  if (expert >= HUES.light.length) swatch.className = "again";
+  made.style.setProperty("--hue", css(hue(expert)));
+  made.append(swatch, words, bar);
+  return made;
+}
+
 function paint() {
   if (!view.meta || !view.meta.experts || !view.tokens.length || shown() < 0) return;
-  const data = heatData();
-  drawHeatmap($(".heatmap"), data, view.mark);
-  drawScale($(".scale"), data.top, Math.max(...data.counts));
-  paintSummary(data);
-  paintTimeline();
-  paintChosen();
   if (view.dark !== isDark()) {
     view.dark = isDark();
-    element.querySelectorAll(".strip span").forEach((made) => colour(made, Number(made.dataset.index)));
+    [...$(".strip").children].forEach((made, index) => colour(made, index));
+    $(".experts").replaceChildren();
   }
-}
-
-function paintSummary(data) {
-  const { layers, experts, prompt } = view.meta;
-  const reply = view.tokens.length - prompt;
-  let means = data.whole ? null : view.means[shown()];
-  if (!means) {
-    const load = Array.from({ length: experts }, (_, e) => {
-      let sum = 0;
-      for (let layer = 0; layer < layers; layer++) sum += data.weight(layer, e) / layers;
-      return sum;
-    });
-    const mean = (pick) => Array.from({ length: layers }, (_, layer) => pick(layer)).reduce((x, y) => x + y, 0) / layers;
-    means = { load, entropy: mean(data.entropy), active: mean(data.active), full: mean((l) => data.counts[l]), strongest: load.indexOf(Math.max(...load)) };
+  const data = heatData();
+  if (data && !view.table) {
+    drawHeatmap($(".heatmap"), data, view.mark);
+    drawScale($(".scale"), data.top, Math.max(...data.counts), { diverging: data.diverging, even: Math.min(...view.even) });
+    $(".heatmap").data = data;
   }
-  const total = means.load.reduce((x, y) => x + y, 0) || 1;
-  const name = data.whole ? `Whole reply, ${reply} tokens` : `${shown() < prompt ? "Prompt token" : "Token"} ${(shown() < prompt ? shown() : shown() - prompt) + 1} “${view.tokens[shown()].trim() || "␣"}”`;
-  const text = `${name}: strongest is expert ${means.strongest + 1} with ${percent(means.load[means.strongest] / total)}; entropy ${number(means.entropy)}; ${number(means.active, 1)} of ${number(means.full, 1)} experts active.`;
-  if ($(".summary").textContent !== text) $(".summary").textContent = text;
-  $(".heatmap").setAttribute("aria-label", `Heatmap of ${experts} experts in ${layers} layers. ${text}`);
-  const key = $(".experts");
-  if (key.childElementCount !== experts) {
-    key.replaceChildren(...means.load.map((_, e) => {
-      const [made, swatch, words] = ["span", "i", "b"].map((tag) => document.createElement(tag));
-      swatch.style.background = css(hue(e));
-      words.style.fontWeight = "400";
-      made.append(swatch, words);
-      return made;
-    }));
-  }
-  means.load.forEach((load, e) => (key.children[e].lastChild.textContent = `${e + 1} · ${percent(load / total)}`));
+  paintWords();
+  paintReadout(data);
+  if (compact) return;
+  if (!view.table) paintTimeline();
+  addChips();
+  paintChosen();
+  paintUse();
+  paintLayer();
+  if (view.table) paintTables(data);
 }
 
-function paintTimeline() {
-  const { prompt, experts, threshold } = view.meta;
-  const look = theme(element);
-  const [entropy, active] = [[], []];
-  for (let i = prompt; i < view.tokens.length; i++) {
-    entropy.push([i - prompt + 1, view.means[i].entropy]);
-    active.push([i - prompt + 1, view.means[i].active]);
-  }
-  if (!entropy.length) return;
-  const last = Math.max(entropy.length, 2);
-  const series = [
-    { points: entropy, colour: look.accent, range: [0, 1.02] },
-    { points: active, colour: look.muted, range: [0, Math.max(experts, 1) * 1.02], area: true },
-  ];
-  if (threshold && threshold < 1) series.push({ points: [[1, threshold], [last, threshold]], colour: look.muted, range: [0, 1.02], dash: [3, 4] });
-  const mark = shown() >= prompt ? shown() - prompt + 1 : null;
-  view.timeline = drawCurves($(".timeline"), 104, series, { x: [1, last], mark });
-}
-
-function paintChosen() {
-  const strip = $(".strip");
-  const index = String(shown());
-  for (const old of strip.querySelectorAll('[aria-selected="true"]')) if (old.dataset.index !== index) old.setAttribute("aria-selected", "false");
-  const made = strip.children[Number(index)];
-  if (!made) return;
-  made.setAttribute("aria-selected", "true");
-  strip.setAttribute("aria-activedescendant", made.id);
-}
-
-function choose(index, reveal = true) {
-  const first = $(".strip").classList.contains("with-prompt") ? 0 : view.meta.prompt;
-  view.chosen = Math.max(first, Math.min(index, view.tokens.length - 1));
-  view.follow = view.chosen === view.tokens.length - 1;
-  view.hovered = -1;
-  setScope("token");
-  if (reveal && $(".strip").children[view.chosen]) {
-    const [strip, made] = [$(".strip"), $(".strip").children[view.chosen]];
-    const top = made.offsetTop - strip.offsetTop;
-    if (top < strip.scrollTop + 8 || top > strip.scrollTop + strip.clientHeight - 30) strip.scrollTop = top - strip.clientHeight / 2;
-  }
-  repaint();
-}
-
-function setScope(scope) {
-  view.scope = scope;
-  element.querySelectorAll("[data-scope]").forEach((b) => b.setAttribute("aria-pressed", String(b.dataset.scope === scope)));
-  repaint();
-}
-
-function showPrompt(on) {
-  $(".strip").classList.toggle("with-prompt", on);
-  $(".prompt").setAttribute("aria-pressed", String(on));
-}
-
-const tokenOf = (event) => (event.target.dataset && event.target.dataset.index !== undefined ? Number(event.target.dataset.index) : -1);
-$(".strip").addEventListener("pointerover", (event) => { view.hovered = tokenOf(event); repaint(); });
-$(".strip").addEventListener("pointerleave", () => { view.hovered = -1; repaint(); });
-$(".strip").addEventListener("click", (event) => tokenOf(event) >= 0 && choose(tokenOf(event), false));
-$(".strip").addEventListener("keydown", (event) => {
-  const moves = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home: -Infinity, End: Infinity };
-  if (!(event.key in moves) || !view.meta) return;
-  event.preventDefault();
-  choose(Math.max(-1e9, Math.min(1e9, view.chosen + moves[event.key])));
-});
-$(".timeline").addEventListener("pointermove", (event) => {
-  if (!view.timeline) return;
-  const index = Math.round(view.timeline.at(event.clientX)) - 1 + view.meta.prompt;
-  view.hovered = index >= view.meta.prompt && index < view.tokens.length ? index : -1;
-  repaint();
-});
-$(".timeline").addEventListener("pointerleave", () => { view.hovered = -1; repaint(); });
-$(".timeline").addEventListener("click", () => view.hovered >= 0 && choose(view.hovered));
-$(".heatmap").addEventListener("pointermove", (event) => {
-  view.mark = heatmapCell($(".heatmap"), event);
-  $(".readout").textContent = view.mark && shown() >= 0 ? heatmapText(heatData(), view.mark) : "";
+function paintReadout(data) {
+  put(".readout", view.mark && data ? heatmapText(data, view.mark) : "");
   $(".axes").hidden = Boolean(view.mark);
-  repaint();
-});
-$(".heatmap").addEventListener("pointerleave", () => { view.mark = null; $(".readout").textContent = ""; $(".axes").hidden = false; repaint(); });
-element.querySelectorAll("[data-scope]").forEach((b) => b.addEventListener("click", () => setScope(b.dataset.scope)));
-$(".prompt").addEventListener("click", () => showPrompt(!$(".strip").classList.contains("with-prompt")));
-
-$(".scope").hidden = true;
-$(".empty").textContent = INVITATION;
-watch("value", () => receive(props.value));
-receive(props.value);
+  $(".heatmap").setAttribute("aria-label", `Heatmap: ${heatTitle()}. Arrow keys choose a layer and an expert, Enter opens the layer. ${$(".readout").textContent || $(".summary").textContent}`);
+}

@@ -1,32 +1,30 @@
-"""The live view of a run, and the list of runs: two custom `gr.HTML` components with constant templates."""
+"""The live view of a run, the list of runs, and a run's evaluations: `gr.HTML` components with constant templates."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
-from app.routing_view import script
+from app.component import component
 
 HERE = Path(__file__).parent
 
 
-def _view(name: str, **given: object) -> gr.HTML:
-    return gr.HTML(
-        html_template=(HERE / f"{name}.html").read_text(encoding="utf-8"),
-        css_template=(HERE / f"{name}.css").read_text(encoding="utf-8"),
-        js_on_load=script(HERE / f"{name}.js"),
-        apply_default_css=False,
-        container=False,
-        **given,  # type: ignore[arg-type]
-    )
+def run_view(**given: Any) -> gr.HTML:
+    """Progress, curves and routing of one run; its value is what `app.charts.delta` gives."""
+    return component(HERE, "run", "run", "run_curves", "run_routing", **given)
 
 
-def run_view(**given: object) -> gr.HTML:
-    """Progress, curves and routing load of one run; its value is what `app.charts.delta` gives."""
-    return _view("run", **given)
+def run_list(**given: Any) -> gr.HTML:
+    """All runs; its value is what `app.listing.Listing.since` gives with `chosen`, the name of the run that is shown.
+
+    Its event `select` carries `{"name"}`, its event `input` `{"compare": [names]}`, the runs marked for comparison.
+    """
+    return component(HERE, "list", **given)
 
 
-def run_list(**given: object) -> gr.HTML:
-    """All runs; its value is `{"runs": [status], "chosen": name}`, its event `select` carries `{"name"}`."""
-    return _view("list", **given)
+def evaluation_list(**given: Any) -> gr.HTML:
+    """A run's evaluations; its value is `mole.evaluations.list_evaluations(run)`, its event `select` `{"number"}`."""
+    return component(HERE, "evaluations", **given)

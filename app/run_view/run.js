@@ -1,6 +1,8 @@
-// A run as it goes. Its value is a delta: `status`, the new points of the curves, and the last routing statistics.
+// A run as it goes. Its value is a delta (`app.charts.delta`): `status`, the rows of the curves from a number on, and
+// what is new of the newest step. Whatever was missed is asked for whole.
 const $ = (selector) => element.querySelector(selector);
-const view = { status: null, points: [], evals: [], routing: null, last: null };
+const NOTHING = { generation: 0, rows: [], columns: [], evals: [], marks: [], last: null, newest: null, alarms: [], watched: false };
+const view = { status: null, trouble: null, reading: null, mark: null, asking: false, ...NOTHING };
 const repaint = painter(element, paint);
 const STATES = { queued: "queued", running: "training", finished: "finished", stopped: "stopped", interrupted: "interrupted", failed: "failed" };
 
@@ -9,18 +11,48 @@ function receive(value) {
   if (!value.status) {
     view.status = null;
   } else {
-    if (value.reset) Object.assign(view, { points: [], evals: [], routing: null, last: null });
-    view.status = value.status;
-    view.points.push(...value.points);
-    view.evals.push(...value.evals);
-    view.routing = value.routing || view.routing;
-    view.last = value.last || view.last;
+    if (view.status && view.status.name !== value.status.name) stopScrubbing();
+    if (value.reset) Object.assign(view, { ...NOTHING, generation: value.generation, trouble: null });
+    Object.assign(view, { status: value.status, reading: value.reading });
+    if (value.generation !== view.generation || value.rows.at > view.rows.length || value.evals.at > view.evals.length) askForAll();
+    else take(value);
     write();
   }
   $(".empty").hidden = Boolean(view.status);
   $(".live").hidden = !view.status;
   if (view.status) keepInAddress(view.status.name);
   repaint();
+}
+
+function take(value) {
+  view.columns = value.rows.columns;
+  view.rows.length = value.rows.at;
+  view.rows.push(...value.rows.rows);
+  view.evals.length = value.evals.at;
+  view.evals.push(...value.evals.rows);
+  view.marks = value.marks || view.marks;
+  if ("trouble" in value) view.trouble = value.trouble;
+  if (!("last" in value)) return;
+  Object.assign(view, { last: value.last, newest: value.routing, alarms: value.alarms, watched: value.watched });
+}
+
+// A delta was lost on the way (two came at once, the page slept): once, the whole instead.
+async function askForAll() {
+  if (view.asking) return;
+  view.asking = true;
+  const name = view.status.name;
+  try {
+    const whole = await server.whole(name);
+    if (whole && view.status && view.status.name === name) receive(whole);
+  } finally {
+    view.asking = false;
+  }
+}
+
+// A column of the curves as points [step, value].
+function points(column) {
+  const at = view.columns.indexOf(column);
+  return at < 0 ? [] : view.rows.map((row) => [row[0], row[at]]);
 }
 
 function duration(seconds) {
@@ -42,8 +74,12 @@ function put(selector, text) {
   if ($(selector).textContent !== text) $(selector).textContent = text;
 }
 
+function gigabytes(megabytes) {
+  return megabytes ? `${number(megabytes / 1024, 1)} GB` : "–";
+}
+
 function write() {
-  const { status, last } = view;
+  const { status, last, reading, trouble } = view;
   put(".name", status.name);
   put(".state", STATES[status.state] || status.state);
   $(".state").dataset.state = status.state;
@@ -53,13 +89,21 @@ function write() {
   $(".bar").setAttribute("aria-valuenow", status.step);
   $(".bar").setAttribute("aria-valuemax", status.total_steps || 1);
   put(".progress", progressText(status, last));
-  $(".trouble").hidden = !status.error;
-  put(".trouble b", status.error || "");
-  put(".trouble span", status.advice || "");
+  $(".reading").hidden = reading === null;
+  put(".reading", reading === null ? "" : `Reading the history of this run: ${percent(reading)} …`);
+  $(".trouble").hidden = !trouble;
+  put(".cause", trouble ? trouble.cause : "");
+  put(".advice", trouble ? trouble.advice : "");
+  put(".trouble pre", trouble ? trouble.log : "");
+  $(".trouble details").hidden = !(trouble && trouble.log);
+  const held = view.evals.length ? view.evals[view.evals.length - 1][1] : NaN;
+  const best = view.evals.reduce((least, p) => (p[1] !== null && (!least || p[1] < least[1]) ? p : least), null);
   put('[data-tile="loss"]', number(last && last.loss, 3));
-  put('[data-tile="eval"]', number(view.evals.length ? view.evals[view.evals.length - 1][1] : NaN, 3));
-  put('[data-tile="speed"]', number(last && last.tokens_per_second, 0));
-  put('[data-tile="memory"]', last && last.memory_mb ? `${number(last.memory_mb / 1024, 1)} GB` : "–");
+  put('[data-tile="eval"]', number(held, 3));
+  put('[data-tile="best"]', best ? number(best[1], 3) : "–");
+  put(".best-at", best ? `Best held-out, step ${best[0]}` : "Best held-out");
+  writeAlarms();
+  tell();
 }
 
 function progressText(status, last) {
@@ -72,68 +116,20 @@ function progressText(status, last) {
   return words[status.state] || steps;
 }
 
-// The range of a loss curve: the first steps of a training tower above all others, the 98th percentile does not.
-function lossRange() {
-  const values = [...view.points, ...view.evals].map((p) => p[1]).filter((v) => v !== null && Number.isFinite(v));
-  return values.length ? niceRange(values) : null;
+// For screen readers: how it stands, when the state or the alarms change, and else at each tenth of the run.
+function tell() {
+  const { status, last, alarms } = view;
+  const tenth = status.total_steps ? Math.floor((10 * status.step) / status.total_steps) : 0;
+  const key = [status.name, status.state, tenth, ...alarms.map((a) => a.kind)].join();
+  if (view.told === key || view.reading !== null) return;
+  view.told = key;
+  const loss = last ? `, training loss ${number(last.loss, 3)}` : "";
+  const found = alarms.length ? ` ${alarms.map((a) => `${a.title}.`).join(" ")}` : "";
+  put(".summary", `Run ${status.name}, ${STATES[status.state]}. ${progressText(status, last)}${loss}.${found}`);
 }
 
 function paint() {
   if (!view.status) return;
-  const look = theme(element);
-  const last = Math.max(view.status.total_steps, ...view.points.slice(-1).map((p) => p[0]), 2);
-  const series = [
-    { points: view.points, colour: look.accent, area: true, range: lossRange() },
-    { points: view.evals, colour: "#d55e00", dots: true, range: lossRange() },
-  ];
-  view.curve = drawCurves($(".curve"), 190, series, { x: [0, last], mark: view.mark ? view.mark[0] : null, xName: "step" });
-  const data = loadData();
-  $(".load").hidden = !data;
-  if (!data) return;
-  drawHeatmap($(".heatmap"), data, view.cell);
-  drawScale($(".scale"), data.top, Math.max(...data.counts));
-  const text = loadText(data);
-  $(".heatmap").setAttribute("aria-label", `Heatmap of the load of ${data.experts} experts in ${data.layers} layers. ${text}`);
-  if (!view.cell) put(".heat-readout", text);
+  paintCurves(theme(element));
+  paintRouting();
 }
-
-function loadData() {
-  const routing = view.routing;
-  if (!routing || routing.experts < 2) return null;
-  const top = Math.max(...routing.load.map((row) => Math.max(...row)));
-  return {
-    layers: routing.layers, experts: routing.experts, counts: routing.counts || routing.load.map(() => routing.experts),
-    top: ceiling(top, routing.experts),
-    weight: (layer, expert) => routing.load[layer][expert],
-    entropy: (layer) => routing.entropy[layer],
-    active: (layer) => routing.active[layer],
-    dead: routing.dead,
-  };
-}
-
-function loadText(data) {
-  const layers = Array.from({ length: data.layers }, (_, layer) => layer);
-  const mean = (pick) => layers.reduce((sum, layer) => sum + pick(layer), 0) / data.layers;
-  const dead = layers.reduce((sum, layer) => sum + data.dead[layer], 0);
-  return `Last step: mean entropy ${number(mean(data.entropy))}, ${number(mean(data.active), 1)} of ${number(mean((l) => data.counts[l]), 1)} experts active a token, ${dead ? `${dead} unused` : "none unused"}.`;
-}
-
-$(".curve").addEventListener("pointermove", (event) => {
-  if (!view.curve || !view.points.length) return;
-  const at = view.curve.at(event.clientX);
-  view.mark = view.points.reduce((best, p) => (Math.abs(p[0] - at) < Math.abs(best[0] - at) ? p : best));
-  const near = view.evals.find((p) => p[0] === view.mark[0]);
-  put(".curve-readout", `Step ${view.mark[0]}: loss ${number(view.mark[1], 3)}${near ? `, held-out ${number(near[1], 3)}` : ""}`);
-  repaint();
-});
-$(".curve").addEventListener("pointerleave", () => { view.mark = null; put(".curve-readout", ""); repaint(); });
-$(".heatmap").addEventListener("pointermove", (event) => {
-  view.cell = heatmapCell($(".heatmap"), event);
-  const data = loadData();
-  if (data && view.cell) put(".heat-readout", heatmapText(data, view.cell).replace("weight", "share"));
-  repaint();
-});
-$(".heatmap").addEventListener("pointerleave", () => { view.cell = null; repaint(); });
-
-watch("value", () => receive(props.value));
-receive(props.value);

@@ -1,7 +1,8 @@
-"""The Train tab: the form of a run, and the run as it goes."""
+"""The Train tab: the form of a run, what stands around it, and the run as it goes."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,34 +10,29 @@ from typing import Any
 import gradio as gr
 
 from app import forms, live, problem, settings
-from app.live import QUIET, Live
+from app.live import Live
+from app.panels import grid, preflight, presets, preview, queue, sources
+from app.panels.preflight import Preflight
+from app.panels.queue import Queue
+from app.wiring import QUIET, on_change
 from mole import runs
-from mole.config import ROUTERS, AdapterConfig, ModelConfig
-from mole.errors import DataError, InputError, ModelError, MoleError
+from mole.config import ROUTERS, AdapterConfig
+from mole.errors import InputError, MoleError
+from mole.runs import Run
 
-SUGGESTED_MODELS = [
-    ModelConfig().name,
-    "HuggingFaceTB/SmolLM2-360M-Instruct",
-    "Qwen/Qwen3-0.6B",
-    "Qwen/Qwen3-1.7B",
-    "meta-llama/Llama-3.2-1B-Instruct",
-    "google/gemma-3-1b-it",
-]
-DATA_TYPES = [".json", ".jsonl", ".csv", ".parquet"]
 MAIN = (
-    ("training", "max_steps"), ("training", "per_device_train_batch_size"),
+    ("training", "max_steps"), ("training", "num_train_epochs"),
+    ("training", "per_device_train_batch_size"), ("training", "gradient_accumulation_steps"),
     ("training", "learning_rate"), ("training", "seed"),
 )  # fmt: skip
 MORE = (
-    ("training", "num_train_epochs"), ("training", "gradient_accumulation_steps"),
     ("training", "lr_scheduler_type"), ("training", "warmup_steps"),
     ("training", "weight_decay"), ("training", "max_grad_norm"),
     ("training", "eval_steps"), ("training", "logging_steps"),
     ("training", "save_steps"), ("training", "save_total_limit"),
-    ("data", "eval_path"), ("data", "eval_fraction"),
-    ("data", "max_length"), ("data", "columns"),
-    ("model", "dtype"), ("model", "device"),
-    ("adapter", "target_modules"), ("training", "gradient_checkpointing"),
+    ("model", "dtype"), ("model", "quantization"),
+    ("model", "device"), ("adapter", "target_modules"),
+    ("training", "gradient_checkpointing"),
 )  # fmt: skip
 """The settings one changes rarely, two in a row."""
 
@@ -47,6 +43,29 @@ class TrainTab:
 
     form: forms.RunForm
     live: Live
+    queue: Queue
+    preflight: Preflight
+
+    @property
+    def shown(self) -> list[Any]:
+        """The outputs of `entered` and `left`."""
+        return [*self.queue.shown, self.preflight.known, self.preflight.timer]
+
+    def entered(self) -> list[Any]:
+        """The tab comes to the front: the queue as it is, and its clocks go."""
+        return [*queue.entered(), {}, gr.Timer(active=True)]
+
+    def left(self) -> list[Any]:
+        """The tab is left: nothing ticks there."""
+        return [*queue.left(), gr.skip(), gr.Timer(active=False)]
+
+    def fill_from(self, name: str) -> list[Any]:
+        """The values of `form.inputs` that repeat a run, but for its name: to train it again with changes.
+
+        Raises `InputError` when there is no such run, or its `run.yaml` cannot be read.
+        """
+        config = runs.get(name).config
+        return self.form.fill(dataclasses.replace(config, name=None))
 
 
 def build() -> TrainTab:
@@ -58,33 +77,62 @@ def build() -> TrainTab:
         gr.Markdown(text, elem_classes="notice", elem_id="space-notice")
     with gr.Row(elem_classes="two-columns"):
         with gr.Column(scale=11, min_width=320):
+            with card("Begin with"):
+                beginning = presets.build(form)
             with card("Model and data"):
-                build_sources(form)
+                sources.build(form)
+            with card("What the model sees"):
+                seeing = preview.build()
             with card("Mixture of experts"):
                 summary = build_adapter(form)
             with card("Training"):
                 build_training(form)
-        with gr.Column(scale=12, min_width=320, elem_classes="sticky"):
             with gr.Column(elem_classes="card"):
-                with gr.Row(elem_classes="start-row"):
-                    form.add_name()
-                    start = gr.Button("Start training", variant="primary", interactive=not locked, elem_id="start")
-                note = problem.problem(elem_id="problem")
-                with gr.Accordion("The same on the command line", open=False, elem_classes="accordion-card"):
-                    command = gr.Textbox(
-                        value=forms.command(form.config([made.value for made in form.inputs])),
-                        show_label=False,
-                        max_lines=20,
-                        interactive=False,
-                        buttons=["copy"],
-                        elem_classes="command",
-                        elem_id="command",
-                    )
+                several = grid.build()
+        with gr.Column(scale=12, min_width=320, elem_classes="sticky"):
+            start = build_start(form, locked)
+            with gr.Column(elem_classes="card"):
+                checking = preflight.build(form, start.note)
             with gr.Column(elem_classes="card"):
                 view = live.build("train")
+            waiting = queue.build(view)
     wire_router(form, summary)
-    wire_start(form, note, start, command, view)
-    return TrainTab(form, view)
+    presets.wire(beginning, form, start.note)
+    wire_start(form, start, view, waiting)
+    preview.wire(seeing, form, start.note)
+    wire_grid(several, form, start, view, waiting)
+    return TrainTab(form, view, waiting, checking)
+
+
+@dataclass
+class Start:
+    """The card with the button: what is wrong, how it went, and the same as a command."""
+
+    button: gr.Button
+    note: gr.HTML
+    status: gr.Markdown
+    command: gr.Textbox
+
+
+def build_start(form: forms.RunForm, locked: bool) -> Start:
+    """The run's name, Start, and what there is to say about it."""
+    with gr.Column(elem_classes="card"):
+        with gr.Row(elem_classes="start-row"):
+            form.add_name()
+            button = gr.Button("Start training", variant="primary", interactive=not locked, elem_id="start")
+        note = problem.problem(elem_id="problem")
+        status = gr.Markdown(elem_classes="quiet", elem_id="start-status")
+        with gr.Accordion("The same on the command line", open=False, elem_classes="accordion-card"):
+            command = gr.Textbox(
+                value=forms.command(form.config([made.value for made in form.inputs])),
+                show_label=False,
+                max_lines=20,
+                interactive=False,
+                buttons=["copy"],
+                elem_classes="command",
+                elem_id="command",
+            )
+    return Start(button, note, status, command)
 
 
 def card(title: str) -> gr.Column:
@@ -101,23 +149,6 @@ def rows(form: forms.RunForm, settings_: tuple[tuple[str, str], ...]) -> None:
         with gr.Row():
             for section, name in pair:
                 form.add(section, name, min_width=180)
-
-
-def build_sources(form: forms.RunForm) -> None:
-    """The base model, and the data with its upload."""
-    form.add("model", "name", choices=SUGGESTED_MODELS, allow_custom_value=True)
-    sample = settings.sample("skills_train.jsonl")
-    samples = [("Sample: four short skills", str(sample))] if sample else []
-    data = form.add("data", "path", choices=samples, value=str(sample) if sample else "", allow_custom_value=True)
-    upload = gr.UploadButton("Upload a file", size="sm", file_types=DATA_TYPES, elem_id="upload")
-
-    def keep(path: str) -> Any:
-        kept = live.told(lambda: settings.keep_upload(path))
-        if kept is None:
-            return gr.skip()
-        return gr.Dropdown(choices=[*samples, (kept.name, str(kept))], value=str(kept))
-
-    upload.upload(keep, upload, data, **QUIET)
 
 
 def build_adapter(form: forms.RunForm) -> gr.Markdown:
@@ -154,44 +185,67 @@ def wire_router(form: forms.RunForm, summary: gr.Markdown) -> None:
 
     outputs = [summary, *form.groups.values()]
     router: Any = form.shared["adapter.router"]
-    router.change(choose, router, outputs, queue=False, **QUIET)
+    on_change([router], choose, router, outputs, queue=False)
 
 
-def wire_start(form: forms.RunForm, note: gr.HTML, start: gr.Button, command: gr.Textbox, view: Live) -> None:
+def wire_start(form: forms.RunForm, start: Start, view: Live, waiting: Queue) -> None:
     """Every change checks the settings and writes the command; Start checks the files too and starts the run."""
 
     def check(*values: Any) -> list[Any]:
         try:
             return [problem.told(), forms.command(form.config(values))]
         except InputError as error:
-            return [said(form, values, error), gr.skip()]
+            return [form.told(values, error), gr.skip()]
 
     def begin(*values: Any) -> list[Any]:
         settings.forbid_on_space()
         try:
-            return [problem.told(), begin_run(lambda: form.config(values))]
+            name = begin_run(lambda: form.config(values))
+            return [problem.told(), began([runs.get(name)]), name]
         except MoleError as error:
-            return [said(form, values, error, reveal=True), gr.skip()]
+            return [form.told(values, error, reveal=True), "", gr.skip()]
 
-    changes = [made.change for made in form.inputs]
-    gr.on(changes, check, form.inputs, [note, command], queue=False, trigger_mode="always_last", **QUIET)
-    started = start.click(begin, form.inputs, [note, view.name], show_progress_on=start, api_visibility="private")
-    started.then(live.show, view.name, view.shown, **QUIET)
+    on_change(form.inputs, check, form.inputs, [start.note, start.command], queue=False)
+    started = start.button.click(
+        begin,
+        form.inputs,
+        [start.note, start.status, view.name],
+        show_progress_on=start.button,
+        api_visibility="private",
+    )
+    show_after(started, view, waiting)
+
+
+def wire_grid(several: grid.Grid, form: forms.RunForm, start: Start, view: Live, waiting: Queue) -> None:
+    """Several runs at once: the first of them is shown."""
+
+    def queued(made: list[Run]) -> list[Any]:
+        return [began(made), made[0].name]
+
+    show_after(grid.wire(several, form, queued, [start.status, view.name]), view, waiting)
+
+
+def show_after(started: Any, view: Live, waiting: Queue) -> None:
+    """Once something was started, it is to be seen."""
+    started.then(live.show, view.name, view.shown, **QUIET).then(
+        queue.refresh_now, waiting.known, waiting.shown, queue=False, **QUIET
+    )
 
 
 def begin_run(config: Callable[[], Any]) -> str:
     """Check the settings, the model and the data; make the run, start it in the background and return its name."""
     checked = config()
     runs.check_inputs(checked)
+    runs.check_room()
     run = runs.create(checked)
     runs.start(run)
     return run.name
 
 
-def said(form: forms.RunForm, values: tuple[Any, ...], error: MoleError, reveal: bool = False) -> dict[str, Any]:
-    """An error as the page's problem line, at the field it is about."""
-    router = form.nested(values)["adapter"]["router"]
-    dotted = error.field
-    if dotted is None and isinstance(error, (DataError, ModelError)):
-        dotted = "data.path" if isinstance(error, DataError) else "model.name"
-    return problem.told(str(error), form.element_of(dotted, router), reveal)
+def began(made: list[Run]) -> str:
+    """What is said of runs that were just started: what the first of them waits for; nothing when it need not."""
+    before = runs.ahead_of(made[0])
+    if not before:
+        return ""
+    others = f" and {len(before) - 1} more" if len(before) > 1 else ""
+    return f"Queued behind `{before[0]}`{others}: it starts by itself, also when this page is closed."

@@ -5,26 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from gradio_client import Client
 from playwright.sync_api import Page, expect
+from serving import Studio, free_port, serve, studio_command
 
 from mole.config import ROUTERS
 
-from .conftest import Studio, free_port, serve, studio_command
-
 pytestmark = pytest.mark.ui
-
-
-@pytest.fixture(scope="module")
-def shared_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    """One studio for the tests that leave nothing behind."""
-    port = free_port()
-    with serve(studio_command(port), port, tmp_path_factory.mktemp("home")) as running:
-        yield running
 
 
 def choose_router(page: Page, title: str) -> None:
@@ -42,6 +33,19 @@ def test_every_tab_fits_its_window_and_needs_no_other_host(
         shared_studio.open(page, f"tab={tab}&__theme={theme}")
         expect(page.locator(card)).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_address_tells_the_tab_at_any_moment(shared_studio: Studio, page: Page) -> None:
+    """Whoever reloads, or copies the address, before the page has come to rest gets the same tab."""
+    page.add_init_script("""window.addresses = []; const replace = history.replaceState;
+        history.replaceState = (...given) => { addresses.push(String(given[2])); replace.apply(history, given); }""")
+    shared_studio.open(page, "tab=runs")
+    expect(page.locator("#run-list")).to_be_visible()
+    assert all("tab=runs" in address for address in page.evaluate("addresses"))
+    page.get_by_role("tab", name="Chat").click()
+    page.wait_for_url("**/?tab=chat*")
+    page.reload()
+    expect(page.locator("#message")).to_be_visible()
 
 
 def test_each_router_shows_its_own_fields_only(shared_studio: Studio, page: Page) -> None:

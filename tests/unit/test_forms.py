@@ -74,4 +74,26 @@ def test_an_error_finds_its_field(form: forms.RunForm, changed: dict[str, Any], 
     values = values_of(form, **changed)
     with pytest.raises(InputError) as wrong:
         form.config(values)
-    assert train.said(form, tuple(values), wrong.value)["field"] == field
+    assert form.told(values, wrong.value)["field"] == field
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"router": "adamole", "max_threshold": 0.2, "num_experts": [2, 4, 6, 8]},
+        {"router": "topk", "top_k": 3, "target_modules": ["q_proj"], "num_experts": [4]},
+        {"router": "lora", "target_modules": ["q_proj", "v_proj"]},
+    ],
+)
+def test_a_config_put_into_the_form_comes_out_again(form: forms.RunForm, adapter: dict[str, Any]) -> None:
+    data = {"columns": {"prompt": "my question", "completion": "reply"}, "eval_path": "held out.jsonl"}
+    config = RunConfig.from_dict({"name": "again", "adapter": adapter, "data": data, "model": {"dtype": "float32"}})
+    assert form.config(form.fill(config)) == config
+    words = shlex.split(forms.command(config).replace("\\\n", " "))
+    assert RunConfig.from_dict(commands.train_settings(cli.parser().parse_args(words[1:]))) == config
+
+
+def test_a_form_filled_anew_keeps_nothing_of_another_router(form: forms.RunForm) -> None:
+    values = form.fill(RunConfig.from_dict({"adapter": {"router": "topk", "top_k": 5}}))
+    inputs = dict(zip((made.elem_id for made in form.inputs), values, strict=True))
+    assert inputs["field-adapter-topk-top_k"] == 5 and inputs["field-adapter-dynmole-keep_top_k"] == 2

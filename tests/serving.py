@@ -1,4 +1,4 @@
-"""The studio as its users meet it: a real `mole studio` process and a real Chromium.
+"""The studio as its users meet it: a real `mole studio` process and a real Chromium; conftest.py offers the fixtures.
 
 def test_something(studio, page):         # a studio with an empty $MOLE_HOME of its own
     page.goto(studio.url)                 # afterwards: nothing on the console, no request left the machine
@@ -20,13 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+
+
+PATIENCE = 30_000
+"""Milliseconds that what is expected of a page may take on a busy machine, unless a test says so."""
+expect.set_options(timeout=PATIENCE)
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""On two cores torch's threads would wait for each other by spinning, in the browser's way: many times slower."""
 
 
 @dataclass
@@ -56,7 +63,7 @@ def serve(command: list[str], port: int, home: Path, **environment: str) -> Iter
     """Run a command that serves a page on `port`, until the block ends."""
     begun = time.monotonic()
     log = (home / "studio.log").open("w+")
-    settings = {**os.environ, "MOLE_HOME": str(home), "PYTHONUNBUFFERED": "1", **environment}
+    settings = {**os.environ, "MOLE_HOME": str(home), "PYTHONUNBUFFERED": "1", **ONE_THREAD, **environment}
     process = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -87,6 +94,14 @@ def studio(home: Path) -> Iterator[Studio]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def shared_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """One studio for those tests of a module that leave nothing behind for each other."""
+    port = free_port()
+    with serve(studio_command(port), port, tmp_path_factory.mktemp("home")) as running:
+        yield running
+
+
 @pytest.fixture
 def studio_with_model(embedded_home: Path) -> Iterator[Studio]:
     """A studio in whose home the embedded model is ready."""
@@ -106,6 +121,10 @@ def browser() -> Iterator[Browser]:
         running.close()
 
 
+LEAVING = "addEventListener('beforeunload', () => { console.error = () => {} })"
+"""Gradio's client aborts its own stream when a page is left, and reports that as an error."""
+
+
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     """`open_page(width=1280, height=900)`: a page of its own; in the end no complaint and no request to elsewhere."""
@@ -115,6 +134,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     def make(width: int = 1280, height: int = 900) -> Page:
         context = browser.new_context(viewport={"width": width, "height": height})
         contexts.append(context)
+        context.add_init_script(LEAVING)
         page = context.new_page()
         page.set_default_timeout(30_000)
         page.on("console", lambda said: said.type == "error" and complaints.append(f"console: {said.text}"))

@@ -1,0 +1,162 @@
+// What a run takes. Value: {estimate, measurement, state}, each null or as `mole.checks` writes it.
+const $ = (selector) => element.querySelector(selector);
+const COLOURS = { "base model": "#0072b2", "experts and optimizer": "#e69f00", activations: "#009e73", logits: "#cc79a7", libraries: "#8a8a8a" };
+const FITS = { yes: "Fits", tight: "Tight", no: "Does not fit", unknown: "Not known" };
+const FINAL = ["done", "busy", "cancelled", "no_memory", "failed"];
+
+function make(tag, text = "", className = "") {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+function bytes(size) {
+  if (size >= 1e9) return `${(size / 1e9).toFixed(1)} GB`;
+  return size >= 1e6 ? `${Math.round(size / 1e6)} MB` : `${Math.round(size / 1e3)} kB`;
+}
+
+function count(value) {
+  return value >= 1e9 ? `${(value / 1e9).toFixed(2)} B` : value >= 1e6 ? `${(value / 1e6).toFixed(1)} M` : value.toLocaleString("en");
+}
+
+function duration(s) {
+  if (s < 10) return `${s.toPrecision(2)} s`;
+  if (s < 100) return `${Math.round(s)} s`;
+  return s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`;
+}
+
+function receive(value) {
+  const { estimate = null, measurement = null, state = null } = value || {};
+  progress(state);
+  $(".hint").hidden = Boolean(estimate || measurement || (state && state.phase));
+  $(".result").hidden = !estimate && !measurement;
+  element.dataset.phase = (state && state.phase) || "";
+  if (estimate) draw(estimate, measurement, state);
+  measured(measurement);
+}
+
+function progress(state) {
+  const going = Boolean(state && state.phase && !FINAL.includes(state.phase));
+  $(".going").hidden = !going;
+  if (going) {
+    $(".doing").textContent = `${state.kind === "measurement" ? "Measuring: " : ""}${state.text}`;
+    $(".track").setAttribute("aria-valuenow", Math.round(100 * state.share));
+    $(".track i").style.width = `${100 * state.share}%`;
+  }
+  const words = {
+    failed: state && state.text,
+    no_memory: state && `Measured: it does not fit. ${state.text}`,
+    busy: state && `${state.text} Measuring now would slow both down.`,
+  };
+  const text = (state && words[state.phase]) || "";
+  $(".trouble").hidden = !text;
+  $(".trouble").textContent = text;
+}
+
+function draw(estimate, measurement, state) {
+  const outgrown = Boolean(state && state.phase === "no_memory");
+  const fits = measurement ? verdictOf(measurement, estimate) : outgrown ? "no" : estimate.fits;
+  $(".chip").textContent = FITS[fits];
+  $(".chip").dataset.fits = fits;
+  $(".verdict span").textContent = sentence(fits, estimate, measurement);
+  bar(estimate);
+  const share = (100 * estimate.trainable_parameters) / estimate.total_parameters;
+  tiles($(".result > .tiles"), [
+    ["Trainable parameters", estimate.trainable_parameters.toLocaleString("en"), `${share.toPrecision(3)} % of ${count(estimate.total_parameters)}`],
+    ["Optimizer steps", estimate.total_steps.toLocaleString("en"), passes(estimate.epochs, estimate.rows)],
+    ["Time, roughly", estimate.seconds ? duration(estimate.seconds) : "–", estimate.seconds ? `${duration(estimate.seconds_per_step)} a step` : "measure to know"],
+    ["Longest row", `${estimate.longest} tokens`, `mean ${Math.round(estimate.typical)}`],
+  ]);
+  waysOut(estimate.ways, fits);
+  $(".notes").replaceChildren(...estimate.notes.map((note) => make("li", note)));
+}
+
+function passes(epochs, rows) {
+  const number = Number(epochs.toPrecision(2));
+  return `${number} ${number === 1 ? "pass" : "passes"} over ${rows.toLocaleString("en")} rows`;
+}
+
+function verdictOf(measurement, estimate) {
+  if (!estimate.available) return "unknown";
+  return measurement.peak > estimate.available ? "no" : measurement.peak > 0.9 * estimate.available ? "tight" : "yes";
+}
+
+function sentence(fits, estimate, measurement) {
+  const where = `on ${estimate.device} in ${estimate.dtype}`;
+  const free = estimate.available ? ` of ${bytes(estimate.available)} free` : "";
+  const peak = measurement ? `Measured: ${bytes(measurement.peak)}${free} ${where}.` : estimate.peak ? `About ${bytes(estimate.peak)}${free} ${where}; an estimate.` : "";
+  const more = { no: " You can start it all the same; most likely it runs out of memory.", tight: " Measure it to be sure." };
+  return peak + (measurement && fits === "tight" ? "" : more[fits] || "");
+}
+
+function bar(estimate) {
+  const parts = Object.entries(estimate.memory);
+  $(".memory").hidden = !parts.length;
+  const whole = Math.max(estimate.peak, estimate.available || 0);
+  $(".stack").replaceChildren(
+    ...parts.map(([name, size]) => {
+      const piece = make("i");
+      piece.style.width = `${(100 * size) / whole}%`;
+      piece.style.background = COLOURS[name];
+      piece.title = `${name}: ${bytes(size)}`;
+      return piece;
+    }),
+  );
+  const items = parts.map(([name, size]) => legend(name, bytes(size), (mark) => (mark.style.background = COLOURS[name])));
+  if (estimate.available) {
+    const limit = make("b"), short = estimate.peak > estimate.available;
+    limit.style.left = `${(100 * estimate.available) / whole}%`;
+    if (short) $(".stack").append(limit);
+    items.push(legend(short ? "free now (line)" : "free now (bar)", bytes(estimate.available), (mark) => (mark.className = short ? "line" : "whole")));
+  }
+  $(".parts").replaceChildren(...items);
+  $(".stack").setAttribute("aria-label", `Estimated memory: ${parts.map(([name, size]) => `${name} ${bytes(size)}`).join(", ")}.`);
+}
+
+function legend(name, size, paint) {
+  const item = make("li"), mark = make("i");
+  paint(mark);
+  item.append(mark, make("span", name), make("span", size));
+  return item;
+}
+
+function tiles(list, rows) {
+  list.replaceChildren(
+    ...rows.map(([name, value, more]) => {
+      const tile = make("div");
+      tile.append(make("dt", name), make("dd", value));
+      if (more) tile.append(make("small", more));
+      return tile;
+    }),
+  );
+}
+
+function measured(values) {
+  $(".measured").hidden = !values;
+  if (!values) return;
+  tiles($(".measured .tiles"), [
+    ["Peak memory", bytes(values.peak), `${values.device}, ${values.dtype}`],
+    ["Step, longest rows", duration(values.longest_seconds), `${values.longest} tokens a row`],
+    ["Step, usual rows", duration(values.typical_seconds), `${Math.round(values.tokens_per_second).toLocaleString("en")} tokens/s`],
+    ["The whole run", duration(values.seconds), `${values.total_steps.toLocaleString("en")} steps`],
+  ]);
+}
+
+function waysOut(ways, fits) {
+  $(".ways").hidden = !ways.length || fits === "yes";
+  $(".ways ul").replaceChildren(
+    ...ways.map((way, at) => {
+      const item = make("li"), button = make("button"), chip = make("b", FITS[way.fits], "chip");
+      button.type = "button";
+      chip.dataset.fits = way.fits;
+      button.append(make("span", way.label, "label"), make("span", bytes(way.peak), "size"), chip, make("span", way.effect, "effect"));
+      button.addEventListener("click", () => trigger("select", { at }));
+      item.append(button);
+      return item;
+    }),
+  );
+}
+
+watch("value", () => receive(props.value));
+receive(props.value);

@@ -1,0 +1,163 @@
+// What the model sees of its data. Value: the counts, the lengths, the rejected rows, and some rows as tokens:
+// {number, texts: [str], ids: [int], flags: "0…3" (1: learnt, 2: special), dropped, cut, held_out}.
+const $ = (selector) => element.querySelector(selector);
+const FIRST = 200; // of a long row its beginning and its end are drawn, the middle when asked for
+const LAST = 500;
+const view = { data: null, at: 0 };
+const repaint = painter(element, paint);
+
+function receive(value) {
+  if (!value) return;
+  if (value.stale) {
+    $(".stale").hidden = false;
+    return;
+  }
+  Object.assign(view, { data: value, at: 0 });
+  $(".empty").hidden = true;
+  $(".seen").hidden = false;
+  $(".stale").hidden = true;
+  $(".usable").hidden = !value.rows.length;
+  writeRefused();
+  if (!value.rows.length) return;
+  write();
+  turn(0);
+  repaint();
+}
+
+function made(tag, text = "", className = "") {
+  const item = document.createElement(tag);
+  item.textContent = text;
+  if (className) item.className = className;
+  return item;
+}
+
+const counted = (count) => count.toLocaleString("en");
+const plural = (count, word) => `${counted(count)} ${word}${count === 1 ? "" : "s"}`;
+
+function write() {
+  const { data } = view;
+  const share = Math.round((100 * data.learnt_tokens) / Math.max(data.tokens, 1));
+  $(".about").textContent = `${data.complete ? "" : `The first ${plural(data.looked_at, "row")} of a larger file. `}${data.source} as ${data.shape}, tokenised for ${data.model}: ${plural(data.tokens, "token")} to read, ${share} % of them learnt.`;
+  const tiles = { used: data.used, held: data.held_out, truncated: data.truncated, rejected: data.rejected };
+  for (const [name, count] of Object.entries(tiles)) $(`[data-tile="${name}"]`).textContent = counted(count);
+  for (const kind of ["truncated", "rejected"]) $(`[data-kind="${kind}"]`).classList.toggle("warn", data[kind] > 0);
+  $(".notices").replaceChildren(...data.notices.map((text) => made("li", text)));
+}
+
+function writeRefused() {
+  const { data } = view;
+  $(".refused").hidden = !data.rejected;
+  $(".refused-title").textContent = data.rejected > data.rejections.length ? `The first ${data.rejections.length} of ${plural(data.rejected, "rejected row")}` : plural(data.rejected, "rejected row");
+  $("tbody").replaceChildren(...data.rejections.map(({ row, reason }) => {
+    const line = made("tr");
+    const head = made("th", counted(row));
+    head.scope = "row";
+    line.append(head, made("td", reason));
+    return line;
+  }));
+}
+
+function turn(step) {
+  const { data } = view;
+  view.at = Math.max(0, Math.min(data.rows.length - 1, view.at + step));
+  const row = data.rows[view.at];
+  const learnt = [...row.flags].filter((flag) => flag & 1).length;
+  $(".which").textContent = `Row ${counted(row.number)}${row.held_out ? ", held out" : ""} · ${plural(row.texts.length, "token")}, ${counted(learnt)} learnt · ${view.at + 1} of ${data.rows.length} shown`;
+  $(".previous").disabled = view.at === 0;
+  $(".next").disabled = view.at === data.rows.length - 1;
+  $(".tokens").scrollTop = 0;
+  drawRow(row, row.texts.length <= FIRST + LAST);
+  $(".spoken").textContent = spoken(row);
+}
+
+function drawRow(row, whole) {
+  const count = row.texts.length;
+  const chips = (from, to) => Array.from({ length: to - from }, (_, i) => chip(row, from + i));
+  const items = whole ? chips(0, count) : [...chips(0, FIRST), more(row, count - FIRST - LAST), ...chips(count - LAST, count)];
+  if (row.dropped) items.unshift(made("span", `… ${plural(row.dropped, "token")} of the prompt cut off`, "cut"));
+  if (row.cut) items.push(made("span", `… ${plural(row.cut, "token")} of the answer cut off`, "cut"));
+  $(".tokens").replaceChildren(...items);
+}
+
+function more(row, hidden) {
+  const button = made("button", `… ${counted(hidden)} more tokens`, "more");
+  button.type = "button";
+  button.tabIndex = -1; // what it shows is in the spoken text
+  button.addEventListener("click", () => drawRow(row, true));
+  return button;
+}
+
+function chip(row, index) {
+  const flag = Number(row.flags[index]);
+  const item = made("span", "", `chip${flag & 1 ? " learnt" : ""}${flag & 2 ? " special" : ""}`);
+  item.title = `Token ${row.ids[index]}`;
+  item.append(...visible(row.texts[index]));
+  return item;
+}
+
+// White space made visible: ␣ for a blank, ⏎ for the end of a line, ⇥ for a tab, ∅ for part of a character.
+function visible(text) {
+  if (!text) return [made("span", "∅", "mark")];
+  const signs = { " ": "␣", "\n": "⏎\n", "\t": "⇥", "\r": "␍" };
+  return text.split(/([ \n\t\r])/).filter(Boolean).map((part) => (signs[part] ? made("span", signs[part], "mark") : document.createTextNode(part)));
+}
+
+function spoken(row) {
+  const parts = [];
+  row.texts.forEach((text, i) => {
+    const kind = row.flags[i] & 1 ? "Learnt" : "Read";
+    if (!parts.length || parts[parts.length - 1].kind !== kind) parts.push({ kind, text: "" });
+    parts[parts.length - 1].text += text;
+  });
+  const cut = `${row.dropped ? `${plural(row.dropped, "token")} of the prompt cut off. ` : ""}${row.cut ? `${plural(row.cut, "token")} of the answer cut off. ` : ""}`;
+  return cut + parts.map(({ kind, text }) => `${kind}: ${text}`).join(" ");
+}
+
+function paint() {
+  if (!view.data || !view.data.rows.length) return;
+  const { lengths, max_length: limit } = view.data;
+  const text = `longest ${counted(lengths.longest)}, max_length ${counted(limit)}`;
+  $(".lengths-text").textContent = text;
+  $(".lengths").setAttribute("aria-label", `Histogram of the rows' lengths in tokens: ${text}, ${plural(view.data.truncated, "row")} truncated.`);
+  drawLengths($(".lengths"), lengths, limit);
+}
+
+// Bars over lengths; what is longer than max_length has another colour, and max_length is a line where it is in sight.
+function drawLengths(canvas, { width: step, counts, open }, limit) {
+  const look = theme(canvas);
+  const { context, width, height } = surface(canvas, 132);
+  const plot = { left: GUTTER + 8, right: width - 6, top: 16, bottom: height - 22 };
+  const end = counts.length * step;
+  const far = limit > 1.5 * end;
+  const last = far ? end : Math.max(end, limit * 1.04);
+  const most = Math.max(...counts);
+  const toX = (v) => plot.left + (v / last) * (plot.right - plot.left);
+  const toY = (v) => plot.bottom - (v / most) * (plot.bottom - plot.top);
+  counts.forEach((count, i) => {
+    const [x, w] = [toX(i * step), Math.max(toX((i + 1) * step) - toX(i * step) - 1, 1)];
+    context.fillStyle = i * step >= limit ? "#d55e00" : look.accent;
+    if (count) context.fillRect(x, Math.min(toY(count), plot.bottom - 1.5), w, Math.max(plot.bottom - toY(count), 1.5));
+  });
+  context.font = `11px ${look.font}`;
+  context.fillStyle = look.muted;
+  context.fillRect(plot.left, plot.bottom, plot.right - plot.left, 1);
+  context.textBaseline = "middle";
+  context.textAlign = "right";
+  for (const v of ticks(0, most, 2)) if (v && Number.isInteger(v)) context.fillText(counted(v), plot.left - 7, toY(v));
+  context.textAlign = "center";
+  for (const v of ticks(0, last, Math.max(2, Math.floor(width / 80)))) {
+    if (Number.isInteger(v)) context.fillText(counted(v), Math.min(toX(v), plot.right - 12), height - 8);
+  }
+  context.textAlign = "right";
+  if (open) context.fillText("and longer", plot.right, toY(counts[counts.length - 1]) - 8);
+  context.fillStyle = look.text;
+  const x = far ? plot.right : toX(limit);
+  if (!far) context.fillRect(x - 0.75, plot.top - 8, 1.5, plot.bottom - plot.top + 8);
+  context.textAlign = far || x > width / 2 ? "right" : "left";
+  context.fillText(far ? `max_length ${counted(limit)} →` : "max_length", x + (far ? 0 : x > width / 2 ? -6 : 6), plot.top - 6);
+}
+
+$(".previous").addEventListener("click", () => turn(-1));
+$(".next").addEventListener("click", () => turn(1));
+watch("value", () => receive(props.value));
+receive(props.value);

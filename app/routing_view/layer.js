@@ -1,0 +1,73 @@
+// One layer, opened: its projections × experts in the chosen scope. Choosing a projection shows it in every layer above.
+function openLayer(layer) {
+  view.open = Math.max(0, Math.min(layer, view.meta.layers - 1));
+  repaint();
+}
+
+function closeLayer() {
+  Object.assign(view, { open: null, projection: null, drawn: "" });
+  $(".layer").hidden = true;
+  $(".layer tbody").replaceChildren();
+}
+
+function chooseProjection(name) {
+  view.projection = view.projection === name ? null : name;
+  repaint();
+}
+
+function paintLayer() {
+  if (view.open === null) return;
+  const look = closer(isWhole() ? null : shown(), view.meta.id);
+  $(".layer").hidden = false;
+  $(".layer .all").hidden = !view.projection;
+  put(".layer-title", `Layer ${view.open + 1}: ${isWhole() ? "whole reply" : tokenName(shown())}`);
+  if (look === null) put(".layer-title", `Layer ${view.open + 1}: the projections of this reply are not kept any more`);
+  if (!look) return;
+  const names = [...look.rows.keys()].filter((name) => look.rows.get(name)[view.open] !== undefined);
+  buildLayer(names, view.meta.counts[view.open]);
+  names.forEach((name, row) => {
+    const seen = scoped(name);
+    const [head, ...cells] = $(".layer tbody").children[row].children;
+    head.firstChild.setAttribute("aria-pressed", String(name === view.projection));
+    if (seen) cells.forEach((_, expert) => endOf(`layer ${seen.diverging}`, Math.abs(seen.at(view.open, expert)), seen.diverging));
+    if (seen) cells.forEach((cell, expert) => fillCell(cell, seen.at(view.open, expert), seen.diverging, expert));
+  });
+}
+
+function buildLayer(names, experts) {
+  const built = `${view.open} ${names} ${experts}`;
+  if (view.drawn === built) return;
+  view.drawn = built;
+  const row = (...cells) => {
+    const made = document.createElement("tr");
+    made.append(...cells);
+    return made;
+  };
+  const heading = (text, scope) => {
+    const made = document.createElement("th");
+    made.scope = scope;
+    made.append(text);
+    return made;
+  };
+  const opener = (name) => {
+    const made = document.createElement("button");
+    Object.assign(made, { type: "button", textContent: name, title: `Show ${name} in every layer` });
+    made.dataset.projection = name;
+    return made;
+  };
+  const numbers = Array.from({ length: experts }, (_, e) => heading(String(e + 1), "col"));
+  $(".layer thead").replaceChildren(row(heading("Expert", "col"), ...numbers));
+  $(".layer tbody").replaceChildren(...names.map((name) => row(heading(opener(name), "row"), ...numbers.map(() => document.createElement("td")))));
+  $(".layer table").classList.toggle("narrow", ($(".layer").clientWidth - 116) / experts < 32);
+}
+
+function fillCell(cell, value, diverging, expert) {
+  const top = endOf(`layer ${diverging}`, Math.abs(value), diverging);
+  const fill = diverging ? divergingColour(value / top, isDark()) : heat(value / top, isDark());
+  const text = diverging ? fixed(value) : value.toFixed(2);
+  if (cell.textContent !== text) cell.textContent = text;
+  cell.title = `Expert ${expert + 1}: ${diverging ? signed(value) : number(value, 3)} (even: ${number(view.even[view.open], 3)})`;
+  cell.dataset.value = value;
+  cell.style.background = css(fill);
+  cell.style.color = ink(fill);
+}

@@ -1,0 +1,94 @@
+// Through the reply: lanes over one axis of tokens. Every lane has its own scale and states its threshold or even share.
+const LANE = 50;
+
+function paintTimeline() {
+  const { prompt } = view.meta;
+  const canvas = $(".timeline");
+  const lanes = timelineLanes();
+  const look = theme(canvas);
+  const { context, width } = surface(canvas, lanes.length * LANE + 18);
+  const count = Math.max(replyLength(), 1);
+  const plot = { left: GUTTER, width: width - GUTTER - 2 };
+  const toX = (i) => plot.left + ((i + 0.5) / count) * plot.width;
+  context.font = `11px ${look.font}`;
+  lanes.forEach((lane, place) => drawLane(context, look, lane, place * LANE, plot, toX));
+  const chosen = shown() - prompt;
+  if (chosen >= 0) {
+    context.fillStyle = look.text;
+    context.globalAlpha = 0.7;
+    lanes.forEach((_, place) => context.fillRect(Math.round(toX(chosen)), place * LANE + 16, 1, LANE - 21));
+    context.globalAlpha = 1;
+  }
+  context.fillStyle = look.muted;
+  context.textAlign = "center";
+  context.textBaseline = "alphabetic";
+  const marks = ticks(1, count, Math.max(2, Math.floor(width / 70))).filter(Number.isInteger);
+  for (const mark of marks) context.fillText(String(mark), Math.min(Math.max(toX(mark - 1), plot.left + 3), width - 10), lanes.length * LANE + 14);
+  canvas.lanes = lanes;
+  canvas.token = (clientX) => Math.floor(((clientX - canvas.getBoundingClientRect().left - plot.left) / plot.width) * count) + prompt;
+  canvas.setAttribute("aria-valuemin", 1);
+  canvas.setAttribute("aria-valuemax", count);
+  canvas.setAttribute("aria-valuenow", Math.max(chosen + 1, 1));
+  canvas.setAttribute("aria-valuetext", $(".summary").textContent);
+}
+
+// {name, values, top, line, lineName, colour(i)}
+function timelineLanes() {
+  const { prompt, experts, threshold, limit } = view.meta;
+  const means = view.means.slice(prompt);
+  const cell = view.mark && view.mark.expert < experts ? view.mark : null;
+  const even = cell ? view.even[cell.layer] : view.even.reduce((sum, value) => sum + value, 0) / view.even.length;
+  const lanes = [
+    { name: "Entropy", values: means.map((m) => m.entropy), top: 1, line: hasThreshold() ? threshold : null, lineName: `threshold ${number(threshold)}` },
+    { name: "Active experts", values: means.map((m) => m.active), top: Math.max(...view.meta.counts), line: null },
+    cell
+      ? { name: `Weight of expert ${cell.expert + 1} in layer ${cell.layer + 1}`, colour: () => css(hue(cell.expert)), values: means.map((_, i) => view.weights[prompt + i][cell.layer * experts + cell.expert] / 255) }
+      : { name: "Share of the strongest expert", colour: (i) => css(hue(means[i].strongest)), values: means.map((m) => m.shares[m.strongest]) },
+  ];
+  const last = lanes[2];
+  Object.assign(last, { line: even, lineName: `even ${number(even, 3)}`, top: ceiling(Math.max(even, ...last.values), 1 / even) });
+  if (limit) lanes.push({ name: "Threshold τ", values: means.map((m) => m.threshold), top: limit, line: null });
+  return lanes;
+}
+
+function drawLane(context, look, lane, y, plot, toX) {
+  const [top, bottom] = [y + 16, y + LANE - 5];
+  const toY = (value) => bottom - clamp(value / lane.top) * (bottom - top);
+  context.textBaseline = "alphabetic";
+  context.fillStyle = look.muted;
+  context.textAlign = "left";
+  context.fillText(lane.name, plot.left, y + 11);
+  context.textAlign = "right";
+  context.fillText(number(lane.top), plot.left - 7, top + 6);
+  context.fillText("0", plot.left - 7, bottom + 2);
+  context.fillStyle = look.empty;
+  context.fillRect(plot.left, top, plot.width, bottom - top);
+  context.strokeStyle = look.accent;
+  context.lineWidth = 1.6;
+  context.lineJoin = "round";
+  if (!lane.colour) {
+    context.beginPath();
+    lane.values.forEach((value, i) => (i ? context.lineTo(toX(i), toY(value)) : context.moveTo(toX(i), toY(value))));
+    context.stroke();
+  }
+  const step = toX(1) - toX(0);
+  if (lane.colour || lane.values.length === 1) {
+    const wide = Math.max(1, step - (step > 4 ? 1 : 0));
+    lane.values.forEach((value, i) => {
+      context.fillStyle = lane.colour ? lane.colour(i) : look.accent;
+      context.fillRect(toX(i) - wide / 2, toY(value), wide, Math.max(bottom - toY(value), 1));
+    });
+  }
+  if (lane.line === null) return;
+  context.strokeStyle = look.text;
+  context.lineWidth = 1;
+  context.setLineDash([4, 3]);
+  context.beginPath();
+  context.moveTo(plot.left, Math.round(toY(lane.line)) + 0.5);
+  context.lineTo(plot.left + plot.width, Math.round(toY(lane.line)) + 0.5);
+  context.stroke();
+  context.setLineDash([]);
+  context.fillStyle = look.muted;
+  context.textAlign = "right";
+  context.fillText(`– – ${lane.lineName}`, plot.left + plot.width, y + 11);
+}
