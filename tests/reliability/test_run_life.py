@@ -302,8 +302,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path
     code = (
         "import os, sys, time; from pathlib import Path; from mole import locks\n"
         "lock = locks.acquire(Path(sys.argv[1]))\n"
-        "child = os.fork()\n"
-        "if child: print(child, flush=True)\n"
+        "if not os.fork(): print(os.getpid(), flush=True)\n"
         "time.sleep(600)"
     )
     path = tmp_path / "x.lock"

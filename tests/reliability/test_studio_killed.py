@@ -1,0 +1,132 @@
+"""The studio is killed, with its whole process group, and another takes its place: the run never notices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forks import ROOT, Make, processes_of, session_of
+from test_two_at_once import wait_for
+
+from mole import checkpoint, runs
+from mole.runs import Run
+
+GONE = 60
+"""Seconds after a stop in which the last process of a run ends."""
+
+
+@contextmanager
+def studio(home: Path) -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
+    """A real studio, in a process group of its own, and a client of it."""
+    from gradio_client import Client
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = int(found.getsockname()[1])
+    with (home / "studio.log").open("ab") as log:
+        command = [sys.executable, "-m", "mole.cli", "studio", "--port", str(port)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_for(lambda: is_served(f"http://127.0.0.1:{port}"), 120)
+        yield process, Client(f"http://127.0.0.1:{port}", verbose=False)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_served(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).read()
+    except OSError:
+        return False
+    return True
+
+
+def goes_on(run: Run, steps: int = 5) -> None:
+    """See that a run does some more steps."""
+    before = run.step
+    wait_for(lambda: run.step >= before + steps or run.state != "running")
+    assert run.state == "running", run.log_path.read_text()
+
+
+def trainer(run: Run) -> int:
+    """The process that trains it, which is the first of its session."""
+    pid = [int(event["pid"]) for event in run.events() if event["type"] == "started"][-1]
+    assert pid in session_of(pid) and os.getsid(pid) == pid
+    return pid
+
+
+@pytest.mark.slow
+def test_a_run_outlives_its_studio_and_obeys_the_next_one(home: Path, make_tiny: Make) -> None:
+    template = make_tiny("template", **{"training.max_steps": 1_000_000})
+    config = {**template.config.to_dict(), "name": "survivor"}
+    runs.delete(template)
+    with studio(home) as (first, client):
+        client.predict(config, api_name="/start_run")
+        run = runs.get("survivor")
+        wait_for(lambda: run.step >= 3 or run.state == "failed")
+        begun = trainer(run)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    goes_on(run)
+    assert trainer(run) == begun
+    assert processes_of(home) == session_of(begun), "the studio is gone, the run is all that is left"
+
+    with studio(home) as (second, client):
+        assert client.predict("survivor", api_name="/show_run")["state"] == "running"
+        client.predict("survivor", api_name="/stop_run")
+        wait_for(lambda: not session_of(begun), GONE)
+        assert run.state == "stopped"
+        stopped = run.step
+        assert checkpoint.newest_good(run.checkpoints_dir) == run.checkpoints_dir / f"step-{stopped}"
+
+        client.predict("survivor", api_name="/resume_run")
+        wait_for(lambda: (run.state == "running" and run.step > stopped) or run.state == "failed")
+        goes_on(run)
+        assert [event["step"] for event in run.events() if event["type"] == "started"] == [0, stopped]
+        resumed = trainer(run)
+        subprocess.run([sys.executable, "-m", "mole.cli", "runs", "stop", "survivor"], check=True)
+        wait_for(lambda: not session_of(resumed), GONE)
+        assert run.state == "stopped"
+        assert processes_of(home) == {second.pid}, "no orphan, and no zombie of the studio's"
+    assert not processes_of(home)
+
+
+@pytest.mark.slow
+def test_killed_moments_after_mole_train_detach_it_resumes_to_the_same_bits(
+    home: Path, make_tiny: Make, whole: Any
+) -> None:
+    """The real detached process: while python starts, while torch is imported, and while it trains."""
+    from test_killed import check_finished, check_killed
+
+    template = make_tiny("template")
+    command = [sys.executable, "-m", "mole.cli"]
+    train = [*command, "train", "--config", str(template.config_path), "--name", "detached", "--detach"]
+    assert subprocess.run(train, check=True, capture_output=True, text=True).stdout == "detached\n"
+    run = runs.get("detached")
+    resume = [*command, "runs", "resume", "detached", "--detach"]
+    for reached in (
+        lambda: bool(processes_of(home)),
+        lambda: run.last_event["type"] == "starting",
+        lambda: run.step >= 4,
+    ):
+        wait_for(reached)
+        for pid in processes_of(home):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not processes_of(home) and not run.held, 30)
+        check_killed(run)
+        time.sleep(max(0.0, 5.5 - (time.time() - run.last_event["time"])))  # so fresh, it may be just starting
+        subprocess.run(resume, check=True, capture_output=True)
+    wait_for(lambda: run.state == "finished" or run.state == "failed")
+    wait_for(lambda: not processes_of(home), GONE)
+    check_finished(run, whole)

@@ -1,0 +1,283 @@
+"""The door: where the studio listens, its password, and the web pages that would drive it from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from fastapi import HTTPException
+from serving import ROOT, Studio, free_port, serve, studio_command
+
+from app import guard, main
+from app.guard import Login
+from mole.access import check_open, is_loopback
+from mole.errors import InputError
+
+from .conftest import API, EVIL, Stranger, run_async, visiting
+
+USER, PASSWORD = "me", "correct horse: battery"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Where it listens
+
+
+def test_it_listens_on_this_machine_only(shared_studio: Studio) -> None:
+    port = int(shared_studio.url.rpartition(":")[2])
+    listening = {
+        found.laddr.ip
+        for found in psutil.net_connections("tcp")
+        if found.laddr and found.laddr.port == port and found.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--host", "0.0.0.0"], ["--host", "::"], ["--host", "192.168.1.5"], ["--host", "studio.example"],
+        ["--host", "localhost.evil.example"], ["--host", ""], ["--share"], ["--host", "127.0.0.1", "--share"],
+    ],
+)  # fmt: skip
+def test_a_studio_others_can_reach_needs_a_password(home: Path, given: list[str]) -> None:
+    """One line, exit code 2, and nothing was served: it says so before Gradio is even imported."""
+    command = [sys.executable, "-m", "mole.cli", "studio", *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"mole: --(host|share).* without --auth .*--allow-anyone.*\n", done.stderr), done.stderr
+
+
+def test_unless_that_is_what_one_says(home: Path) -> None:
+    check_open("0.0.0.0", auth=True, share=True, allow_anyone=False)
+    check_open("0.0.0.0", auth=False, share=True, allow_anyone=True)
+    for host in ("127.0.0.1", "127.8.8.8", "localhost", "LOCALHOST", "::1", "[::1]"):
+        check_open(host, auth=False, share=False, allow_anyone=False)
+    assert not any(map(is_loopback, ("", "0", "0.0.0.0", "::", "10.0.0.1", "127.0.0.1.evil.example", "1")))
+    command = [sys.executable, "-m", "mole.cli", "studio", "--help"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    assert "--allow-anyone" in told and "$MOLE_AUTH" in told
+
+
+def test_open_to_anyone_when_told_so_on_all_addresses(home: Path) -> None:
+    port = free_port()
+    with serve([*studio_command(port), "--host", "0.0.0.0", "--allow-anyone"], port, home) as studio:
+        assert httpx.get(f"{studio.url}/config", headers={"host": "studio.example"}, trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize("given", ["", ":", "me:", ":secret"])
+def test_half_a_password_is_none(home: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mole import access
+
+    monkeypatch.setenv("MOLE_AUTH", "other:password")
+    with pytest.raises(InputError, match="USER:PASS, both not empty"):
+        access.credentials(given)
+    assert "MOLE_AUTH" not in os.environ, "what is started later does not inherit it"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The password
+
+
+@pytest.fixture(scope="module", params=["argument", "environment"])
+def locked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """A studio with a password, given both ways."""
+    port, home = free_port(), tmp_path_factory.mktemp("locked")
+    given = f"{USER}:{PASSWORD}"
+    command = studio_command(port) + (["--auth", given] if request.param == "argument" else [])
+    environment = {} if request.param == "argument" else {"MOLE_AUTH": given}
+    with serve(command, port, home, **environment) as running:
+        yield running
+
+
+def test_the_password_is_not_in_the_list_of_processes(locked: Studio) -> None:
+    port = locked.url.rpartition(":")[2]
+    found = [process for process in psutil.process_iter(["cmdline"]) if port in (process.info["cmdline"] or [])]
+    assert found
+    assert not [process for process in found if PASSWORD in " ".join(process.info["cmdline"])]
+
+
+def test_nothing_is_given_to_those_outside(locked: Studio) -> None:
+    """Without the cookie no route that tells or does anything answers: no config, no handler, no file, no upload."""
+    outside = visiting(locked)
+    asked = {
+        "GET": ["/config", f"{API}/info", f"{API}/openapi.json", f"{API}/queue/status", f"{API}/file=/etc/passwd",
+                f"{API}/queue/data?session_hash=x", f"{API}/call/list_runs/x", f"{API}/dev/reload",
+                "/monitoring/summary"],
+        "POST": [f"{API}/run/predict", f"{API}/api/predict", f"{API}/call/list_runs", f"{API}/queue/join",
+                 f"{API}/upload", f"{API}/component_server", f"{API}/call/v2/list_runs"],
+    }  # fmt: skip
+    for method, paths in asked.items():
+        for path in paths:
+            for cookie in ("", "access-token=x", "access-token-unsecure-=x; access-token-="):
+                content = '{"fn_index": 0, "data": [], "session_hash": "x"}' if method == "POST" else None
+                headers = {"cookie": cookie, "content-type": "application/json"}
+                answer = outside.http.request(method, path, content=content, headers=headers)
+                assert answer.status_code == 401, (method, path, answer.status_code, answer.text[:200])
+    assert "backend_fn" not in outside.http.get("/").text
+
+
+def test_the_right_password_opens(locked: Studio) -> None:
+    outside = visiting(locked)
+    for user, password in ((USER, "wrong"), ("other", PASSWORD), (USER, ""), (USER + PASSWORD, " "), ("\ufeff", "\0")):
+        answer = outside.http.post("/login", data={"username": user, "password": password}, timeout=120)
+        assert answer.status_code in (400, 422), answer.text
+    answer = outside.http.post("/login", data={"username": USER, "password": PASSWORD}, timeout=120)
+    assert answer.json() == {"success": True}
+    token = answer.cookies
+    assert all("httponly" in value.lower() for name, value in answer.headers.multi_items() if name == "set-cookie")
+    unsecure = {name: value for name, value in token.items() if "unsecure" in name}
+    config = httpx.get(f"{locked.url}/config", cookies=unsecure, trust_env=False, timeout=60)
+    assert config.json()["dependencies"]
+
+
+def tries(login: Login, *attempts: tuple[str, str, str]) -> list[tuple[bool | int, float]]:
+    """What a log-in answers to (address, user, password) asked all at once, and after how many seconds."""
+
+    async def one(address: str, user: str, password: str) -> tuple[bool | int, float]:
+        guard.CLIENT.set(address)
+        begun = time.monotonic()
+        try:
+            answer: bool | int = await login.check(user, password)
+        except HTTPException as error:
+            answer = error.status_code
+        return answer, time.monotonic() - begun
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*(asyncio.create_task(one(*attempt)) for attempt in attempts))
+
+    return run_async(together())
+
+
+class Hasty(Login):
+    """The same, a hundred times as fast."""
+
+    FIRST, LONGEST, PATIENCE = 0.005, 0.08, 0.3
+
+
+def test_guesses_wait_for_each_other_and_longer_each_time() -> None:
+    """Asked all at once, for nobody has to wait for an answer before guessing again."""
+    login = Hasty(USER, PASSWORD)
+    guesses = [("6.6.6.6", USER, f"guess {number}") for number in range(300)]
+    answers = tries(login, *guesses, ("6.6.6.6", USER, PASSWORD))
+    waited = [seconds for answer, seconds in answers if answer is False]
+    assert not any(answer is True for answer, _ in answers)
+    assert 5 <= len(waited) <= 9, "the line at the door is short, so they take neither threads nor memory"
+    gaps = [after - before for before, after in itertools.pairwise(waited)]
+    assert sum(gaps[3:]) > 2 * sum(gaps[:3]), gaps
+    assert {answer for answer, _ in answers[len(waited) :]} == {429}
+    assert answers[-1][0] == 429, "not even the right one, from there and now: or guessing at once would find it"
+
+
+def test_who_guesses_locks_nobody_else_out() -> None:
+    login = Hasty(USER, PASSWORD)
+    answers = tries(login, *[("6.6.6.6", USER, "guess")] * 100, ("1.2.3.4", USER, PASSWORD))
+    answer, seconds = answers[-1]
+    assert answer is True and seconds < 0.2
+    time.sleep(Hasty.PATIENCE + Hasty.LONGEST)
+    ((answer, _),) = tries(login, ("6.6.6.6", USER, PASSWORD))
+    assert answer is True, "and who guessed gets in too, later, with the right one"
+    ((answer, seconds),) = tries(login, ("6.6.6.6", USER, "a slip"))
+    assert answer is False and seconds < 0.2, "after which a slip is a first one again"
+
+
+def test_the_table_of_addresses_is_bounded() -> None:
+    login = Hasty(USER, PASSWORD)
+    login.ADDRESSES = 50
+    tries(login, *[(f"2001:db8::{number:x}", USER, "guess") for number in range(500)])
+    assert len(login._tries) == 50
+
+
+def test_the_comparison_takes_as_long_for_a_near_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not measured, which no machine under load could do: what is compared has one length, by `compare_digest`."""
+    seen = []
+    compare = guard.hmac.compare_digest
+    monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: seen.append((len(a), len(b))) or compare(a, b))
+    login = Hasty(USER, PASSWORD)
+    for user, password in (
+        (USER, "c"),
+        (USER, PASSWORD[:-1]),
+        ("m", PASSWORD),
+        ("x" * 10_000, "y" * 10_000),
+        ("\ud800", ""),
+    ):
+        assert tries(login, (user, user, password))[0][0] is False
+    assert seen == [(64, 64)] * 5
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Other pages in the same browser
+
+
+def test_the_page_answers_under_its_own_names_only(stranger: Stranger) -> None:
+    """A name of the attacker's may be made to point to this machine: then its page would be the studio's own origin."""
+    port = stranger.studio.url.rpartition(":")[2]
+    for host in (
+        "evil.example", f"evil.example:{port}", f"127.0.0.1.evil.example:{port}", f"localhost.evil.example:{port}",
+        f"127.0.0.1@evil.example:{port}", f"[::ffff:6.6.6.6]:{port}", "", "0.0.0.0", f"192.168.0.1:{port}",
+    ):  # fmt: skip
+        for path in ("/", "/config", f"{API}/info", "/theme.css"):
+            answer = stranger.http.get(path, headers={"host": host})
+            assert answer.status_code in (400, 403), (host, path)
+            assert "\n" not in answer.text.strip() and "dependencies" not in answer.text
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "LOCALHOST"):
+        assert stranger.http.get("/config", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "origin", [EVIL, "null", "file://", "http://127.0.0.1:1", "http://localhost.evil.example", "x", ""]
+)
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www-form-urlencoded"])
+def test_a_page_of_another_origin_does_nothing_here(stranger: Stranger, origin: str, kind: str) -> None:
+    """A browser sends such requests without asking when they look like a form; a run would be started all the same."""
+    headers = {"origin": origin, "content-type": kind}
+    body = '{"fn_index": 0, "data": [], "session_hash": "x", "component_id": 1, "fn_name": "whole"}'
+    for path in ("/run/predict", "/queue/join", "/call/list_runs", "/component_server", "/cancel", "/upload", "/reset"):
+        answer = stranger.http.post(API + path, content=body, headers=headers)
+        assert answer.status_code == 403 and "origin" in answer.text, (path, answer.text)
+        assert "127.0.0.1" in origin or answer.headers.get("access-control-allow-origin") is None
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    before = stranger.http.options(f"{API}/queue/join", headers={"origin": origin, **asked})
+    assert "127.0.0.1" in origin or before.headers.get("access-control-allow-origin") is None
+
+
+def test_also_with_a_cookie(locked: Studio) -> None:
+    """Who is logged in, and opens a hostile page beside the studio, has it drive nothing."""
+    inside = visiting(locked)
+    assert inside.http.post("/login", data={"username": USER, "password": PASSWORD}, timeout=120).status_code == 200
+    cookies = {name: value for name, value in inside.http.cookies.items() if "unsecure" in name}
+    for path in ("/queue/join", "/component_server", "/upload"):
+        headers = {"origin": EVIL, "content-type": "text/plain"}
+        answer = httpx.post(f"{locked.url}{API}{path}", content="{}", headers=headers, cookies=cookies, trust_env=False)
+        assert answer.status_code == 403
+    own = {"origin": locked.url, "content-type": "application/json"}
+    answer = httpx.get(f"{locked.url}/config", headers=own, cookies=cookies, trust_env=False, timeout=60)
+    assert answer.status_code == 200, "the studio's own page says where it is from, too"
+
+
+def test_a_proxy_s_name_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from starlette.datastructures import Headers
+
+    monkeypatch.setenv("MOLE_HOSTS", "Studio.example, other.example")
+    doors = guard.Doors(local=True, names=main.settings.names())
+    assert not doors.refusal(Headers({"host": "studio.example", "origin": "https://studio.example"}))
+    assert doors.refusal(Headers({"host": "third.example"})) and doors.refusal(
+        Headers({"host": "127.0.0.1", "origin": EVIL})
+    )
+
+
+def test_the_page_may_load_nothing_from_elsewhere_and_be_framed_by_nobody(stranger: Stranger) -> None:
+    for path in ("/", "/config", f"{API}/file=/etc/passwd", "/nothing"):
+        policy = stranger.http.get(path).headers["content-security-policy"]
+        assert policy.startswith("default-src 'self'") and "frame-ancestors 'self'" in policy
+        assert not re.search(r"https?:|\*", policy)
