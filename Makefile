@@ -13,7 +13,7 @@ PINS := pyproject.toml constraints.txt requirements-model.txt
 MODEL := smollm2-135m
 
 .DEFAULT_GOAL := help
-.PHONY: help run install model test test-unit test-peft-oldest lint format browser clean
+.PHONY: help run install model test test-unit test-peft-oldest soak bench audit lint format browser clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -28,7 +28,24 @@ model: $(VENV)/.installed ## get the embedded model ready, once
 	@$(BIN)/mole models pull $(MODEL)
 
 test: $(VENV)/.test browser ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: $(VENV)/.test browser ## run the tests that take longer: more kills, more cases, half an hour in public
+	MOLE_CASES=20 $(BIN)/python -m pytest -m soak --timeout 7200
+	MOLE_CASES=20 $(BIN)/python -m pytest tests/reliability -k hostile -m "not soak" --timeout 7200
+
+bench: $(VENV)/.installed ## measure against PEFT's LoRA; the results go to benchmarks/RESULTS.md
+	@$(BIN)/mole models pull $(MODEL)
+	$(BIN)/python benchmarks/report.py
+
+audit: $(VENV)/.dev ## look for known faults in the pinned versions, where the advisory service can be reached
+	@mkdir -p build && echo 'jinja2==2.4.1' >build/known-bad.txt
+	$(PIP) install -q pip-audit
+	@if $(BIN)/pip-audit -r build/known-bad.txt --no-deps --disable-pip 2>&1 | grep -qE 'PYSEC|GHSA|CVE'; then \
+	  $(BIN)/pip-audit --strict -r constraints.txt --no-deps --disable-pip; \
+	else \
+	  echo "NOT AUDITED: the advisory service does not answer from here (it does not even know jinja2 2.4.1)."; \
+	fi
 
 test-unit: $(VENV)/.test ## run the unit tests alone
 	$(BIN)/python -m pytest tests/unit
