@@ -74,7 +74,7 @@ function writeLines() {
     button.addEventListener("click", () => {
       view.hidden[view.hidden.has(cell.label) ? "delete" : "add"](cell.label);
       writeLines();
-      repaint();
+      paint();
     });
     return button;
   });
@@ -264,7 +264,7 @@ for (const name of ["across", "scale"]) {
     const button = event.target.closest("button");
     if (!button) return;
     Object.assign(view, { [name]: button.dataset.to, mark: null });
-    repaint();
+    paint(); // at once: the next key reads by the axis that painting sets
   });
 }
 

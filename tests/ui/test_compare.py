@@ -81,17 +81,25 @@ def test_the_curves_are_drawn_and_can_be_read_hidden_and_changed(site: Studio, p
     for button in ("Time", "Tokens", "Linear", "Log"):
         page.get_by_role("button", name=button, exact=True).click()
         expect(page.get_by_role("button", name=button, exact=True)).to_have_attribute("aria-pressed", "true")
-        page.wait_for_timeout(100)
         seen.append(page.evaluate(picture))
     assert len(set(seen)) >= 4, "each axis has a picture of its own"
     page.get_by_role("button", name="plain").press("Enter")
     expect(page.get_by_role("button", name="plain")).to_have_attribute("aria-pressed", "false")
-    page.wait_for_timeout(100)
     assert page.evaluate(picture) != seen[-1]
-    page.get_by_role("button", name="Steps", exact=True).click()
-    curves.focus()
-    for _ in range(4):
-        page.keyboard.press("ArrowRight")
+
+
+def test_a_key_pressed_right_after_a_change_of_axis_reads_by_the_new_one(site: Studio, page: Page) -> None:
+    compared(site, page, "dyn", "plain")
+    page.wait_for_function("+document.querySelector('#compare .curves').dataset.draws > 0")
+    page.get_by_role("button", name="Tokens", exact=True).click()
+    page.get_by_role("button", name="Steps", exact=True).evaluate(
+        """button => {
+            button.click();
+            const curves = document.querySelector('#compare .curves');
+            curves.focus();
+            for (let i = 0; i < 4; i++) curves.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowRight' }));
+        }"""
+    )
     expect(page.locator("#compare .curves-readout")).to_have_text(re.compile(r"4 steps: dyn \d.*\(held-out \d"))
 
 
