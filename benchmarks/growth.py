@@ -2,21 +2,22 @@
 
 Beside each stands PEFT's LoRA of rank E·r. After each series comes the slope of a straight line through its steps over
 E·r, ours divided by LoRA's. The last series is top-2 routing with all experts computed, divided by the chosen ones
-alone: above 1 the grouped product is the quicker one.
+alone: above 1 the grouped product is the quicker one. The steps are those of the decoder's layers: the logits, the same
+in all, are left out but for the last token's, since their time would hide what grows.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from common import Figure, awake, base, figure, in_turns, main, ratio, with_experts, with_lora
-from step_time import step
 
-from mole import input_group
+from mole import auxiliary_loss, input_group
 
 SERIES = {
     "E": [(experts, 8) for experts in (1, 2, 4, 8, 16, 32, 64)],
@@ -26,6 +27,22 @@ SERIES = {
 
 ROUTED = (8, 16, 32, 64, 128)
 """Numbers of experts of rank 8 of which a token chooses two."""
+
+
+def step(model: Any, ids: torch.Tensor, routed: bool = True) -> Callable[[], float]:
+    """Forward and backward through the layers, with the routers' losses where there are routers."""
+    model.train()
+    mask = torch.ones_like(ids)
+
+    def run() -> float:
+        for parameter in model.parameters():
+            parameter.grad = None
+        begun = time.perf_counter()
+        loss = model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits.square().mean()
+        (loss + auxiliary_loss(model) if routed else loss).backward()
+        return time.perf_counter() - begun
+
+    return run
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:
@@ -45,7 +62,7 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
                 with_experts(base(layers=options.layers), options.router, num_experts=experts, r=rank, **given)
             )
             lora = awake(with_lora(base(layers=options.layers), experts * rank))
-            seconds = in_turns({"ours": step(mixture, ids), "lora": step(lora, ids)}, options.rounds)
+            seconds = in_turns({"ours": step(mixture, ids), "lora": step(lora, ids, routed=False)}, options.rounds)
             ours.append(seconds["ours"])
             theirs.append(seconds["lora"])
             here, there = (statistics.median(seconds[name]) for name in ("ours", "lora"))
