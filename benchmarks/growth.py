@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from common import Figure, awake, base, figure, in_turns, main, ratio, with_experts, with_lora
+from step_time import step
 
-from mole import auxiliary_loss, input_group
+from mole import MoleConfig, auxiliary_loss, input_group
 
 SERIES = {
     "E": [(experts, 8) for experts in (1, 2, 4, 8, 16, 32, 64)],
@@ -29,20 +29,11 @@ ROUTED = (8, 16, 32, 64, 128)
 """Numbers of experts of rank 8 of which a token chooses two."""
 
 
-def step(model: Any, ids: torch.Tensor, routed: bool = True) -> Callable[[], float]:
-    """Forward and backward through the layers, with the routers' losses where there are routers."""
-    model.train()
-    mask = torch.ones_like(ids)
-
-    def run() -> float:
-        for parameter in model.parameters():
-            parameter.grad = None
-        begun = time.perf_counter()
-        loss = model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits.square().mean()
-        (loss + auxiliary_loss(model) if routed else loss).backward()
-        return time.perf_counter() - begun
-
-    return run
+def loss_of_layers(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """One that all layers have a part in, without logits but the last token's; the routers' own where there are any."""
+    loss = model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits.square().mean()
+    routed = isinstance(model.peft_config["default"], MoleConfig)
+    return loss + auxiliary_loss(model) if routed else loss
 
 
 def slope(sizes: list[int], seconds: list[float]) -> float:
@@ -62,7 +53,9 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
                 with_experts(base(layers=options.layers), options.router, num_experts=experts, r=rank, **given)
             )
             lora = awake(with_lora(base(layers=options.layers), experts * rank))
-            seconds = in_turns({"ours": step(mixture, ids), "lora": step(lora, ids, routed=False)}, options.rounds)
+            seconds = in_turns(
+                {"ours": step(mixture, ids, loss_of_layers), "lora": step(lora, ids, loss_of_layers)}, options.rounds
+            )
             ours.append(seconds["ours"])
             theirs.append(seconds["lora"])
             here, there = (statistics.median(seconds[name]) for name in ("ours", "lora"))
@@ -91,7 +84,7 @@ def taken_over(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> Fi
 
             input_group.pays = pays
             try:
-                return step(model, ids)()
+                return step(model, ids, loss_of_layers)()
             finally:
                 input_group.pays = own
 

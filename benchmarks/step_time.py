@@ -17,7 +17,12 @@ from common import DTYPES, EQUAL, ROUTERS, Figure, awake, base, in_turns, main, 
 GOALS = {"float32": "<= 1.00", "bfloat16": "<= 1.05"}
 
 
-def step(model: Any, ids: torch.Tensor) -> Callable[[], float]:
+def text_loss(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The loss over all tokens, the routers' own in it."""
+    return model(input_ids=ids, attention_mask=mask, labels=ids).loss
+
+
+def step(model: Any, ids: torch.Tensor, loss: Callable[..., torch.Tensor] = text_loss) -> Callable[[], float]:
     """A step's forward and backward; the optimizer's part is the same for the same parameters."""
     model.train()
     mask = torch.ones_like(ids)
@@ -26,7 +31,7 @@ def step(model: Any, ids: torch.Tensor) -> Callable[[], float]:
         for parameter in model.parameters():
             parameter.grad = None
         begun = time.perf_counter()
-        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        loss(model, ids, mask).backward()
         return time.perf_counter() - begun
 
     return run
