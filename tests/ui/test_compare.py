@@ -74,7 +74,6 @@ def test_two_runs_side_by_side(site: Studio, page: Page) -> None:
 
 def test_the_curves_are_drawn_and_can_be_read_hidden_and_changed(site: Studio, page: Page) -> None:
     compared(site, page, "dyn", "plain")
-    curves = page.locator("#compare .curves")
     picture = "document.querySelector('#compare .curves').toDataURL()"
     page.wait_for_function("+document.querySelector('#compare .curves').dataset.draws > 0")
     seen = [page.evaluate(picture)]
