@@ -149,4 +149,4 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", measure, router="dynmole", layers=20, steps=5, rounds=1)
+    main(__doc__ or "", measure, router="dynmole", layers=30, steps=5, rounds=1)
