@@ -148,6 +148,7 @@ class Engine:
     ) -> Iterator[Saying]:  # fmt: skip
         with IMPORTING:
             from mole.chat import ChatSettings, stream
+            from mole.compiling import prepare
 
         chosen = ChatSettings(**settings)
         with self.shelf.use(target, ModelConfig(device=device)) as loaded:
@@ -167,6 +168,7 @@ class Engine:
                     step.text, reel, count, seconds, step.finished, tokens, step.trace, step.prompt_tokens,
                     loaded.notice,
                 )  # fmt: skip
+            prepare(loaded.model)
 
     def _watch(self) -> None:
         """Give a GPU's memory back as soon as a run begins to train there, whether or not anybody chats then."""

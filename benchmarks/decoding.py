@@ -1,6 +1,7 @@
 """Decoding beside the bare base: tokens a second of one reply, greedy, with a cache.
 
-The goal is to be better than an unmerged LoRA of equal size; the recorder may cost one in twenty.
+The goal is to be better than an unmerged LoRA of equal size; the recorder may cost one in twenty. A mixture decodes as
+in a chat: its first reply without compiled functions, which are made then, the others with them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from common import DTYPES, EQUAL, ROUTERS, Figure, awake, base, in_turns, main, ratio, with_experts, with_lora
 
-from mole import record_routing
+from mole import compiling, one_token, record_routing
 
 PROMPT = 32
 
@@ -37,6 +38,28 @@ def decode(model: Any, ids: torch.Tensor, tokens: int, recorded: bool = False) -
     return run
 
 
+def before_functions(run: Callable[[], float]) -> Callable[[], float]:
+    """The same without compiled functions."""
+
+    def first() -> float:
+        kept = dict(one_token.FUNCTIONS)
+        one_token.FUNCTIONS.clear()
+        seconds = run()
+        one_token.FUNCTIONS.update(kept)
+        return seconds
+
+    return first
+
+
+def seconds_to_make(model: Any) -> float:
+    """How long it takes until the functions that a first reply had use for are there."""
+    begun = time.perf_counter()
+    thread = compiling.prepare(model)
+    if thread is not None:
+        thread.join()
+    return time.perf_counter() - begun
+
+
 def measure(options: argparse.Namespace) -> Iterator[Figure]:
     """PEFT's LoRA and each router beside the base, by turns, so that a few replies lie between what is compared."""
     dtype, ids = DTYPES[options.dtype], torch.randint(0, 49_000, (1, PROMPT))
@@ -54,9 +77,13 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
         model = awake(with_experts(base(dtype, options.layers), router))
         silent = decode(model, ids, options.tokens)
         recorded = decode(model, ids, options.tokens, recorded=True)
-        seconds = in_turns({"base": bare, "silent": silent, "recorded": recorded}, options.rounds)
-        about = f"{speed(seconds['silent'])}, base {speed(seconds['base'])}"
+        silent()
+        made = f"functions there after {seconds_to_make(model):.0f} s"
+        work = {"base": bare, "silent": silent, "recorded": recorded, "first": before_functions(silent)}
+        seconds = in_turns(work, options.rounds)
+        about = f"{speed(seconds['silent'])}, base {speed(seconds['base'])}; {made}"
         yield ratio(f"{router} / base", seconds["base"], seconds["silent"], ">= 0.65", about)
+        yield ratio(f"{router} / base, before", seconds["base"], seconds["first"], about=speed(seconds["first"]))
         about = speed(seconds["recorded"])
         yield ratio(f"{router}, recorded / not", seconds["silent"], seconds["recorded"], ">= 0.95", about)
 

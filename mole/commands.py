@@ -259,6 +259,7 @@ def chat(options: argparse.Namespace) -> None:
         raise InputError("--trace needs --prompt: the routing of one reply is written.", field="trace")
     check_parent(options.trace, "--trace")
     from mole.chat import ChatSettings
+    from mole.compiling import prepare
 
     settings = ChatSettings(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     loaded = load(options.target)
@@ -277,6 +278,7 @@ def chat(options: argparse.Namespace) -> None:
         if question.strip():
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer(loaded, messages, settings)})
+            prepare(loaded.model)
 
 
 def answer(loaded: Loaded, messages: list[dict[str, str]], settings: Any, trace_file: str | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mole import grouped
 from mole.experts import dropout, in_dtype
 from mole.grouped import Slots, pays, slots_of
+from mole.one_token import OneToken, Recipe, applies
 from mole.routers import Routing
 
 if TYPE_CHECKING:
@@ -34,12 +36,14 @@ class Answer(NamedTuple):
         gates: s·w, `(…, E)`; None without gradients or with slots.
         routing: of `(…, E)`; None when nobody asked for it.
         slots: which tokens use which experts, where only these are computed.
+        finished: whether `hidden` is the update itself, `(…, out)`: a compiled function made it.
     """
 
     hidden: Tensor
     gates: Tensor | None
     routing: Routing | None
     slots: Slots | None = None
+    finished: bool = False
 
 
 class Call(NamedTuple):
@@ -101,6 +105,11 @@ class InputGroup:
             found = self._stacks[place] = Stack(layers, adapter)
         return found
 
+    def recipes(self) -> list[Recipe]:
+        """The compiled functions that decoding had use for so far."""
+        recipes = [stack.one_token.recipe for stack in self._stacks.values()]
+        return [recipe for recipe in recipes if recipe is not None]
+
     def forget(self) -> None:
         """Let go of what was kept for siblings that were not called."""
         self._call, self._answers = None, {}
@@ -147,12 +156,23 @@ class Stack:
         self.scorers = [reader for group in self.readers for reader in group]
         self.sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
 
+    @cached_property
+    def one_token(self) -> OneToken:
+        """The way to a compiled function for decoding."""
+        return OneToken(self)
+
     def is_of(self, layers: Sequence[MoleLinear]) -> bool:
         """Whether these are still the layers' adapters."""
         return [layer.routers[self.adapter] for layer in layers] == self.routers
 
     def answers(self, x: Tensor, observed: bool) -> list[Answer]:
         """What each layer's adapter makes of `x (…, in)`, in as many operations as for one of them."""
+        finished = self.one_token(x) if applies(x) else None
+        if finished is not None:
+            owns = by_layer(finished.routing, self.count) if observed else [None] * self.count
+            return [
+                Answer(update, None, own, finished=True) for update, own in zip(finished.updates, owns, strict=True)
+            ]
         first, count, learns = self.layers[0], self.count, torch.is_grad_enabled()
         scale, rate = first.scaling[self.adapter], first.dropout[self.adapter] if first.training else 0.0
         downs, used = [module.weight for module in self.downs], self.router.most

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mole.config import AdapterConfig
 from mole.errors import MoleError
-from mole.experts import add_experts, add_update, stacked
+from mole.experts import add_experts, add_update, in_dtype, stacked
 from mole.grouped import add_up
 from mole.input_group import InputGroup
 from mole.routers import LINEARS, Router, build_router
@@ -86,7 +86,10 @@ class MoleLinear(nn.Module, BaseTunerLayer):
             if self.log is not None and answer.routing is not None:
                 self.log.add(self.name, self.routers[adapter_name], answer.routing)
             up, owned = self.up(adapter_name), self.owns_result
-            if answer.slots is not None:
+            if answer.finished:
+                update = in_dtype(answer.hidden, result.dtype)
+                result = result.add_(update) if owned else result + update
+            elif answer.slots is not None:
                 result = add_up(result, answer.hidden, answer.slots, up, owned)
             elif answer.gates is None:
                 result = add_update(result, answer.hidden, up, self.scaling[adapter_name], owned)

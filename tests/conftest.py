@@ -20,6 +20,8 @@ from serving import browser, open_page, page, shared_studio, studio, studio_with
 
 __all__ = ["browser", "open_page", "page", "shared_studio", "studio", "studio_with_model"]
 
+os.environ["MOLE_COMPILE"] = "0"  # tests that want compiled functions say so: making them takes both cores
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
