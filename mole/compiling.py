@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -43,8 +42,8 @@ TRY_AGAIN_SECONDS = 24 * 3600.0
 PATIENCE_SECONDS = 600.0
 """How long to look out for functions since somebody began to make them."""
 LOOK_SECONDS = 1.0
-IN, OUT = 48, 40
-"""Widths of the example that is compiled; the function takes any."""
+IN, OUTS = 53, (59, 61, 67)
+"""Widths of the example that is compiled, which no other size is likely to be; the function takes any."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 """Largest difference, relative to the largest value, from the layer's own answer that a function may have; in
 bfloat16 that answer is itself rounded four times, to one part in 256 each."""
@@ -96,8 +95,8 @@ def file_of(recipe: Recipe) -> Path:
 @functools.cache
 def sources() -> str:
     """A sum over the code that functions are made of: changed formulas are other functions."""
-    texts = [inspect.getsource(module) for module in (routers, experts, input_group, one_token)]
-    return hashlib.sha256("".join(texts).encode()).hexdigest()
+    files = [__file__, *(str(module.__file__) for module in (routers, experts, input_group, one_token))]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 @functools.cache
@@ -170,7 +169,7 @@ def example(recipe: Recipe) -> Stack:
         router=recipe.router, num_experts=recipe.experts, r=recipe.rank, lora_alpha=recipe.scaling * recipe.rank,
         lora_dropout=0.0, params=params,
     )  # fmt: skip
-    layers = [MoleLinear(nn.Linear(IN, OUT + 8 * place), IN, OUT + 8 * place) for place in range(recipe.layers)]
+    layers = [MoleLinear(nn.Linear(IN, out), IN, out) for out in OUTS[: recipe.layers]]
     for layer in layers:
         layer.add_adapter(NAME, adapter, recipe.experts, inference_mode=True)
         layer._active_adapter = NAME
@@ -227,8 +226,7 @@ def make(recipe: Recipe, path: Path) -> None:
     inputs = OneToken(stack).inputs(torch.randn(1, 1, IN, dtype=getattr(torch, recipe.dtypes[0])))
     from torch.export import Dim
 
-    widths = {IN, *(layer.out_features for layer in stack.layers)}
-    free = [{place: Dim.AUTO for place, size in enumerate(value.shape) if size in widths} for value in inputs]
+    free = [{place: Dim.AUTO for place, size in enumerate(value.shape) if size in (IN, *OUTS)} for value in inputs]
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         program = torch.export.export(Function(stack).eval(), (inputs,), dynamic_shapes=(free,), strict=False)
         made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/function.pt2")
