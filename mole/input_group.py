@@ -17,6 +17,7 @@ from mole.experts import dropout, in_dtype
 from mole.grouped import Slots, pays, slots_of
 from mole.one_token import OneToken, Recipe, applies
 from mole.routers import Routing
+from mole.routing import RoutingLog, Seen
 
 if TYPE_CHECKING:
     from mole.layer import MoleLinear
@@ -34,14 +35,14 @@ class Answer(NamedTuple):
         hidden: x Aᵀ, `(…, E·r)`; without gradients `(x Aᵀ) ⊙ repeat(w, r)`, `(N, E·r)`, a row a token; with slots
             s·w·A_i x of each of them, `(N·k, r)`.
         gates: s·w, `(…, E)`; None without gradients or with slots.
-        routing: of `(…, E)`; None when nobody asked for it.
+        routing: what the log wants of it; None without a log.
         slots: which tokens use which experts, where only these are computed.
         finished: whether `hidden` is the update itself, `(…, out)`: a compiled function made it.
     """
 
     hidden: Tensor
     gates: Tensor | None
-    routing: Routing | None
+    routing: Seen | None
     slots: Slots | None = None
     finished: bool = False
 
@@ -79,7 +80,7 @@ class InputGroup:
 
     def answer(self, layer: MoleLinear, adapter: str, x: Tensor) -> Answer:
         """What `layer`'s adapter makes of `x (…, in)`."""
-        observed = layer.log is not None and layer.log.listens
+        observed = layer.log if layer.log is not None and (layer.training or layer.log.traces) else None
         if torch.compiler.is_compiling():  # one graph for all layers: nothing kept that tells them apart
             return Stack([layer], adapter).answers(x, observed)[0]
         if len(self.layers) == 1:
@@ -165,7 +166,7 @@ class Stack:
         """Whether these are still the layers' adapters."""
         return [layer.routers[self.adapter] for layer in layers] == self.routers
 
-    def answers(self, x: Tensor, observed: bool) -> list[Answer]:
+    def answers(self, x: Tensor, observed: RoutingLog | None) -> list[Answer]:
         """What each layer's adapter makes of `x (…, in)`, in as many operations as for one of them."""
         finished = self.one_token(x) if applies(x) else None
         if finished is not None:
@@ -178,7 +179,7 @@ class Stack:
         downs, used = [module.weight for module in self.downs], self.router.most
         few = pays(x, downs[0], self.router.num_experts, used, self.sizes)
         hidden, routing = self.read(x, downs, apart=few or rate > 0)
-        routings = by_layer(routing, count) if observed else [None] * count
+        routings = observed.see(self.router, routing, first.training) if observed else [None] * count
         if not hidden:
             x = dropout(in_dtype(x, downs[0].dtype), rate, first.training)
         if few:
@@ -226,7 +227,7 @@ class Stack:
 
 
 def chosen(
-    x: Tensor, downs: Sequence[Tensor], gates: Tensor, used: int, routings: Sequence[Routing | None]
+    x: Tensor, downs: Sequence[Tensor], gates: Tensor, used: int, routings: Sequence[Seen | None]
 ) -> Iterator[Answer]:
     """The answers where at most `used` experts of a token are computed, of `x (…, in)` and `gates (…, layers, E)`."""
     rows = x.reshape(-1, x.shape[-1])
@@ -255,12 +256,3 @@ def outputs(scores: Tensor, readers: Sequence[Sequence[nn.Linear]]) -> list[Tens
         biases = [reader.bias.to(scores.dtype) for reader in group if reader.bias is not None]
         found.append(apart + torch.stack(biases) if biases else apart)
     return found
-
-
-def by_layer(routing: Routing, count: int) -> list[Routing]:
-    """A routing of `(…, layers, E)` as one of `(…, E)` a layer."""
-    weights, probs, logits = (part.unbind(-2) for part in (routing.weights, routing.probs, routing.logits))
-    entropy, threshold = (
-        [None] * count if part is None else part.unbind(-1) for part in (routing.entropy, routing.threshold)
-    )
-    return [Routing(*columns) for columns in zip(weights, probs, entropy, logits, threshold, strict=True)]

@@ -1,8 +1,9 @@
 """What the routers did: the log every adapted model keeps during a forward pass, and the losses over it.
 
 `RoutingLog` is shared by all adapted projections of a model. Between the model's forward hooks each projection
-adds its `Routing`; at the end the log turns them into the auxiliary loss, adds it to the model's own loss, and
-hands them to the traces that listen. Nothing is kept on the modules, and nothing waits for the device.
+adds sums of its `Routing` over the tokens, in training, and the `Routing` itself where traces listen; at the end
+the log turns the sums into the auxiliary loss, adds it to the model's own loss, and hands the routings to the
+traces. Nothing is kept on the modules, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mole.errors import MoleError
-from mole.losses import has_losses, masked_mean, mixture_loss
-from mole.routers import Router, Routing, entropy_of
+from mole.losses import columns, has_losses, masked_sum, means_of, mixture_loss
+from mole.routers import Router, Routing
 
 if TYPE_CHECKING:
     from mole.trace import Trace
@@ -33,6 +35,26 @@ class Record(NamedTuple):
     routing: Routing
 
 
+class Sums(NamedTuple):
+    """What `mole.losses.layout` names, summed over a projection's tokens in the last batch: `values (k,)`."""
+
+    name: str
+    router: Router[Any]
+    values: Tensor
+
+
+class Seen(NamedTuple):
+    """What the log gets of a projection's routing.
+
+    Attributes:
+        whole: of `(…, E)`, where traces listen.
+        sums: in training, those over tokens `(k,)`; in a compiled graph what is to be summed, `(…, k)`.
+    """
+
+    whole: Routing | None
+    sums: Tensor | None
+
+
 class RoutingLog:
     """The routing of the model's current forward pass, opened and closed by hooks on the base model.
 
@@ -42,11 +64,14 @@ class RoutingLog:
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.sums: list[Sums] = []
         self.traces: list[Trace] = []
-        self.mask: Tensor | None = None
         self.loss: Tensor | None = None
-        self.parts: list[tuple[list[Record], Tensor | None]] | None = None
+        self.parts: list[list[Sums]] | None = None
         """The passes so far of a batch that comes in parts; None when a pass is a batch."""
+        self._mask: Tensor | None = None
+        self._whole_mask = True
+        """Whether the mask may still cover tokens of earlier passes."""
         self._open = False
         self._training = False
         self._grad = False
@@ -55,20 +80,40 @@ class RoutingLog:
         """A copied model starts with an empty log: tensors of a forward pass belong to the original."""
         return RoutingLog()
 
-    @property
-    def listens(self) -> bool:
-        """Whether anybody wants to know the routing; the same while checkpointing computes a pass again."""
-        return bool(self.traces) or self._training
-
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: forget the last pass, note this one's padding."""
-        self.records, self.loss, self.mask = [], None, None
+        self.records, self.sums, self.loss = [], [], None
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            self.mask = mask.bool()
-        self._open, self._training, self._grad = True, module.training, torch.is_grad_enabled()
+        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._open, self._whole_mask = True, True
+        self._training, self._grad = module.training, torch.is_grad_enabled()
 
-    def add(self, name: str, router: Router[Any], routing: Routing) -> None:
+    def see(self, router: Router[Any], routing: Routing, training: bool) -> Sequence[Seen | None]:
+        """What is wanted of the `routing (…, layers, E)` of projections that compute together, by projection.
+
+        Whether a projection trains says the projection itself: when checkpointing computes it again, with the same
+        operations as the first time, the log may have seen other passes.
+        """
+        count = routing.weights.shape[-2]
+        whole = by_layer(routing, count) if self.traces else [None] * count
+        sums = self.summed(columns(router, routing), 1).unbind(-2) if training else [None] * count
+        return [Seen(*given) for given in zip(whole, sums, strict=True)]
+
+    def summed(self, values: Tensor, kept: int = 0) -> Tensor:
+        """The sum of `values (…, k)` over tokens without padding, all dimensions but k and the `kept` before it.
+
+        Not in a compiled graph: that would save the mask for its backward (see `mole.losses.MaskedSum`).
+        """
+        if torch.compiler.is_compiling():
+            return values
+        tokens = values.shape[: -1 - kept]
+        if self._mask is not None and self._whole_mask and len(tokens) == 2:
+            self._mask, self._whole_mask = self._mask[:, -tokens[1] :], False
+        fits = self._mask is not None and self._mask.numel() == tokens.numel()
+        mask = self._mask.reshape(-1).to(values.device) if self._mask is not None and fits else None
+        return masked_sum(values.flatten(0, len(tokens) - 1), mask)
+
+    def add(self, name: str, router: Router[Any], seen: Seen) -> None:
         """Note what a projection's router did in the pass that is open.
 
         Raises `MoleError` under reentrant checkpointing, where the auxiliary loss would silently get no gradient.
@@ -81,43 +126,44 @@ class RoutingLog:
                 "The routers' auxiliary losses get no gradient under reentrant checkpointing: pass "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or set the loss coefficients to 0.'
             )
-        if self.listens:
-            self.records.append(Record(name, router, routing))
+        if seen.whole is not None:
+            self.records.append(Record(name, router, seen.whole))
+        if seen.sums is not None:
+            self.sums.append(Sums(name, router, seen.sums))
 
     def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: feed the traces, compute the auxiliary loss, add it to the output's own loss."""
         self._open = False
-        self.mask = current_tokens(self.mask, self.records)
         for trace in self.traces:
             trace.extend(self.records)
+        self.records = []
         if not self._training:
-            self.records = []
+            self.sums = []
             return output
+        self.sums = [
+            sums if sums.values.dim() == 1 else sums._replace(values=self.summed(sums.values)) for sums in self.sums
+        ]
         if self.parts is not None:
-            self.parts.append((self.records, self.mask))
+            self.parts.append(self.sums)
             return output
         self.count()
         return output if self.loss is None else with_added_loss(output, self.loss, kwargs)
 
     def count(self) -> None:
-        """Turn the records into the auxiliary loss; None when no router has one."""
-        records = [record for record in self.records if has_losses(record.router)]
-        if records:
-            routers, routings = [r.router for r in records], [r.routing for r in records]
-            self.loss = mixture_loss(routers, routings, self.mask)
+        """Turn the sums into the auxiliary loss; None when no router has one."""
+        found = [sums for sums in self.sums if has_losses(sums.router)]
+        if found:
+            self.loss = mixture_loss([sums.router for sums in found], [sums.values for sums in found])
 
     def join(self) -> None:
-        """Make one batch of the parts: its records, mask and auxiliary loss."""
+        """Make one batch of the parts: its sums and auxiliary loss."""
         parts, self.parts = self.parts or [], None
-        if not parts:
-            return
-        self.records = [
-            Record(same[0].name, same[0].router, tokens_of([record.routing for record in same]))
-            for same in zip(*(records for records, _ in parts), strict=True)
-        ]
-        masks = [mask.reshape(-1) for _, mask in parts if mask is not None]
-        self.mask = torch.cat(masks) if len(masks) == len(parts) else None
-        self.count()
+        if parts:
+            self.sums = [
+                same[0]._replace(values=torch.stack([sums.values for sums in same]).sum(0))
+                for same in zip(*parts, strict=True)
+            ]
+            self.count()
 
 
 @contextmanager
@@ -136,21 +182,13 @@ def one_batch(model: nn.Module) -> Iterator[None]:
         log.parts = None
 
 
-def tokens_of(routings: Sequence[Routing]) -> Routing:
-    """Routings of `(…, E)` as one of `(N, E)`, their tokens one after another."""
-
-    def joined(tensors: Sequence[Tensor | None], keep: int) -> Tensor | None:
-        flat = [tensor.reshape(-1, *tensor.shape[tensor.dim() - keep :]) for tensor in tensors if tensor is not None]
-        return torch.cat(flat) if flat else None
-
-    columns = zip(*routings, strict=True)
-    return Routing(*(joined(column, keep) for column, keep in zip(columns, (1, 1, 0, 1, 0), strict=True)))  # type: ignore[arg-type]
-
-
-def current_tokens(mask: Tensor | None, records: list[Record]) -> Tensor | None:
-    """The part of an attention mask `(batch, past + length)` that covers this pass's `length` tokens."""
-    lengths = [record.routing.weights.shape[1] for record in records if record.routing.weights.dim() == 3]
-    return mask[:, -lengths[0] :] if mask is not None and lengths else mask
+def by_layer(routing: Routing, count: int) -> list[Routing]:
+    """A routing of `(…, layers, E)` as one of `(…, E)` a layer."""
+    weights, probs, logits = (part.unbind(-2) for part in (routing.weights, routing.probs, routing.logits))
+    entropy, threshold = (
+        [None] * count if part is None else part.unbind(-1) for part in (routing.entropy, routing.threshold)
+    )
+    return [Routing(*columns) for columns in zip(weights, probs, entropy, logits, threshold, strict=True)]
 
 
 def with_added_loss(output: Any, loss: Tensor, kwargs: Mapping[str, Any]) -> Any:
@@ -198,9 +236,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     after one in evaluation mode, which collects none.
     """
     log = find_log(model)
-    if log is None or not log.records:
+    if log is None or not log.sums:
         raise MoleError("There is no auxiliary loss: run a forward pass in training mode with a MoLE adapter first.")
-    return log.loss if log.loss is not None else log.records[0].routing.weights.new_zeros(())
+    return log.loss if log.loss is not None else log.sums[0].values.new_zeros(())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -218,25 +256,20 @@ def layer_statistics(model: nn.Module) -> dict[str, Any] | None:
         means [layer]; `dead`: number of experts [layer] with next to no load. None without routers to speak of.
     """
     log = find_log(model)
-    if log is None or not log.records:
+    if log is None or not log.sums:
         return None
-    experts = max(record.router.num_experts for record in log.records)
-    layers = sorted({layer_index(record.name) for record in log.records})
+    experts = max(sums.router.num_experts for sums in log.sums)
+    layers = sorted({layer_index(sums.name) for sums in log.sums})
     rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with torch.no_grad():
-        for record in log.records:
-            routing = record.routing
-            tokens = routing.weights.detach().flatten(0, -2)
-            mask = log.mask.reshape(-1) if log.mask is not None and log.mask.numel() == len(tokens) else None
-            used = (tokens > 0).sum(-1, keepdim=True).to(tokens)
-            values = torch.cat([tokens, entropy_of(routing).detach().reshape(-1, 1), used], dim=-1)
-            mean = masked_mean(values, mask)
-            mean = torch.cat([mean[:-2], mean.new_zeros(experts - tokens.shape[-1]), mean[-2:]])
-            rows[layer_index(record.name)].append(mean)
+        for name, router, values in log.sums:
+            mean = means_of(router, values)
+            load = F.pad(mean["weights"], (0, experts - router.num_experts))
+            rows[layer_index(name)].append(torch.cat([load, mean["entropy"], mean["active"]]))
         table = torch.stack([torch.stack(rows[layer]).mean(0) for layer in layers]).float().cpu()
-    sums = table[:, :-2].sum(-1, keepdim=True)
-    load = table[:, :-2] / torch.where(sums > 0, sums, torch.ones_like(sums))
-    counts = experts_by_layer(log.records)
+    total = table[:, :-2].sum(-1, keepdim=True)
+    load = table[:, :-2] / torch.where(total > 0, total, torch.ones_like(total))
+    counts = experts_by_layer(log.sums)
     dead = [
         int((load[place, : counts[layer]] < DEAD_SHARE / counts[layer]).sum()) for place, layer in enumerate(layers)
     ]
@@ -256,12 +289,12 @@ def layer_index(name: str) -> int:
     return int(match.group(1)) if match else 0
 
 
-def experts_by_layer(records: list[Record]) -> dict[int, int]:
+def experts_by_layer(projections: list[Sums]) -> dict[int, int]:
     """The largest number of experts of each layer's projections."""
     counts: dict[int, int] = {}
-    for record in records:
-        layer = layer_index(record.name)
-        counts[layer] = max(counts.get(layer, 0), record.router.num_experts)
+    for name, router, _ in projections:
+        layer = layer_index(name)
+        counts[layer] = max(counts.get(layer, 0), router.num_experts)
     return counts
 
 
