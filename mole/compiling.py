@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mole import checkpoint, config, experts, input_group, one_token, processes, routers
 from mole.config import AdapterConfig
+from mole.experts import in_dtype
 from mole.input_group import Stack
 from mole.layer import MoleLinear
 from mole.one_token import FUNCTIONS, OneToken, Recipe
@@ -185,14 +186,11 @@ def example(recipe: Recipe) -> Stack:
 
 def answers(stack: Stack, x: Tensor) -> list[Tensor]:
     """Each layer's update of a token and the parts of their routing, by the layer's own code."""
-    found = stack.answers(x, observed=True)
-    scale = stack.layers[0].scaling[NAME]
-    updates = [
-        F.linear(answer.hidden * scale, layer.up(NAME)).view(1, 1, -1)
-        for answer, layer in zip(found, stack.layers, strict=True)
-    ]
-    routings = [answer.routing._replace(entropy=entropy_of(answer.routing)) for answer in found if answer.routing]
-    return [*updates, *(torch.stack(parts, 2) for parts in zip(*routings, strict=True) if parts[0] is not None)]
+    downs, scale = [module.weight for module in stack.downs], stack.layers[0].scaling[NAME]
+    _, routing = stack.read(x, downs, apart=True)
+    gated = stack.gated([F.linear(in_dtype(x, down.dtype), down) for down in downs], routing.weights)
+    updates = [F.linear(rows * scale, layer.up(NAME))[None] for rows, layer in zip(gated, stack.layers, strict=True)]
+    return [*updates, *(part for part in routing._replace(entropy=entropy_of(routing)) if part is not None)]
 
 
 class Layers(nn.Module):

@@ -170,9 +170,9 @@ class Stack:
         """What each layer's adapter makes of `x (…, in)`, in as many operations as for one of them."""
         finished = self.one_token(x) if applies(x) else None
         if finished is not None:
-            owns = by_layer(finished.routing, self.count) if observed else [None] * self.count
+            seen = observed.see(self.router, finished.routing, False) if observed else [None] * self.count
             return [
-                Answer(update, None, own, finished=True) for update, own in zip(finished.updates, owns, strict=True)
+                Answer(update, None, own, finished=True) for update, own in zip(finished.updates, seen, strict=True)
             ]
         first, count, learns = self.layers[0], self.count, torch.is_grad_enabled()
         scale, rate = first.scaling[self.adapter], first.dropout[self.adapter] if first.training else 0.0
@@ -188,10 +188,15 @@ class Stack:
         if learns:
             gates = in_dtype(routing.weights * scale, hidden[0].dtype).unbind(-2)
             return [Answer(*parts) for parts in zip(hidden, gates, routings, strict=True)]
-        weights = in_dtype(routing.weights, hidden[0].dtype)
+        gated = self.gated(hidden, routing.weights)
+        return [Answer(rows, None, own) for rows, own in zip(gated, routings, strict=True)]
+
+    def gated(self, hidden: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor]:
+        """Each layer's `(x Aᵀ) ⊙ repeat(w, r)`, `(N, E·r)`, of all x Aᵀ and `weights (…, layers, E)`."""
+        weights = in_dtype(weights, hidden[0].dtype)
         together = hidden[0] if len(hidden) == 1 else torch.cat([*hidden], -1)
-        updates = (together.view(*weights.shape, -1) * weights.unsqueeze(-1)).view(-1, count, len(downs[0]))
-        return [Answer(rows, None, routing) for rows, routing in zip(updates.unbind(1), routings, strict=True)]
+        width = together.shape[-1] // self.count
+        return (together.view(*weights.shape, -1) * weights.unsqueeze(-1)).view(-1, self.count, width).unbind(1)
 
     def read(self, x: Tensor, downs: Sequence[Tensor], apart: bool) -> tuple[Sequence[Tensor], Routing]:
         """x times each layer's A where one product gives that and the scores, else nothing; and the routing.
