@@ -346,13 +346,19 @@ class SparsegenRouter(Router[config.SparsegenParams]):
     def route(self, logits: Tensor, *others: Tensor) -> Choice:
         scale = 1 - self.sparsity(others[0])
         z = logits - logits.detach().amax(-1, keepdim=True)
-        ordered = ranked(z)[0]
-        sums = ordered.cumsum(-1)
-        ranks = torch.arange(1, z.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
-        support = (scale + ranks * ordered > sums).sum(-1, keepdim=True).clamp(min=1)
-        tau = (sums.gather(-1, support - 1) - scale) / support
+        used = support(z.detach(), scale.detach())
+        tau = ((z * used).sum(-1, keepdim=True) - scale) / used.sum(-1, keepdim=True)
         weights = (z - tau).relu() / scale
         return Choice(weights, logits.softmax(-1))
+
+
+def support(z: Tensor, scale: Tensor) -> Tensor:
+    """Mask `(…, E)` of the experts that sparsegen gives a weight, of `z (…, E)` and `scale = 1 − λ (…, 1)`."""
+    ordered = ranked(z)[0]
+    sums = ordered.cumsum(-1)
+    ranks = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
+    last = (scale + ranks * ordered > sums).sum(-1, keepdim=True).clamp(min=1) - 1
+    return z >= ordered.gather(-1, last)
 
 
 ROUTERS: dict[str, type[Router[Any]]] = {
