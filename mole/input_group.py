@@ -6,11 +6,12 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mole import grouped
 from mole.experts import dropout, in_dtype
@@ -218,7 +219,9 @@ class Stack:
 
     def products(self, x: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
         """x times each layer's A, `(…, E·r)`, without gradients one `(…, layers·E·r)`; and its scores, last."""
-        made = F.linear(x, joined([*downs, *(reader.weight for reader in self.scorers)], x.dtype))
+        weights = [*downs, *(in_dtype(reader.weight, x.dtype) for reader in self.scorers)]
+        compiles = torch.compiler.is_compiling()
+        made = F.linear(x, joined(weights, x.dtype)) if compiles else cast(Tensor, JoinedProduct.apply(x, *weights))
         width = len(downs[0])
         columns = [width] * self.count if torch.is_grad_enabled() else [width * self.count]
         return made.split([*columns, made.shape[-1] - sum(columns)], -1)
@@ -229,6 +232,29 @@ class Stack:
         if not self.scorers:
             return high[..., :0]
         return F.linear(high, joined([reader.weight for reader in self.scorers], high.dtype))
+
+
+class JoinedProduct(torch.autograd.Function):
+    """`x [W_1; W_2; …]ᵀ`, `(…, Σ n_i)`, of `x (…, in)` and weights `(n_i, in)`, by one product.
+
+    The weights under each other are formed again in the backward pass: in short batches they are most of what an
+    adapter would keep.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, joined(weights, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        grad_x = grad @ joined(weights, x.dtype) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):
+            return (grad_x, *[None] * len(weights))
+        grad_weights = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        return grad_x, *grad_weights.split([len(weight) for weight in weights])
 
 
 def chosen(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mole import MoleConfig
 from mole.config import ROUTERS
-from mole.input_group import InputGroup
+from mole.input_group import InputGroup, JoinedProduct
 
 INPUTS = 12
 
@@ -62,6 +62,27 @@ def test_together_as_alone_with_gradients(router: str) -> None:
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
     assert not kept(together)
+
+
+@pytest.mark.parametrize("learns", [(True, True, True), (True, False, False), (False, True, False)])
+def test_the_one_product_has_the_gradients_of_its_parts_and_keeps_nothing_but_what_it_was_given(
+    learns: tuple[bool, ...],
+) -> None:
+    shapes = (2, 3, INPUTS), (4, INPUTS), (1, INPUTS)
+    given = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=own) for shape, own in zip(shapes, learns, strict=True)
+    ]
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = JoinedProduct.apply(*given)
+    torch.testing.assert_close(made, torch.cat([nn.functional.linear(given[0], weight) for weight in given[1:]], -1))
+    assert torch.autograd.gradcheck(JoinedProduct.apply, given)
+    assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in given}
 
 
 @pytest.mark.parametrize("router", ROUTERS)
