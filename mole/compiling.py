@@ -32,7 +32,7 @@ from mole import checkpoint, config, experts, input_group, one_token, processes,
 from mole.config import AdapterConfig
 from mole.experts import in_dtype
 from mole.input_group import Stack
-from mole.layer import MoleLinear
+from mole.layer import MoleLinear, features
 from mole.one_token import FUNCTIONS, OneToken, Recipe
 from mole.routers import entropy_of
 from mole.runfolder import home
@@ -170,7 +170,8 @@ def example(recipe: Recipe) -> Stack:
         router=recipe.router, num_experts=recipe.experts, r=recipe.rank, lora_alpha=recipe.scaling * recipe.rank,
         lora_dropout=0.0, params=params,
     )  # fmt: skip
-    layers = [MoleLinear(nn.Linear(IN, out), IN, out) for out in OUTS[: recipe.layers]]
+    bases = [nn.Linear(IN, out, bias=biased) for out, biased in zip(OUTS, recipe.biased, strict=False)]
+    layers = [MoleLinear(base, *features(base)) for base in bases]
     for layer in layers:
         layer.add_adapter(NAME, adapter, recipe.experts, inference_mode=True)
         layer._active_adapter = NAME
@@ -185,12 +186,15 @@ def example(recipe: Recipe) -> Stack:
 
 
 def answers(stack: Stack, x: Tensor) -> list[Tensor]:
-    """Each layer's update of a token and the parts of their routing, by the layer's own code."""
+    """Each layer's output for a token and the parts of their routing, by the layer's own code."""
     downs, scale = [module.weight for module in stack.downs], stack.layers[0].scaling[NAME]
     _, routing = stack.read(x, downs, apart=True)
     gated = stack.gated([F.linear(in_dtype(x, down.dtype), down) for down in downs], routing.weights)
-    updates = [F.linear(rows * scale, layer.up(NAME))[None] for rows, layer in zip(gated, stack.layers, strict=True)]
-    return [*updates, *(part for part in routing._replace(entropy=entropy_of(routing)) if part is not None)]
+    outputs = [
+        layer.base_layer(x) + in_dtype(F.linear(rows * scale, layer.up(NAME)), x.dtype)[None]
+        for rows, layer in zip(gated, stack.layers, strict=True)
+    ]
+    return [*outputs, *(part for part in routing._replace(entropy=entropy_of(routing)) if part is not None)]
 
 
 class Layers(nn.Module):
@@ -238,8 +242,9 @@ def main(texts: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         for text in json.loads(texts):
-            values = json.loads(text)
-            recipe = Recipe(**{**values, "shared": tuple(values["shared"]), "dtypes": tuple(values["dtypes"])})
+            values: dict[str, Any] = json.loads(text)
+            values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+            recipe = Recipe(**values)
             make(recipe, file_of(recipe))
 
 

@@ -38,7 +38,7 @@ class Answer(NamedTuple):
         gates: s·w, `(…, E)`; None without gradients or with slots.
         routing: what the log wants of it; None without a log.
         slots: which tokens use which experts, where only these are computed.
-        finished: whether `hidden` is the update itself, `(…, out)`: a compiled function made it.
+        finished: whether `hidden` is the layer's whole output, `(…, out)`: a compiled function made it.
     """
 
     hidden: Tensor
@@ -129,13 +129,13 @@ def version(x: Tensor) -> int:
 
 def alike(first: MoleLinear, layer: MoleLinear, adapter: str) -> bool:
     """Whether two layers' adapters of one name route by the same rule among as many experts of the same kind."""
-    if adapter not in layer.routers or adapter not in layer.active_adapters or layer.disable_adapters:
+    if adapter not in layer.routers or layer.disable_adapters or layer.active_adapters != first.active_adapters:
         return False
     one, other = first.routers[adapter], layer.routers[adapter]
     return (
         type(one) is type(other)
         and one.num_experts == other.num_experts
-        and one.params == other.params
+        and vars(one.params) == vars(other.params)
         and one.allowed is None
         and other.allowed is None
         and first.r[adapter] == layer.r[adapter]
@@ -156,6 +156,7 @@ class Stack:
         self.router = self.routers[0]
         self.readers = [distinct([getattr(router, name) for router in self.routers]) for name in self.router.reads]
         self.scorers = [reader for group in self.readers for reader in group]
+        self.bases = [layer.base_layer for layer in layers]
         self.sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
 
     @cached_property
@@ -164,17 +165,17 @@ class Stack:
         return OneToken(self)
 
     def is_of(self, layers: Sequence[MoleLinear]) -> bool:
-        """Whether these are still the layers' adapters."""
-        return [layer.routers[self.adapter] for layer in layers] == self.routers
+        """Whether these are still the layers' adapters and base layers."""
+        return [layer.routers[self.adapter] for layer in layers] == self.routers and [
+            layer._modules["base_layer"] for layer in layers
+        ] == self.bases
 
     def answers(self, x: Tensor, observed: RoutingLog | None) -> list[Answer]:
         """What each layer's adapter makes of `x (…, in)`, in as many operations as for one of them."""
-        finished = self.one_token(x) if applies(x) else None
-        if finished is not None:
-            seen = observed.see(self.router, finished.routing, False) if observed else [None] * self.count
-            return [
-                Answer(update, None, own, finished=True) for update, own in zip(finished.updates, seen, strict=True)
-            ]
+        made = self.one_token(x) if applies(x) else None
+        if made is not None:
+            seen = observed.see(self.router, made.routing, False) if observed else [None] * self.count
+            return [Answer(output, None, own, None, True) for output, own in zip(made.outputs, seen, strict=True)]
         first, count, learns = self.layers[0], self.count, torch.is_grad_enabled()
         scale, rate = first.scaling[self.adapter], first.dropout[self.adapter] if first.training else 0.0
         downs, used = [module.weight for module in self.downs], self.router.most

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mole.config import AdapterConfig
 from mole.errors import MoleError
-from mole.experts import add_experts, add_update, in_dtype, stacked
+from mole.experts import add_experts, add_update, stacked
 from mole.grouped import add_up
 from mole.input_group import InputGroup
 from mole.routers import LINEARS, Router, build_router
@@ -76,23 +76,21 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         getattr(self, PREFIX + name)[adapter_name] = module
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return result
-        for adapter_name in self.active_adapters:
-            if adapter_name not in self.routers:
-                continue
-            answer = self.group.answer(self, adapter_name, x)
+            return self.base_layer(x, *args, **kwargs)
+        answers = [(name, self.group.answer(self, name, x)) for name in self.active_adapters if name in self.routers]
+        for name, answer in answers:
             if self.log is not None and answer.routing is not None:
-                self.log.add(self.name, self.routers[adapter_name], answer.routing)
-            up, owned = self.up(adapter_name), self.owns_result
+                self.log.add(self.name, self.routers[name], answer.routing)
             if answer.finished:
-                update = in_dtype(answer.hidden, result.dtype)
-                result = result.add_(update) if owned else result + update
-            elif answer.slots is not None:
+                return answer.hidden
+        result = self.base_layer(x, *args, **kwargs)
+        for name, answer in answers:
+            up, owned = self.up(name), self.owns_result
+            if answer.slots is not None:
                 result = add_up(result, answer.hidden, answer.slots, up, owned)
             elif answer.gates is None:
-                result = add_update(result, answer.hidden, up, self.scaling[adapter_name], owned)
+                result = add_update(result, answer.hidden, up, self.scaling[name], owned)
             else:
                 result = add_experts(result, answer.hidden, answer.gates, up, owned)
         return result

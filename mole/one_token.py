@@ -1,4 +1,4 @@
-"""One token on a CPU: an input group's adapters as one compiled function, where this process has one.
+"""One token on a CPU: an input group, base layers and adapters, as one compiled function, where this process has one.
 
 So little is computed for one token that starting the operations takes most of the time, some sixty of them a layer. A
 compiled function starts once. It takes the weights as inputs, so that one serves every layer of every model whose
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mole.grouped import pays
 from mole.routers import Routing
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mole.input_group import Stack
 
 FUNCTIONS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {}
-"""The functions of this process by their recipe: a token `(1, 1, in)` and the weights → updates and routing."""
+"""The functions of this process by their recipe: a token `(1, 1, in)` and the weights → outputs and routing."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Recipe:
         router, params: the method and its settings.
         experts, rank, scaling: of each adapter.
         layers: how many read the same input.
+        biased: which of their base layers have a bias.
         shared: names of the routers' linears that are one for all layers.
         dtypes: of the token and of each weight.
     """
@@ -43,6 +44,7 @@ class Recipe:
     rank: int
     scaling: float
     layers: int
+    biased: tuple[bool, ...]
     shared: tuple[str, ...]
     dtypes: tuple[str, ...]
 
@@ -53,9 +55,9 @@ class Recipe:
 
 
 class Made(NamedTuple):
-    """What a function gives: each layer's update `(1, 1, out)`, and the routing of `(1, 1, layers, E)`."""
+    """What a function gives: each layer's output `(1, 1, out)`, and the routing of `(1, 1, layers, E)`."""
 
-    updates: list[Tensor]
+    outputs: list[Tensor]
     routing: Routing
 
 
@@ -69,15 +71,15 @@ class OneToken:
         self.shared = tuple(name for name in names if name not in alone)
         others = [getattr(router, name) for router in stack.routers[1:] for name in alone]
         ups = [layer.experts[stack.adapter][1] for layer in stack.layers]
-        self.linears = [*(getattr(first, name) for name in names), *others, *stack.downs, *ups]
+        self.linears = [*(getattr(first, name) for name in names), *others, *stack.downs, *ups, *stack.bases]
         self._held = [
             (module._parameters, name)
             for module in self.linears
             for name, value in module._parameters.items()
             if value is not None
         ]
-        self._recipe: Recipe | None = None
         self._layer, self._router = stack.layers[0], stack.router
+        self._recipe: Recipe | None = None
         self._noted: tuple[Any, ...] = ()
         self._text = ""
 
@@ -99,7 +101,9 @@ class OneToken:
         first, router, down = self._layer, self._router, self.stack.downs[0].weight
         self._recipe, self._text = None, ""
         token = torch.empty(1, 1, self.stack.sizes[0], dtype=dtypes[0])
-        if pays(token, down, router.num_experts, router.most, self.stack.sizes):
+        if not all(map(is_plain, self.stack.bases)) or pays(
+            token, down, router.num_experts, router.most, self.stack.sizes
+        ):
             return
         self._recipe = Recipe(
             router=router.params.name,
@@ -108,6 +112,7 @@ class OneToken:
             rank=first.r[self.stack.adapter],
             scaling=first.scaling[self.stack.adapter],
             layers=self.stack.count,
+            biased=tuple(base.bias is not None for base in self.stack.bases),
             shared=self.shared,
             dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in dtypes),
         )
@@ -115,7 +120,7 @@ class OneToken:
 
     def __call__(self, x: Tensor) -> Made | None:
         """What the function makes of the token `x (1, 1, in)`; None where there is no function for it."""
-        if self._layer.training or self._router.allowed is not None:
+        if self._layer.training or self._router.allowed is not None or len(self._layer.active_adapters) > 1:
             return None
         inputs = self.inputs(x)
         dtypes = [value.dtype for value in inputs]
@@ -124,10 +129,17 @@ class OneToken:
             self._noted = noted
             self.note(dtypes)
         function = FUNCTIONS.get(self._text)
-        if function is None or not all(value.is_contiguous() for value in inputs):
+        if function is None or not all(map(is_plain, self.stack.bases)) or not all(map(Tensor.is_contiguous, inputs)):
             return None
         made = function(inputs)
         return Made(made[: self.stack.count], Routing(*made[self.stack.count :]))
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether a base layer is a linear and nothing more: not quantised, with no hooks, not called in another way."""
+    return type(base) is nn.Linear and not (
+        base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
+    )
 
 
 def applies(x: Tensor) -> bool:

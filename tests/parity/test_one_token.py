@@ -14,10 +14,10 @@ import torch
 from routing_cases import expected
 from test_input_group import pair
 from test_layer import INPUTS, OUTPUTS, RANK, adapted, experts_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from mole import compiling
-from mole.config import ROUTERS
+from mole.config import ROUTERS, AdapterConfig, router_params
 from mole.one_token import FUNCTIONS
 
 
@@ -147,6 +147,55 @@ def test_whatever_is_changed_is_heeded_at_once(functions: Path) -> None:
     x = x.double()
     model.double()
     assert torch.equal(*answer()) and len(calls) == 2
+
+
+def test_what_is_done_to_a_base_layer_is_heeded_at_once(functions: Path) -> None:
+    model = pair("dynmole", torch.float32)[0].eval()
+    x = tokens(torch.float32, model.q_proj.in_features)[0]
+    calls = counted(compiled(model, x))
+    base, seen = model.k_proj.base_layer, []
+    with torch.no_grad():
+        before = model(x)
+        hook = base.register_forward_hook(lambda module, args, output: seen.append(output) or output + 1)
+        torch.testing.assert_close(model(x)[..., 8:12], before[..., 8:12] + 1)
+        hook.remove()
+        assert len(seen) == 1 and len(calls) == 1
+        base.forward = lambda x: nn.functional.linear(x, base.weight) * 0
+        torch.testing.assert_close(model(x)[..., :8], before[..., :8])
+        assert not torch.allclose(model(x), before) and len(calls) == 1
+        del base.forward
+        model.k_proj.base_layer = nn.Linear(base.in_features, base.out_features, bias=False)
+        other = model(x)
+        assert len(calls) == 1
+        FUNCTIONS.clear()
+        assert torch.equal(other, model(x)) and not torch.allclose(other, before)
+
+
+def test_a_base_that_is_no_plain_linear_asks_for_no_function() -> None:
+    model = pair("dynmole", torch.float32)[0].eval()
+    model.v_proj.base_layer.__class__ = type("Quantised", (nn.Linear,), {})
+    with torch.no_grad():
+        model(tokens(torch.float32, model.q_proj.in_features)[0])
+    assert not compiling.recipes(model)
+
+
+def test_two_adapters_at_once_are_added_up(functions: Path) -> None:
+    model = pair("dynmole", torch.float32)[0].eval()
+    x = tokens(torch.float32, model.q_proj.in_features)[0]
+    calls = counted(compiled(model, x))
+    other = AdapterConfig(router="dense", num_experts=2, r=2, params=router_params("dense")())
+    for layer in (model.q_proj, model.k_proj, model.v_proj):
+        layer.add_adapter("other", other, 2, inference_mode=True)
+        layer.mole_studio_B["other"].weight.data.normal_()
+    parts = []
+    with torch.no_grad():
+        for active in (["default"], ["other"], ["default", "other"]):
+            for layer in (model.q_proj, model.k_proj, model.v_proj):
+                layer.set_adapter(active)
+            parts.append(model(x))
+        bare = torch.cat([layer.base_layer(x) for layer in (model.q_proj, model.k_proj, model.v_proj)], -1)
+    assert len(calls) == 1
+    torch.testing.assert_close(parts[0] + parts[1] - bare, parts[2])
 
 
 def test_settings_that_were_tried_for_one_reply_ask_for_no_function() -> None:
