@@ -55,4 +55,4 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", measure, router="dynmole", layers=30, questions=24, rounds=2)
+    main(__doc__ or "", measure, router="dynmole", layers=30, questions=24, rounds=1)

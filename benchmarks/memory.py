@@ -60,4 +60,4 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", measure, routers="dynmole,adamole,sparsegen", layers=10, lengths="128,512", rounds=1)
+    main(__doc__ or "", measure, routers="dynmole,sparsegen", layers=10, lengths="128,512", rounds=1)

@@ -129,10 +129,10 @@ def entropy_of(routing: Routing) -> Tensor:
 
 
 def entropies_of(routings: Sequence[Routing]) -> Tensor:
-    """The entropies `(…, L)` of L routings of one shape, in one operation where all of them were left for later."""
+    """The entropies `(…, Σ L)` of routings of `(…, L, E)`, in one operation where all of them were left for later."""
     if all(routing.entropy is None for routing in routings):
-        return shannon_entropy(torch.stack([routing.logits for routing in routings], -2))
-    return torch.stack([entropy_of(routing) for routing in routings], -1)
+        return shannon_entropy(torch.cat([routing.logits for routing in routings], -2))
+    return torch.cat([entropy_of(routing) for routing in routings], -1)
 
 
 def linear(module: nn.Linear, x: Tensor) -> Tensor:

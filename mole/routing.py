@@ -28,11 +28,11 @@ LOG_ATTRIBUTE = "_mole_routing_log"
 
 
 class Record(NamedTuple):
-    """One projection's routing in the last forward pass; `name` is the projection's full module name."""
+    """One projection's decision in one forward pass: column `place` of a `routing (…, layers, E)`."""
 
     name: str
-    router: Router[Any]
     routing: Routing
+    place: int
 
 
 class Sums(NamedTuple):
@@ -47,11 +47,13 @@ class Seen(NamedTuple):
     """What the log gets of a projection's routing.
 
     Attributes:
-        whole: of `(…, E)`, where traces listen.
+        whole: of `(…, layers, E)`, the projections that compute together, where traces listen.
+        place: which of them it is.
         sums: in training, those over tokens `(k,)`; in a compiled graph what is to be summed, `(…, k)`.
     """
 
     whole: Routing | None
+    place: int
     sums: Tensor | None
 
 
@@ -95,9 +97,9 @@ class RoutingLog:
         operations as the first time, the log may have seen other passes.
         """
         count = routing.weights.shape[-2]
-        whole = by_layer(routing, count) if self.traces else [None] * count
+        whole = routing if self.traces else None
         sums = self.summed(columns(router, routing), 1).unbind(-2) if training else [None] * count
-        return [Seen(*given) for given in zip(whole, sums, strict=True)]
+        return [Seen(whole, place, own) for place, own in enumerate(sums)]
 
     def summed(self, values: Tensor, kept: int = 0) -> Tensor:
         """The sum of `values (…, k)` over tokens without padding, all dimensions but k and the `kept` before it.
@@ -127,7 +129,7 @@ class RoutingLog:
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or set the loss coefficients to 0.'
             )
         if seen.whole is not None:
-            self.records.append(Record(name, router, seen.whole))
+            self.records.append(Record(name, seen.whole, seen.place))
         if seen.sums is not None:
             self.sums.append(Sums(name, router, seen.sums))
 
@@ -180,15 +182,6 @@ def one_batch(model: nn.Module) -> Iterator[None]:
         log.join()
     finally:
         log.parts = None
-
-
-def by_layer(routing: Routing, count: int) -> list[Routing]:
-    """A routing of `(…, layers, E)` as one of `(…, E)` a layer."""
-    weights, probs, logits = (part.unbind(-2) for part in (routing.weights, routing.probs, routing.logits))
-    entropy, threshold = (
-        [None] * count if part is None else part.unbind(-1) for part in (routing.entropy, routing.threshold)
-    )
-    return [Routing(*columns) for columns in zip(weights, probs, entropy, logits, threshold, strict=True)]
 
 
 def with_added_loss(output: Any, loss: Tensor, kwargs: Mapping[str, Any]) -> Any:

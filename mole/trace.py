@@ -5,13 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mole.routers import Router, entropies_of
+from mole.routers import Router, Routing, entropies_of
 from mole.routing import Record, find_log, layer_index
 
 
@@ -71,11 +71,15 @@ class Trace:
         """Add a forward pass: the first batch row's tokens, kept on the model's device."""
         if not records:
             return
-        places = [self._place[record.name] for record in records]
-        if places != sorted(places):
-            records = sorted(records, key=lambda record: self._place[record.name])
+        wholes = {id(record.routing): record.routing for record in records}
+        widths = [routing.weights.shape[-2] for routing in wholes.values()]
+        first = dict(zip(wholes, accumulate(widths, initial=0), strict=False))
+        placed = sorted((self._place[record.name], first[id(record.routing)] + record.place) for record in records)
+        order = [column for _, column in placed]
         with torch.no_grad():
-            added = torch.cat([rows(part, self.experts) for part in alike(records)], 1)
+            added = torch.cat([rows(part, self.experts) for part in alike([*wholes.values()])], 1)
+            if order != list(range(sum(widths))):
+                added = added[:, order]
         self._passes.append(added)
         self._ends.append(len(self) + added.shape[0])
 
@@ -162,20 +166,20 @@ def adapted_projections(model: nn.Module) -> list[tuple[str, Router[Any]]]:
     return found
 
 
-def alike(records: list[Record]) -> Iterator[list[Record]]:
-    """Runs of records whose tensors have one shape and so can be stacked as they are: most often all of them."""
-    for _, run in groupby(records, key=lambda record: record.routing.weights.shape):
+def alike(routings: list[Routing]) -> Iterator[list[Routing]]:
+    """Runs of routings among as many experts, which can be put beside each other: most often all of them."""
+    for _, run in groupby(routings, key=lambda routing: routing.weights.shape[-1]):
         yield list(run)
 
 
-def rows(records: list[Record], experts: int) -> Tensor:
-    """The first batch row of records of one shape → `(tokens, records, experts + 1 or 2)`; absent experts get 0."""
-    weights = first_row(torch.stack([record.routing.weights for record in records], -2), 3)
+def rows(routings: list[Routing], experts: int) -> Tensor:
+    """The first batch row of routings `(…, L, E)` → `(tokens, Σ L, experts + 1 or 2)`; absent experts get 0."""
+    weights = first_row(torch.cat([routing.weights for routing in routings], -2), 3)
     columns = [nn.functional.pad(weights, (0, experts - weights.shape[-1]))]
-    columns.append(first_row(entropies_of([record.routing for record in records]), 2)[..., None])
-    thresholds = [record.routing.threshold for record in records if record.routing.threshold is not None]
+    columns.append(first_row(entropies_of(routings), 2)[..., None])
+    thresholds = [routing.threshold for routing in routings if routing.threshold is not None]
     if thresholds:
-        columns.append(first_row(torch.stack(thresholds, -1), 2)[..., None])
+        columns.append(first_row(torch.cat(thresholds, -1), 2)[..., None])
     return torch.cat(columns, -1)
 
 
