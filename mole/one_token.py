@@ -137,9 +137,8 @@ class OneToken:
 
 def is_plain(base: nn.Module) -> bool:
     """Whether a base layer is a linear and nothing more: not quantised, with no hooks, not called in another way."""
-    return type(base) is nn.Linear and not (
-        base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-    )
+    hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
+    return type(base) is nn.Linear and type(base._parameters["weight"]) is nn.Parameter and not hooked
 
 
 def applies(x: Tensor) -> bool:
