@@ -149,7 +149,7 @@ def test_a_reply_is_stopped_and_the_next_one_comes(chat_studio: Studio, page: Pa
     page.fill("#message textarea", "go on for ever")
     page.keyboard.press("Enter")
     expect(page.locator("#routing-view .strip span:not(.from-prompt)").nth(3)).to_be_attached(timeout=120_000)
-    page.locator("#chat-stop").press("Enter")
+    page.locator("#chat-stop").evaluate("button => button.click()")
     expect(page.locator("#chat-stop")).to_be_hidden(timeout=20_000)
     count = int(page.locator("#chat-status").inner_text().split()[0])
     assert 3 < count < limits.NEW_TOKENS
