@@ -1,6 +1,6 @@
 """Run all benchmarks and write what they say into RESULTS.md, between its marks; what is outside them stays.
 
-python benchmarks/report.py                  # all, less than twenty minutes on two cores
+python benchmarks/report.py                  # all, about twenty minutes on two cores
 python benchmarks/report.py step_time        # one of them anew, the others as they were last
 """
 

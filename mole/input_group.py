@@ -175,7 +175,7 @@ class Stack:
         made = self.one_token(x) if applies(x) else None
         if made is not None:
             seen = observed.see(self.router, made.routing, False) if observed else [None] * self.count
-            return [Answer(output, None, own, None, True) for output, own in zip(made.outputs, seen, strict=True)]
+            return [Answer(output, None, own, finished=True) for output, own in zip(made.outputs, seen, strict=True)]
         first, count, learns = self.layers[0], self.count, torch.is_grad_enabled()
         scale, rate = first.scaling[self.adapter], first.dropout[self.adapter] if first.training else 0.0
         downs, used = [module.weight for module in self.downs], self.router.most

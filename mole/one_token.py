@@ -32,8 +32,7 @@ class Recipe:
     Attributes:
         router, params: the method and its settings.
         experts, rank, scaling: of each adapter.
-        layers: how many read the same input.
-        biased: which of their base layers have a bias.
+        biased: of each layer that reads the same input, whether its base has a bias.
         shared: names of the routers' linears that are one for all layers.
         dtypes: of the token and of each weight.
     """
@@ -43,7 +42,6 @@ class Recipe:
     experts: int
     rank: int
     scaling: float
-    layers: int
     biased: tuple[bool, ...]
     shared: tuple[str, ...]
     dtypes: tuple[str, ...]
@@ -111,7 +109,6 @@ class OneToken:
             experts=router.num_experts,
             rank=first.r[self.stack.adapter],
             scaling=first.scaling[self.stack.adapter],
-            layers=self.stack.count,
             biased=tuple(base.bias is not None for base in self.stack.bases),
             shared=self.shared,
             dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in dtypes),

@@ -9,7 +9,7 @@ traces. Nothing is kept on the modules, and nothing waits for the device.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,7 +90,7 @@ class RoutingLog:
         self._open, self._whole_mask = True, True
         self._training, self._grad = module.training, torch.is_grad_enabled()
 
-    def see(self, router: Router[Any], routing: Routing, training: bool) -> Sequence[Seen | None]:
+    def see(self, router: Router[Any], routing: Routing, training: bool) -> list[Seen]:
         """What is wanted of the `routing (…, layers, E)` of projections that compute together, by projection.
 
         Whether a projection trains says the projection itself: when checkpointing computes it again, with the same
