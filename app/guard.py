@@ -23,9 +23,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
 from app import settings
-from mole import limits
-from mole.access import is_loopback
-from mole.secrecy import redacted
+from mole.cli.auth import is_loopback
+from mole.core import limits
+from mole.core.redaction import redacted
 
 CLIENT: ContextVar[str] = ContextVar("client", default="")
 """The address the present request came from."""

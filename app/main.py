@@ -8,11 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from app import settings, theme
+from app import settings
 from app.guard import Doors, Guard, Login, hostname
-from app.page import build
-from mole import limits, runs
-from mole.access import is_loopback
+from app.ui import theme
+from app.ui.page import build
+from mole import runs
+from mole.cli.auth import is_loopback
+from mole.core import limits
 
 from starlette.middleware import Middleware  # isort: skip  after `app`, which imports it the quick way
 

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mole import checkpoint, limits, runs
-from mole.config import RunConfig
-from mole.errors import ConfigError, DataError, InputError, ModelError, RunError
-from mole.formats import SUFFIXES, local_path
+from mole import runs
+from mole.config.schema import RunConfig
+from mole.core import checkpoint, limits
+from mole.core.errors import ConfigError, DataError, InputError, ModelError, RunError
+from mole.data.readers import SUFFIXES, local_path
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "MoLE Studio"

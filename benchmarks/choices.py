@@ -13,9 +13,10 @@ from pathlib import Path
 from common import Figure, awake, base, figure, in_turns, main, ratio, timed, with_experts
 from transformers import AutoTokenizer
 
-from mole import evaluate, models
-from mole.examples import Example
-from mole.models import Loaded
+from mole import models
+from mole.data.examples import Example
+from mole.evaluation import evaluate
+from mole.models.loading import Loaded
 
 DATA = Path(__file__).parents[1] / "assets" / "data" / "skills_heldout.jsonl"
 

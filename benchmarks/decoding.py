@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from common import DTYPES, EQUAL, Figure, awake, base, in_turns, main, ratio, with_experts, with_lora
 
-from mole import compiling, one_token, record_routing
+from mole import record_routing
+from mole.mixture import aot_compile, decode_kernel
 
 PROMPT = 32
 USUAL = "dynmole,adamole,topk,sparsegen"
@@ -44,10 +45,10 @@ def before_functions(run: Callable[[], float]) -> Callable[[], float]:
     """The same without compiled functions."""
 
     def first() -> float:
-        kept = dict(one_token.FUNCTIONS)
-        one_token.FUNCTIONS.clear()
+        kept = dict(decode_kernel.FUNCTIONS)
+        decode_kernel.FUNCTIONS.clear()
         seconds = run()
-        one_token.FUNCTIONS.update(kept)
+        decode_kernel.FUNCTIONS.update(kept)
         return seconds
 
     return first
@@ -56,7 +57,7 @@ def before_functions(run: Callable[[], float]) -> Callable[[], float]:
 def seconds_to_make(model: Any) -> float:
     """How long it takes until the functions that a first reply had use for are there."""
     begun = time.perf_counter()
-    thread = compiling.prepare(model)
+    thread = aot_compile.prepare(model)
     if thread is not None:
         thread.join()
     return time.perf_counter() - begun

@@ -19,7 +19,7 @@ from common import EQUAL, Figure, awake, figure, in_turns, main, ratio, with_exp
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mole.layer import MoleLinear
+from mole.mixture.layer import MoleLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -17,7 +17,8 @@ import torch
 from common import Figure, awake, base, figure, in_turns, main, ratio, with_experts, with_lora
 from step_time import step
 
-from mole import MoleConfig, auxiliary_loss, input_group
+from mole import MoleConfig, auxiliary_loss
+from mole.mixture import shared_input
 
 SERIES = {
     "E": [(experts, 8) for experts in (1, 2, 4, 8, 16, 32, 64)],
@@ -73,7 +74,7 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
 
 def taken_over(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> Figure:
     """All experts computed over the chosen ones alone, both by order; and which of them is taken by itself."""
-    own = input_group.pays
+    own = shared_input.pays
     took: set[bool] = set()
 
     def by_order(grouped: bool) -> Callable[[], float]:
@@ -82,11 +83,11 @@ def taken_over(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> Fi
                 took.add(own(*given))
                 return grouped
 
-            input_group.pays = pays
+            shared_input.pays = pays
             try:
                 return step(model, ids, loss_of_layers)()
             finally:
-                input_group.pays = own
+                shared_input.pays = own
 
         return run
 

@@ -22,10 +22,10 @@ from common import EQUAL, Figure, base, main, ratio, shortened, with_lora
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from mole import models
-from mole.config import ModelConfig, RunConfig
-from mole.data import Datasets, build_datasets
-from mole.runfolder import Run
-from mole.trainer import MoleTrainer, assemble
+from mole.config.schema import ModelConfig, RunConfig
+from mole.data.encoding import Datasets, build_datasets
+from mole.runs.run import Run
+from mole.training.trainer import MoleTrainer, assemble
 
 LORA, TRAINER = f"LoRA r {EQUAL}", f"Trainer with LoRA r {EQUAL}"
 SAMPLE = Path(__file__).parents[1] / "assets" / "data" / "skills_train.jsonl"

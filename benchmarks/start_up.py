@@ -14,9 +14,9 @@ from common import Figure, figure, in_turns, main
 LOADING = """
 import time
 import mole.models, mole.config
-mole.models.import_ahead()  # measured by itself
+mole.models.loading.import_ahead()  # measured by itself
 begun = time.perf_counter()
-mole.models.load_base(mole.config.ModelConfig(device="cpu", dtype="float32"))
+mole.models.loading.load_base(mole.config.schema.ModelConfig(device="cpu", dtype="float32"))
 print(time.perf_counter() - begun)
 """
 TOKENISING = """
@@ -32,7 +32,7 @@ IMPORTING = """
 import time
 begun = time.perf_counter()
 import mole.trainer, mole.chat, mole.models
-mole.models.import_ahead()
+mole.models.loading.import_ahead()
 print(time.perf_counter() - begun)
 """
 SAMPLE = Path(__file__).parents[1] / "assets" / "data" / "skills_train.jsonl"

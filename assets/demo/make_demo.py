@@ -16,12 +16,14 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from mole import checkpoint, runs, worker
-from mole.adapter_files import WEIGHTS
-from mole.config import RunConfig
-from mole.errors import RunError
-from mole.evaluate import evaluate
-from mole.models import load_target
+from mole import runs
+from mole.config.schema import RunConfig
+from mole.core import checkpoint
+from mole.core.errors import RunError
+from mole.evaluation.evaluate import evaluate
+from mole.models.adapter_files import WEIGHTS
+from mole.models.loading import load_target
+from mole.training import worker
 
 HERE = Path(__file__).resolve().parent
 BASE_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

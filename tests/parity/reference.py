@@ -1,7 +1,7 @@
 """The routing methods and their losses, written down once more: slow, plain, one token at a time.
 
 These are the papers' formulas over Python floats (which are float64), with loops over tokens and experts and
-nothing but `math`. They share no line with `mole.routers` and `mole.losses`, so that an error in one shows
+nothing but `math`. They share no line with `mole.mixture`, so that an error in one shows
 against the other. A token's routing is computed from its logits `z` alone; what a method's own small
 network adds (AdaMoLE's threshold, LD-MoLE's λ) is computed here too, from that network's weights.
 """

@@ -8,8 +8,8 @@ from typing import Any
 import reference
 import torch
 
-from mole.config import ROUTERS, RouterParams
-from mole.routers import Router, Routing, build_router
+from mole.config.schema import ROUTERS, RouterParams
+from mole.mixture.routers import Router, Routing, build_router
 
 INPUTS = 16
 COUNTS = [1, 2, 3, 8, 64]

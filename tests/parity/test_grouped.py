@@ -10,7 +10,8 @@ import torch
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
-from mole import MoleConfig, grouped, input_group
+from mole import MoleConfig
+from mole.mixture import grouped, shared_input
 
 WIDTH, EXPERTS, RANK = 16, 128, 8
 
@@ -58,14 +59,14 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> list[grouped.Slots]:
         made.append(grouped.slots_of(weights, used))
         return made[-1]
 
-    monkeypatch.setattr(input_group, "slots_of", noted)
+    monkeypatch.setattr(shared_input, "slots_of", noted)
     return made
 
 
 @pytest.fixture
 def all_experts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Calling it lets all experts be computed from then on."""
-    return lambda: monkeypatch.setattr(input_group, "pays", lambda *given: False)
+    return lambda: monkeypatch.setattr(shared_input, "pays", lambda *given: False)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])

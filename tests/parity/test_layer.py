@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mole import MoleConfig
-from mole.config import ROUTERS
-from mole.experts import add_experts, dropout
+from mole.config.schema import ROUTERS
+from mole.mixture.experts import add_experts, dropout
 
 INPUTS, OUTPUTS, EXPERTS, RANK = 10, 7, 4, 3
 ROUTED = [name for name in ROUTERS if name != "lora"]

@@ -10,8 +10,8 @@ import reference
 import torch
 from torch import Tensor
 
-from mole import losses
-from mole.routers import Routing, build_router
+from mole.mixture import losses
+from mole.mixture.routers import Routing, build_router
 
 LAYERS, TOKENS, EXPERTS = 3, 11, 4
 MASKS = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from routing_cases import INPUTS, from_probs, hold_against_reference, make, random_inputs
 
-from mole import config
-from mole.errors import ConfigError, InputError
-from mole.routers import build_router
+from mole.config import schema
+from mole.core.errors import ConfigError, InputError
+from mole.mixture.routers import build_router
 
 
 def test_more_than_all_experts_asked_for_means_all() -> None:
@@ -191,10 +191,10 @@ def test_a_setting_outside_its_bounds_is_refused_by_name(name: str, params: dict
 
 
 def test_the_defaults_are_the_papers() -> None:
-    assert config.TopKParams().top_k == 2 and config.TopKParams().balance_loss_coef == 1e-3
-    assert config.TopPParams().top_p == 0.8
-    adamole = config.AdaMoLEParams()
+    assert schema.TopKParams().top_k == 2 and schema.TopKParams().balance_loss_coef == 1e-3
+    assert schema.TopPParams().top_p == 0.8
+    adamole = schema.AdaMoLEParams()
     assert (adamole.max_threshold, adamole.balance_loss_coef, adamole.balance_on_margin) == (None, 1e-3, False)
-    dynmole = config.DynMoLEParams()
+    dynmole = schema.DynMoLEParams()
     assert (dynmole.entropy_index, dynmole.entropy_threshold, dynmole.top_p, dynmole.keep_top_k) == (1.1, 0.9, 0.75, 2)
     assert (dynmole.entropy_loss_coef, dynmole.balance_loss_coef, dynmole.inclusive_top_p) == (1e-2, 1e-3, False)

@@ -21,8 +21,8 @@ from routing_cases import (
     random_inputs,
 )
 
-from mole import routers
-from mole.config import ROUTERS
+from mole.config.schema import ROUTERS
+from mole.mixture import routers
 
 # ---------------------------------------------------------------------------------------------------------
 # The whole set

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_cases import CASES, INPUTS, make, own_settings, random_inputs
 
-from mole.config import ROUTERS
-from mole.routers import Router
-from mole.steering import STEERABLE, Steering
+from mole.config.schema import ROUTERS
+from mole.mixture.routers import Router
+from mole.mixture.steering import STEERABLE, Steering
 
 IDS = {"ids": lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))}
 MIXTURES = [case for case in CASES if case[0] != "lora"]

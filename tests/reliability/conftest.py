@@ -14,8 +14,8 @@ import pytest
 from forks import ROOT, SAVE_STEPS, STEPS, Attempt, Make, Whole, weights
 
 from mole import runs
-from mole.config import RunConfig
-from mole.runs import Run
+from mole.config.schema import RunConfig
+from mole.runs.store import Run
 
 WORDS = ("apple", "pear", "fig", "plum", "kiwi", "lime", "date", "nut")
 

@@ -1,6 +1,6 @@
 """Training processes by the dozen: forked from a server that has imported torch once, and really killed.
 
-A fresh `python -m mole.worker` imports torch for seconds before there is anything to attack. Here a fork server (the
+A fresh worker process imports torch for seconds before there is anything to attack. Here a fork server (the
 standard library's) has done so already; each attempt is a process of its own that does what the worker does and nothing
 else, on one thread, so that every sum comes out the same.
 """
@@ -17,8 +17,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from mole import checkpoint, runs
-from mole.runs import Run
+from mole import runs
+from mole.core import checkpoint
+from mole.runs.store import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0
@@ -74,7 +75,7 @@ class Attempt:
 
 
 def work(home: str, name: str, resume: bool, prepare: Preparation | None) -> None:
-    """In a child of the server: what `python -m mole.worker NAME` does, its output added to `train.log`."""
+    """In a child of the server: what `python -m mole.training.worker NAME` does, its output added to `train.log`."""
     import torch
 
     os.environ["MOLE_HOME"] = home
@@ -85,7 +86,7 @@ def work(home: str, name: str, resume: bool, prepare: Preparation | None) -> Non
         os.dup2(output, stream)
     if prepare is not None:
         prepare(run)
-    from mole.worker import main
+    from mole.training.worker import main
 
     code = main([name, *(["--resume"] if resume else [])])
     sys.stdout.flush()

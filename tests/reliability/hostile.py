@@ -20,8 +20,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-from mole import cli
-from mole.errors import InputError, MoleError
+from mole.cli import parser
+from mole.core.errors import InputError, MoleError
 
 TIMES = int(os.environ.get("MOLE_CASES", "1"))
 PATIENCE = 30
@@ -91,7 +91,7 @@ def mole(capsys: pytest.CaptureFixture[str], *arguments: str) -> int:
     """`mole …` in this process → its exit code; what it says of bad input is one line on stderr, nothing on stdout."""
     with in_time():
         try:
-            code = cli.main(arguments)
+            code = parser.main(arguments)
         except SystemExit as exit:
             code = int(exit.code or 0)
     out, err = capsys.readouterr()

@@ -17,9 +17,9 @@ import transformers.integrations.peft
 import transformers.models.llama.modeling_llama
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-import mole.evaluate
-import mole.trainer
-import mole.worker
+import mole.evaluation.evaluate
+import mole.training.trainer
+import mole.training.worker
 
 get_checkpoint_conversion_mapping("llama")  # it compiles a thousand patterns and remembers them
 gc.collect()

@@ -15,9 +15,10 @@ import pytest
 from forks import Attempt, Make, Whole, finish
 from test_killed import check_finished
 
-from mole import checkpoint, runs
-from mole.config import RunConfig
-from mole.runs import Run
+from mole import runs
+from mole.config.schema import RunConfig
+from mole.core import checkpoint
+from mole.runs.store import Run
 
 pytestmark = pytest.mark.slow
 
@@ -226,7 +227,7 @@ def test_another_base_model_under_the_same_path_is_noticed(
 
 
 def test_a_checkpoint_of_an_earlier_version_that_tells_less_is_still_taken(stopped: Run, whole: Whole) -> None:
-    from mole.trainer import require_same
+    from mole.training.trainer import require_same
 
     folder = checkpoint.newest_good(stopped.checkpoints_dir)
     assert folder is not None

@@ -13,8 +13,9 @@ import pytest
 from forks import Attempt, Make, Whole, finish
 from test_killed import check_finished
 
-from mole import checkpoint, runs
-from mole.runs import Run
+from mole import runs
+from mole.core import checkpoint
+from mole.runs.store import Run
 
 SEED = 1_970
 FLIPS, CUTS = 12, 4

@@ -13,8 +13,9 @@ from disks import Disk
 from forks import Attempt, Make, Whole, finish
 from test_killed import check_finished, watch
 
-from mole import checkpoint, runs
-from mole.runs import Run
+from mole import runs
+from mole.core import checkpoint
+from mole.runs.store import Run
 
 
 @pytest.fixture

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_hostile_data import as_json
 
-from mole import checkpoint, memory
-from mole.config import ModelConfig
-from mole.errors import DataError, MoleError
-from mole.models import Base, Loaded, attach, load_base, load_target, locate
-from mole.shelf import places_of
+from mole.chat.model_cache import places_of
+from mole.config.schema import ModelConfig
+from mole.core import checkpoint
+from mole.core.errors import DataError, MoleError
+from mole.models import sizes
+from mole.models.loading import Base, Loaded, attach, load_base, load_target, locate
 
 CPU = ModelConfig(device="cpu", dtype="float32")
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -111,7 +112,7 @@ def test_weights_that_are_no_fractions_are_refused(folder: Path, tensors: dict[s
 def test_a_file_that_is_no_safetensors_is_refused(folder: Path, content: bytes) -> None:
     (folder / WEIGHTS).write_bytes(content)
     refused(folder)
-    assert memory.parameters([folder / WEIGHTS]) == 0
+    assert sizes.parameters([folder / WEIGHTS]) == 0
 
 
 class Trap:
@@ -144,7 +145,7 @@ def test_damaged_bytes_of_weights_are_refused_or_load_whole(shared: Path, tiny_a
     head = 8 + int.from_bytes(content[:8], "little")
     (shared / WEIGHTS).write_bytes(data.draw(damaged(content[:head])) + content[head:])
     found = load(shared)
-    assert memory.parameters([shared / WEIGHTS]) >= 0
+    assert sizes.parameters([shared / WEIGHTS]) >= 0
     assert isinstance(found, (Loaded, MoleError))
 
 
@@ -241,7 +242,7 @@ def test_links_and_pipes_in_a_folder(folder: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_hostile_chat_template_is_refused_in_one_line(folder: Path, template: bytes) -> None:
-    from mole.data import render_prompt
+    from mole.data.encoding import render_prompt
 
     (folder / "chat_template.jinja").write_bytes(template)
     found = load(folder)

@@ -27,8 +27,10 @@ from hostile import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mole import grid, presets, runs
-from mole.config import ROUTERS, SECTIONS, RunConfig, apply_overrides, read_yaml
+from mole import runs
+from mole.config import presets
+from mole.config.schema import ROUTERS, SECTIONS, RunConfig, apply_overrides, read_yaml
+from mole.runs import grid
 
 VALID: list[dict[str, Any]] = [
     RunConfig.from_dict({"name": "a-run", "data": {"path": "rows.jsonl"}, "adapter": {"router": router}}).to_dict()
@@ -84,7 +86,7 @@ def test_any_override_is_taken_or_refused_and_changes_nothing_else(values: Any, 
 RUN_YAML = yaml.safe_dump(VALID[0], sort_keys=False)
 FILES = {
     "a tag that runs code": "model: !!python/object/apply:os.system ['touch ran']",
-    "a tag that makes an object": "name: !!python/object:mole.config.RunConfig {}",
+    "a tag that makes an object": "name: !!python/object:mole.config.schema.RunConfig {}",
     "billion laughs": "a: &a [x,x,x,x,x,x,x,x,x]\n"
     + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
     "billion laughs by merging": "a: &a {x: 1}\n"

@@ -33,12 +33,12 @@ from hostile import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mole import columns
-from mole.config import RunConfig
-from mole.data import Encoded, encode_all
-from mole.errors import DataError, InputError
-from mole.examples import FIELDS, Rows, read_examples
-from mole.preview import preview
+from mole.config.schema import RunConfig
+from mole.core.errors import DataError, InputError
+from mole.data import columns
+from mole.data.encoding import Encoded, encode_all
+from mole.data.examples import FIELDS, Rows, read_examples
+from mole.preflight.preview import preview
 
 ASKED = "Is it so?\nAnswer format: yes/no/perhaps"
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -355,7 +355,7 @@ def test_a_million_rows_take_a_kilobyte_each_at_most(folder: Path, name: str) ->
 def read_in_a_process(file: Path, options: str) -> tuple[int, int]:
     """The most memory (MiB) a process needs to read a file, and how many examples it has then."""
     code = (
-        "import resource, sys; from mole.examples import read_examples\n"
+        "import resource, sys; from mole.data.examples import read_examples\n"
         f"rows = read_examples(sys.argv[1], {options})\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, len(rows.examples))"
     )

@@ -15,17 +15,20 @@ from hostile import answer, attack, for_the_page, junk, mole, mutated, nothing_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import endpoints
-from mole import catalog, grid, memory, models, presets, runs
-from mole.chat import ChatSettings, Chooser
-from mole.config import ROUTERS, RunConfig
-from mole.errors import InputError, MoleError
-from mole.runs import check_name
-from mole.sources import resolve
-from mole.steering import Steering, changed, describe
-from mole.steering import check as check_steering
+from app.services import endpoints
+from mole import models, runs
+from mole.chat.generate import ChatSettings, Chooser
+from mole.config import presets
+from mole.config.schema import ROUTERS, RunConfig
+from mole.core.errors import InputError, MoleError
+from mole.mixture.steering import Steering, changed, describe
+from mole.mixture.steering import check as check_steering
+from mole.models import catalog, sizes
+from mole.models.sources import resolve
+from mole.runs import grid
+from mole.runs.store import check_name
 
-ROOT = Path(runs.__file__).parents[1]
+ROOT = Path(runs.__file__).parents[2]
 NAMES = [
     "", ".", "..", "...", "/", "//", "\\", "a/b", "a\\b", "../a", "..\\a", "/etc/passwd", "~", "~root",
     "~nobody-here", "-a", "a ", " a", "a\n", "a\x00", "a\tb", "con", "CON.txt", "nul", "com1", "lpt9.yaml",
@@ -76,7 +79,7 @@ def test_no_target_hangs_or_is_taken_for_what_it_is_not(no_hub: Path, given_name
         if not target.startswith("~") and target not in (".", "", "smollm2-135m"):
             refusal(lambda: resolve(target), MoleError)
         answer(lambda: catalog.about(target), MoleError)
-        assert memory.files_of(target) == []
+        assert sizes.files_of(target) == []
 
 
 @attack(80)
@@ -110,14 +113,17 @@ def test_a_folder_nobody_may_read_is_refused() -> None:
     code = (
         "import os, sys\n"
         "os.environ['MOLE_HOME'] = sys.argv[1] + '/home'\n"
-        "from mole import models, sources, examples, config\n"
+        "from mole.config import schema\n"
+        "from mole.data import examples\n"
+        "from mole import models\n"
+        "from mole.models import catalog, sources\n"
         "from pathlib import Path\n"
-        "from mole.errors import InputError\n"
-        "import mole.catalog, mole.memory, mole.runs\n"
+        "from mole.core.errors import InputError\n"
+        "import mole.models.sizes, mole.runs\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
         "where = sys.argv[1] + '/locked/model'\n"
-        "asks = [lambda: models.locate(where), lambda: sources.resolve(where), lambda: mole.catalog.about(where),\n"
-        "        lambda: examples.read_examples(where + '/x.json'), lambda: config.read_yaml(Path(where))]\n"
+        "asks = [lambda: models.locate(where), lambda: sources.resolve(where), lambda: catalog.about(where),\n"
+        "        lambda: examples.read_examples(where + '/x.json'), lambda: schema.read_yaml(Path(where))]\n"
         "for ask in asks:\n"
         "    try: ask()\n"
         "    except InputError as error: print('refused:', error)\n"

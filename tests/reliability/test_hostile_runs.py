@@ -12,15 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_hostile_data import as_json
 
-from app import charts, endpoints, listing, live
-from app.compare_view import shown
-from app.panels import preflight
-from app.tabs import runs as tab
-from mole import checks, compare, evaluations, health, locks, report, runs
-from mole.config import RunConfig
-from mole.errors import InputError
-from mole.history import HISTORIES, History
-from mole.runs import Run
+from app.services import charts, endpoints, listing
+from app.ui.panels import live, preflight
+from app.ui.tabs import runs as tab
+from app.views.compare import shown
+from mole import runs
+from mole.analysis import compare, health, tables
+from mole.analysis.history import HISTORIES, History
+from mole.config.schema import RunConfig
+from mole.core import locks
+from mole.core.errors import InputError
+from mole.evaluation import job as evaluation_job
+from mole.preflight import job as preflight_job
+from mole.runs.store import Run
 
 ROUTING = {
     "layers": 2, "experts": 4, "load": [[0.4, 0.3, 0.2, 0.1]] * 2, "entropy": [0.7, 0.8], "active": [2.0, 1.5],
@@ -92,7 +96,7 @@ def look(pair: list[Run]) -> None:
         look_at_page(run)
         comparison = compare.compare([one.name for one in pair])
         json.dumps(comparison.to_dict(), allow_nan=False)
-        assert report.markdown(comparison) and report.terminal(comparison)
+        assert tables.markdown(comparison) and tables.terminal(comparison)
         for_the_page(shown(comparison))
 
 
@@ -104,7 +108,7 @@ def look_at_page(run: Run) -> None:
     assert value["status"]["state"] in runs.STATES
     for_the_page([live.tick(run.name, live.Seen())[0], listing.Listing().rows(), endpoints.list_runs()])
     for_the_page(endpoints.read_events(run.name))
-    for_the_page([evaluations.list_evaluations(run), tab.facts_of(run.name), tab.log_tail(run.name)])
+    for_the_page([evaluation_job.list_evaluations(run), tab.facts_of(run.name), tab.log_tail(run.name)])
     newest = list(HISTORIES.of(run).newest)
     try:
         for router in ("dynmole", "threshold", "topk", "lora"):
@@ -157,11 +161,11 @@ def test_lines_without_end_and_depth_are_read_past(pair: list[Run]) -> None:
 @given(mutated(EVALUATION), mutated(CHECK), st.one_of(st.none(), damaged(json.dumps(EVALUATION).encode())))
 def test_records_of_wrong_kinds_are_read_past(pair: list[Run], record: Any, check: Any, content: bytes | None) -> None:
     write(pair[0], map(as_json, EVENTS[0]))
-    folder = pair[0].path / evaluations.FOLDER
+    folder = pair[0].path / evaluation_job.FOLDER
     folder.mkdir(exist_ok=True)
     (folder / "1.json").write_bytes(as_json(record).encode() if content is None else content)
     look(pair)
-    found = checks.Check(runs.home() / "preflight" / "attacked")
+    found = preflight_job.Check(runs.home() / "preflight" / "attacked")
     found.folder.mkdir(parents=True, exist_ok=True)
     (found.folder / "state.json").write_text(as_json(check))
     for_the_page(preflight.value_of(found))
@@ -210,7 +214,7 @@ def test_the_commands_about_a_run_of_damaged_events_answer(
 
 
 def test_what_is_no_file_where_one_should_be(pair: list[Run]) -> None:
-    for path in (pair[0].events_path, pair[0].log_path, pair[0].path / "adapter", pair[0].path / evaluations.FOLDER):
+    for path in (pair[0].events_path, pair[0].log_path, pair[0].path / "adapter", pair[0].path / evaluation_job.FOLDER):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if path.suffix:
             path.mkdir()

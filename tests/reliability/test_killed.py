@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from forks import SAVE_STEPS, Attempt, Make, Whole, finish, weights
 
-from mole import checkpoint, runs
-from mole.runs import Run
+from mole import runs
+from mole.core import checkpoint
+from mole.runs.store import Run
 
 SEED = 20_240_229
 KILLS, SOAK_KILLS = 50, 300

@@ -13,9 +13,11 @@ import pytest
 from forks import SERVER, Make
 from test_killed import die_before, note_operations, operations_of
 
-from mole import checkpoint, presets, processes, runs
-from mole.config import RunConfig
-from mole.runs import Run
+from mole import runs
+from mole.config import presets
+from mole.config.schema import RunConfig
+from mole.core import checkpoint, processes
+from mole.runs.store import Run
 
 
 def synced(operations: list[str]) -> list[str]:

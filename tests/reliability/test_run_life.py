@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from mole import checkpoint, locks, runs
-from mole.config import RunConfig
-from mole.errors import BusyError, MoleError
-from mole.runs import Run
+from mole import runs
+from mole.config.schema import RunConfig
+from mole.core import checkpoint, locks
+from mole.core.errors import BusyError, MoleError
+from mole.runs.store import Run
 
 PATIENCE = 240.0
 """Seconds a busy machine may take to import torch and train a few steps of a tiny model."""
@@ -165,7 +166,7 @@ def test_data_that_is_gone_fails_with_its_name_and_no_traceback(make: Callable[[
     run = runs.create(config)
     rows.unlink()
     runs.enqueue(run)
-    answer = subprocess.run([sys.executable, "-m", "mole.worker", "failing"], capture_output=True, text=True)
+    answer = subprocess.run([sys.executable, "-m", "mole.training.worker", "failing"], capture_output=True, text=True)
     assert answer.returncode == 2
     assert run.state == "failed"
     assert "gone.jsonl" in run.details()["error"]
@@ -270,7 +271,7 @@ def test_a_second_worker_of_a_run_says_who_holds_it_and_changes_nothing(
     runs.start(run)
     pid = worker_pid(run)
     before = run.events()
-    answer = subprocess.run([sys.executable, "-m", "mole.worker", "held"], capture_output=True, text=True)
+    answer = subprocess.run([sys.executable, "-m", "mole.training.worker", "held"], capture_output=True, text=True)
     assert answer.returncode == 1
     assert answer.stderr == f"mole: The run held is held by process {pid}.\n"
     assert run.events() == before
@@ -300,7 +301,7 @@ def test_queued_runs_get_the_device_one_after_the_other_in_order(
 
 def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from mole import locks\n"
+        "import os, sys, time; from pathlib import Path; from mole.core import locks\n"
         "lock = locks.acquire(Path(sys.argv[1]))\n"
         "if not os.fork(): print(os.getpid(), flush=True)\n"
         "time.sleep(600)"
@@ -335,7 +336,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path
     ],
 )
 def test_failures_come_with_cause_and_advice(error: Exception, cause: str, advice: str) -> None:
-    from mole.worker import explain
+    from mole.training.worker import explain
 
     found, what_to_do = explain(error)
     assert cause in found

@@ -18,8 +18,9 @@ import pytest
 from forks import ROOT, Make, processes_of, session_of
 from test_two_at_once import wait_for
 
-from mole import checkpoint, runs
-from mole.runs import Run
+from mole import runs
+from mole.core import checkpoint
+from mole.runs.store import Run
 
 GONE = 60
 """Seconds after a stop in which the last process of a run ends."""

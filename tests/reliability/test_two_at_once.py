@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from forks import PATIENCE, SERVER, Attempt, Make, processes_of, work
 
-from mole import locks, runs
-from mole.errors import BusyError, MoleError
-from mole.runs import Run
+from mole import runs
+from mole.core import locks
+from mole.core.errors import BusyError, MoleError
+from mole.runs.store import Run
 
 ROUNDS, RACERS = 8, 3
 

@@ -13,11 +13,14 @@ import pytest
 from serving import ROOT, Studio
 
 from app import settings
-from mole import checks, presets, runs, sources
-from mole.config import RunConfig
-from mole.errors import CheckpointError, DataError, ModelError, RunError
-from mole.models import locate
-from mole.runfolder import check_name
+from mole import runs
+from mole.config import presets
+from mole.config.schema import RunConfig
+from mole.core.errors import CheckpointError, DataError, ModelError, RunError
+from mole.models import sources
+from mole.models.loading import locate
+from mole.preflight import job as preflight_job
+from mole.runs.run import check_name
 
 from .conftest import API, Stranger, everything_in
 
@@ -49,7 +52,7 @@ def test_no_name_leads_out_of_its_folder(home: Path, name: str) -> None:
     ):
         with pytest.raises(RunError):
             attempt()
-    assert checks.find(name) is None
+    assert preflight_job.find(name) is None
     assert not everything_in(home)
 
 
@@ -76,7 +79,7 @@ def test_a_link_among_the_runs_is_no_run(home: Path, tmp_path: Path) -> None:
 def test_an_export_writes_where_it_was_told_and_nowhere_else(home: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     import zipfile
 
-    from mole import checkpoint
+    from mole.core import checkpoint
 
     run = runs.create(RunConfig.from_dict({"name": "made"}))
     checkpoint.write_folder(
@@ -201,7 +204,7 @@ def test_no_file_is_served_but_the_page_s_own(shared_studio: Studio, stranger: S
     (shared_studio.home / ".env").write_text("secret: swordfish")
     wanted = [
         "/etc/passwd", "/proc/self/environ", str(run / "run.yaml"), str(shared_studio.home / ".env"),
-        str(ROOT / "mole" / "cli.py"), "README.md", "mole/cli.py", ".git", ".git/HEAD", "pyproject.toml",
+        str(ROOT / "mole" / "cli" / "parser.py"), "README.md", "mole/py.typed", ".git", ".git/HEAD", "pyproject.toml",
     ]  # fmt: skip
     spellings = []
     for path in wanted:

@@ -13,12 +13,18 @@ from typing import Any
 import pytest
 import yaml
 
-from app import answering, endpoints, settings
-from app.conversation import Turn
-from mole import data, evaluations, grid, limits, presets, runs
-from mole.config import RunConfig, read_yaml
-from mole.errors import BusyError, ConfigError, DataError, InputError, RunError
-from mole.fields import parse_yaml
+from app import settings
+from app.services import answering, endpoints
+from app.services.conversation import Turn
+from mole import runs
+from mole.config import presets
+from mole.config.fields import parse_yaml
+from mole.config.schema import RunConfig, read_yaml
+from mole.core import limits
+from mole.core.errors import BusyError, ConfigError, DataError, InputError, RunError
+from mole.data import encoding
+from mole.evaluation import job as evaluation_job
+from mole.runs import grid
 
 from .conftest import API, Stranger
 
@@ -60,14 +66,14 @@ def test_rows_and_bytes_of_a_data_file(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_text('{"text": "x"}\n' * 30)
     monkeypatch.setattr(limits, "ROWS", 20)
     with pytest.raises(DataError, match="holds 30 rows; it may hold 20") as caught:
-        data.read_examples(str(path))
+        encoding.read_examples(str(path))
     assert caught.value.field == "data.path"
     monkeypatch.undo()
     with path.open("r+b") as sparse:
         sparse.truncate(limits.FILE_BYTES + 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match="MB; it may have 4096"):
-        data.read_examples(str(path))
+        encoding.read_examples(str(path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "it was not read"
 
 
@@ -82,7 +88,7 @@ def test_a_parquet_file_of_a_few_bytes_that_stands_for_millions_of_rows(tmp_path
     assert path.stat().st_size < MB
     begun = time.monotonic()
     with pytest.raises(DataError, match=f"holds {count} rows"):
-        data.read_examples(str(path))
+        encoding.read_examples(str(path))
     assert time.monotonic() - begun < 30
 
 
@@ -95,7 +101,7 @@ def test_a_device_or_a_pipe_is_no_file(tmp_path: Path, name: str) -> None:
     else:
         path.symlink_to(name)
     with pytest.raises(DataError, match="is not a plain file|There is no file"):
-        data.read_examples(str(path))
+        encoding.read_examples(str(path))
 
 
 BOMB = "\n".join(
@@ -262,4 +268,4 @@ def test_the_line_cannot_be_passed_by(stranger: Stranger) -> None:
 def test_an_evaluation_takes_no_more_rows_than_there_may_be(home: Path, tmp_path: Path) -> None:
     run = runs.create(config(name="mine"))
     with pytest.raises(ConfigError, match="at least 1"):
-        evaluations.check_data(run, str(tmp_path), 0)
+        evaluation_job.check_data(run, str(tmp_path), 0)

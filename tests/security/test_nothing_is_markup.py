@@ -18,8 +18,10 @@ import torch
 from playwright.sync_api import Page, expect
 from serving import Studio, free_port, serve, studio_command
 
-from mole import checkpoint, runs, worker
-from mole.config import RunConfig
+from mole import runs
+from mole.config.schema import RunConfig
+from mole.core import checkpoint
+from mole.training import worker
 
 pytestmark = [pytest.mark.ui, pytest.mark.slow]
 

@@ -15,9 +15,12 @@ import psutil
 import pytest
 from serving import ROOT, free_port, serve, studio_command
 
-from mole import formats, locks, models, processes, runs, secrecy, worker
-from mole.config import RunConfig
-from mole.errors import DataError, MoleError
+from mole import models, runs
+from mole.config.schema import RunConfig
+from mole.core import locks, processes, redaction
+from mole.core.errors import DataError, MoleError
+from mole.data import readers
+from mole.training import worker
 
 from .conftest import visiting
 
@@ -62,7 +65,7 @@ def test_a_child_gets_what_a_trainer_needs_and_nothing_else(home: Path, monkeypa
     log = home / "log.txt"
     (home / "json.py").write_text("raise SystemExit('a file in the home stood in for a module')", encoding="utf-8")
     processes.detach("platform", log=log)
-    seen = secrecy.child_environment()
+    seen = redaction.child_environment()
     assert not set(seen) & set(SECRETS) and "swordfish" not in json.dumps(
         {k: v for k, v in seen.items() if k != "HF_TOKEN"}
     )
@@ -123,36 +126,37 @@ def test_an_error_that_quotes_a_token(home: Path, quote: str, monkeypatch: pytes
         except RuntimeError as error:
             worker.fail(run, error)
     texts = [
-        formats.one_line(RuntimeError(quote)), " ".join(worker.explain(RuntimeError(quote))),
+        readers.one_line(RuntimeError(quote)), " ".join(worker.explain(RuntimeError(quote))),
         " ".join(worker.explain(DataError(quote))), run.events_path.read_text(), run.log_path.read_text(),
         json.dumps(run.details()), models.reason(ValueError(quote)),
     ]  # fmt: skip
     for text in texts:
         assert TOKEN not in text and OTHER not in text and TOKEN[3:] not in text, text
-    assert secrecy.HIDDEN in texts[0]
+    assert redaction.HIDDEN in texts[0]
     assert "Traceback" in run.log_path.read_text(), "the rest of the error is there"
 
 
 def test_a_token_of_another_shape_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "an-old-token-of-another-shape")
-    assert secrecy.redacted("at an-old-token-of-another-shape!") == f"at {secrecy.HIDDEN}!"
+    assert redaction.redacted("at an-old-token-of-another-shape!") == f"at {redaction.HIDDEN}!"
     for text in ("", "hf_hub_download failed", "hf_transfer", "Bearer", "the word hf_token is no token", "a" * 100_000):
-        assert secrecy.redacted(text) == text
+        assert redaction.redacted(text) == text
     monkeypatch.setenv("HF_TOKEN", "a")
-    assert secrecy.redacted("banana") == "banana"
+    assert redaction.redacted("banana") == "banana"
 
 
 def test_the_command_line_hides_it_too(home: Path) -> None:
     command = [sys.executable, "-m", "mole.cli", "models", "pull", f"me/{TOKEN}"]
     environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and TOKEN not in done.stdout + done.stderr and secrecy.HIDDEN in done.stderr
+    assert done.returncode == 2 and TOKEN not in done.stdout + done.stderr and redaction.HIDDEN in done.stderr
 
 
 def test_what_the_page_is_told(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     import gradio as gr
 
-    from app import endpoints, live
+    from app.services import endpoints
+    from app.ui.panels import live
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert TOKEN not in live.harmless(QUOTES[0])

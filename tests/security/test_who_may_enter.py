@@ -21,8 +21,8 @@ from serving import ROOT, Studio, free_port, serve, studio_command
 
 from app import guard, main
 from app.guard import Login
-from mole.access import check_open, is_loopback
-from mole.errors import InputError
+from mole.cli.auth import check_open, is_loopback
+from mole.core.errors import InputError
 
 from .conftest import API, EVIL, Stranger, run_async, visiting
 
@@ -77,11 +77,11 @@ def test_open_to_anyone_when_told_so_on_all_addresses(home: Path) -> None:
 
 @pytest.mark.parametrize("given", ["", ":", "me:", ":secret"])
 def test_half_a_password_is_none(home: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mole import access
+    from mole.cli import auth
 
     monkeypatch.setenv("MOLE_AUTH", "other:password")
     with pytest.raises(InputError, match="USER:PASS, both not empty"):
-        access.credentials(given)
+        auth.credentials(given)
     assert "MOLE_AUTH" not in os.environ, "what is started later does not inherit it"
 
 

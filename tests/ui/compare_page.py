@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app import theme
-from app.panels import compare
+from app.ui import theme
+from app.ui.panels import compare
 
 import gradio as gr  # isort: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.routing_view import REELS, Reel, routing_view
+from app.views.routing import REELS, Reel, routing_view
 
 import gradio as gr  # isort: skip
 

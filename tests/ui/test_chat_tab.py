@@ -14,8 +14,8 @@ from playwright.sync_api import Locator, Page, expect
 from safetensors.torch import load_file, save_file
 from serving import Studio, free_port, serve, studio_command
 
-from app.conversation import JOINER
-from mole import limits
+from app.services.conversation import JOINER
+from mole.core import limits
 
 pytestmark = pytest.mark.ui
 
@@ -23,8 +23,9 @@ pytestmark = pytest.mark.ui
 @pytest.fixture(scope="module")
 def chat_studio(tmp_path_factory: pytest.TempPathFactory, tiny_adapter: Path, tiny_folder: Path) -> Iterator[Studio]:
     """A studio with one finished run, `tiny`: a random adapter of 3 experts on a random model."""
-    from mole import checkpoint, runs
-    from mole.config import AdapterConfig, ModelConfig, RunConfig
+    from mole import runs
+    from mole.config.schema import AdapterConfig, ModelConfig, RunConfig
+    from mole.core import checkpoint
 
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:

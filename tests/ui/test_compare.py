@@ -13,7 +13,8 @@ import pytest
 from playwright.sync_api import Page, expect
 from serving import Studio, free_port, serve
 
-from mole import cli, runs
+from mole import runs
+from mole.cli import parser
 
 pytestmark = pytest.mark.ui
 HOSTILE = "<img src=x onerror=alert(1)> | **held out**"
@@ -37,7 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterato
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOLE_HOME", str(home))
         for name, flags in TRAINED.items():
-            assert cli.main(["train", "--name", name, *common, *flags]) == 0
+            assert parser.main(["train", "--name", name, *common, *flags]) == 0
         hostile = runs.get("dyn").config_path
         hostile.write_text(hostile.read_text().replace("eval_path: null", f"eval_path: '{HOSTILE}'"))
     port = free_port()

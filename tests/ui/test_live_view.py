@@ -12,8 +12,9 @@ import pytest
 from playwright.sync_api import Page, expect
 from serving import Studio, free_port, serve, studio_command
 
-from mole import runs, worker
-from mole.config import RunConfig, apply_overrides
+from mole import runs
+from mole.config.schema import RunConfig, apply_overrides
+from mole.training import worker
 
 pytestmark = pytest.mark.ui
 HOSTILE = "CUDA out of memory near <img src=x onerror=\"document.title='owned'\"><script>1</script>"
@@ -46,7 +47,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Ite
 @pytest.fixture(scope="module")
 def studio(make_run: Callable[..., runs.Run]) -> Iterator[Studio]:
     """One studio with a trained run and two that went wrong."""
-    from mole.trainer import train
+    from mole.training.trainer import train
 
     train(make_run("trained", 30, **{"adapter.router": "topk", "training.learning_rate": 0.05}))
     failed = make_run("broken", 10)

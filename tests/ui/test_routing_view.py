@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 from serving import Studio, free_port, serve
 
-from app.component import KIT, script
+from app.views.component import KIT, script
 
 from .routing_page import HOSTILE, PROJECTIONS, PROMPT, filmed
 

@@ -14,8 +14,9 @@ import pytest
 from playwright.sync_api import Page, expect
 from serving import Studio, free_port, serve, studio_command
 
-from mole import runs, worker
-from mole.config import RunConfig
+from mole import runs
+from mole.config.schema import RunConfig
+from mole.training import worker
 
 pytestmark = pytest.mark.ui
 ROWS = 12

@@ -49,8 +49,8 @@ def test_the_script_a_space_runs_finds_its_packages_from_any_folder(tmp_path: Pa
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 
-@pytest.mark.parametrize("path", [*sources("app/tabs"), *sources("app/panels")], ids=lambda path: path.name)
-def test_tabs_never_import_torch(path: Path) -> None:
+@pytest.mark.parametrize("path", sources("app/ui"), ids=lambda path: path.name)
+def test_the_page_never_imports_torch(path: Path) -> None:
     assert not {name.split(".")[0] for name in imported(path)} & {"torch", "transformers", "peft"}
 
 

@@ -1,0 +1,142 @@
+"""Evaluate the chosen run on a data file: what on, how much of it, how far it is, and all results so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import settings
+from app.ui import problem
+from app.ui.panels import live
+from app.ui.wiring import QUIET
+from app.views.run import evaluation_list
+from mole import runs
+from mole.core.errors import ConfigError, InputError, MoleError, RunError
+from mole.evaluation import job as evaluation_job
+
+FILE_TYPES = [".json", ".jsonl", ".csv", ".parquet"]
+
+
+@dataclass
+class EvaluationPanel:
+    """The components; `shown` are the outputs of `show`."""
+
+    group: gr.Accordion
+    data: gr.Dropdown
+    limit: gr.Number
+    note: gr.HTML
+    results: gr.HTML
+    seen: gr.State
+
+    @property
+    def shown(self) -> list[Any]:
+        return [self.results, self.seen]
+
+
+def build(name: gr.State, target: gr.Dropdown) -> EvaluationPanel:
+    """Make the panel where we stand in the layout.
+
+    `name` holds the chosen run, `target` the one of its checkpoints to evaluate; the tab's clock calls `show`.
+    """
+    choices = data_choices("")
+    with gr.Accordion("Evaluate on a file", open=False, elem_classes="accordion-card", elem_id="evaluate") as group:
+        with gr.Row():
+            data = gr.Dropdown(
+                choices=choices,
+                value=choices[0][1] if choices else "",
+                allow_custom_value=True,
+                label="Rows to evaluate on",
+                info="A JSON, JSONL, CSV or Parquet file, or a hub id.",
+                elem_id="evaluate-data",
+                scale=3,
+            )
+            limit = gr.Number(
+                label="Rows at most",
+                info="0: all.",
+                precision=0,
+                value=0,
+                elem_id="evaluate-limit",
+                scale=1,
+            )
+        with gr.Row(elem_classes="buttons"):
+            locked = bool(settings.space_id())
+            start = gr.Button(
+                "Evaluate", variant="primary", size="md", interactive=not locked, elem_id="evaluate-start"
+            )
+            upload = gr.UploadButton("Upload a file", size="md", file_types=FILE_TYPES, elem_id="evaluate-upload")
+        note = problem.problem(elem_id="evaluate-problem")
+        results = evaluation_list(elem_id="evaluations")
+    panel = EvaluationPanel(group, data, limit, note, results, gr.State([]))
+    wire(panel, name, target, start, upload)
+    return panel
+
+
+def wire(
+    panel: EvaluationPanel,
+    name: gr.State,
+    target: gr.Dropdown,
+    start: gr.Button,
+    upload: gr.UploadButton,
+) -> None:
+    """Starting, watching and cancelling."""
+    asked = [target, panel.data, panel.limit]
+    upload.upload(keep, [name, upload], [panel.data, panel.note], **QUIET)
+    start.click(begin, asked, panel.note, show_progress_on=start, api_visibility="private").then(
+        show, [name, panel.seen], panel.shown, queue=False, **QUIET
+    )
+    panel.results.select(cancel, name, None, queue=False, **QUIET).then(
+        show, [name, panel.seen], panel.shown, queue=False, **QUIET
+    )
+
+
+def data_choices(name: str) -> list[tuple[str, str]]:
+    """What is at hand to evaluate on: the sample's held-out rows, the run's own held-out file."""
+    sample = settings.sample("skills_heldout.jsonl")
+    choices = [("Sample: four short skills, held-out rows", str(sample))] if sample else []
+    try:
+        own = runs.get(name).config.data.eval_path if name else None
+    except InputError:
+        own = None
+    return [(f"This run's held-out file: {Path(own).name}", own), *choices] if own else choices
+
+
+def keep(name: str, path: str) -> tuple[Any, dict[str, Any]]:
+    """Keep an uploaded file and choose it."""
+    kept = live.told(lambda: settings.keep_upload(path))
+    if kept is None:
+        return gr.skip(), gr.skip()
+    return gr.Dropdown(choices=[*data_choices(name), (kept.name, str(kept))], value=str(kept)), problem.told()
+
+
+def begin(target: str | None, data: str | None, limit: float | None) -> dict[str, Any]:
+    """Start the evaluation; what is wrong is said at its field, and nothing starts."""
+    settings.forbid_on_space()
+    try:
+        if not target:
+            raise RunError("This run has no checkpoint yet; evaluate it once it has saved one.")
+        if limit and limit < 1:
+            raise ConfigError("limit", int(limit), "a whole number of rows", "0 takes them all.")
+        evaluation_job.start(target, (data or "").strip(), int(limit) if limit else None)
+    except MoleError as error:
+        field = {"limit": "evaluate-limit", "data": "evaluate-data", "data.columns": "evaluate-data"}
+        return problem.told(str(error), field.get(error.field or "", ""), reveal=True)
+    return problem.told()
+
+
+def cancel(name: str, event: gr.EventData) -> None:
+    """End the evaluation whose button was pressed."""
+    settings.forbid_on_space()
+    live.told(lambda: evaluation_job.Evaluation(runs.get(name), int(event._data["number"])).cancel())
+
+
+def show(name: str, seen: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
+    """The run's evaluations, for `shown`; nothing travels when they are as the page has them."""
+    try:
+        now = evaluation_job.list_evaluations(runs.get(name)) if name else []
+    except RunError:
+        now = []
+    return (gr.skip(), gr.skip()) if now == seen else (now, now)

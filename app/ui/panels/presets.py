@@ -1,0 +1,147 @@
+"""Set-ups to begin with: the papers', one's own, and `run.yaml` in and out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.context import Context
+
+from app import settings
+from app.ui import forms, problem
+from app.ui.panels.live import told
+from app.ui.wiring import QUIET
+from mole.analysis.tables import escaped
+from mole.config import presets
+from mole.config.presets import Preset
+from mole.config.schema import RunConfig
+from mole.core.errors import InputError, MoleError
+
+DEFAULTS = Preset("", "The defaults", "DynMoLE with 8 experts of rank 8, 32 steps: what every setting is without you.")
+SAVE = """(text) => {
+  if (!text) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "application/yaml" }));
+  link.download = "run.yaml";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}"""
+
+
+@dataclass
+class Presets:
+    """The components."""
+
+    chosen: gr.Dropdown
+    summary: gr.Markdown
+    load: gr.UploadButton
+    save: gr.Button
+    keep: gr.Button
+    delete: gr.Button
+    name: gr.Textbox
+    keeping: gr.Row
+
+
+def build(form: forms.RunForm) -> Presets:
+    """Make the choice, its words and its buttons where we stand in the layout; `wire` when the form is whole."""
+    chosen = gr.Dropdown(
+        choices=choices(),
+        value=DEFAULTS.name,
+        label="Preset",
+        info="Fills in everything below; your model and data stay, unless the preset is for a certain model.",
+        elem_id="preset",
+    )
+    summary = gr.Markdown(words(DEFAULTS), elem_classes="quiet", elem_id="preset-summary")
+    with gr.Row(elem_classes="buttons"):
+        load = gr.UploadButton("Load run.yaml", size="sm", file_types=[".yaml", ".yml"], elem_id="preset-load")
+        save = gr.Button("Save run.yaml", size="sm", elem_id="preset-save")
+        keep = gr.Button("Keep as preset …", size="sm", elem_id="preset-keep")
+        delete = gr.Button("Delete preset", size="sm", visible=False, elem_id="preset-delete")
+    with gr.Row(visible=False, elem_classes="start-row", elem_id="preset-keeping") as keeping:
+        name = gr.Textbox(label="Name of the preset", placeholder="my-way", elem_id="preset-name")
+    return Presets(chosen, summary, load, save, keep, delete, name, keeping)
+
+
+def choices() -> list[tuple[str, str]]:
+    """Every preset's title and name, one's own at the end."""
+    found = [DEFAULTS, *presets.BUILT_IN, *presets.saved()]
+    return [(f"Yours: {preset.title}" if preset.own else preset.title, preset.name) for preset in found]
+
+
+def words(preset: Preset) -> str:
+    """A preset in one sentence, with its paper."""
+    summary = escaped(preset.summary) if preset.own else preset.summary
+    return f"{summary} [Paper]({preset.paper})" if preset.paper else summary
+
+
+def wire(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
+    """Choosing, loading and saving; what goes wrong is said in `note`, a `problem.problem`."""
+
+    def choose(name: str, *values: Any) -> list[Any]:
+        nested = form.nested(values)
+        try:
+            preset = presets.find(name) if name else DEFAULTS
+            config = preset.over(nested)
+        except InputError as error:
+            return [problem.told(str(error), "preset"), *[gr.skip()] * (2 + len(values))]
+        config.name = nested.get("name")
+        return [problem.told(), words(preset), gr.Button(visible=preset.own), *form.fill(config)]
+
+    def load(path: str) -> list[Any]:
+        try:
+            config = read(Path(path))
+        except InputError as error:
+            return [problem.told(str(error), "preset-load"), *[gr.skip()] * len(form.inputs)]
+        return [problem.told(), *form.fill(config)]
+
+    def written(*values: Any) -> str:
+        config = told(lambda: form.config(values))
+        return config.to_yaml() if config else ""
+
+    filled = [note, panel.summary, panel.delete, *form.inputs]
+    panel.chosen.input(choose, [panel.chosen, *form.inputs], filled, queue=False, **QUIET)
+    panel.load.upload(load, panel.load, [note, *form.inputs], **QUIET)
+    page = Context.root_block
+    if page is not None:  # somebody may have kept one since the studio was started
+        page.load(lambda: gr.Dropdown(choices=choices()), None, panel.chosen, queue=False, **QUIET)
+    text = gr.Textbox(visible=False)
+    panel.save.click(written, form.inputs, text, queue=False, **QUIET).then(None, text, None, js=SAVE, **QUIET)
+    wire_own(panel, form, note)
+
+
+def wire_own(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
+    """Keeping the form as a preset of one's own, and deleting one."""
+
+    def keep(name: str, *values: Any) -> list[Any]:
+        settings.forbid_on_space()
+        try:
+            preset = presets.save(name.strip(), form.config(values))
+        except MoleError as error:
+            return [problem.told(str(error), "preset-name"), *[gr.skip()] * 4]
+        chosen = gr.Dropdown(choices=choices(), value=preset.name)
+        return [problem.told(), chosen, words(preset), gr.Button(visible=True), gr.Row(visible=False)]
+
+    def delete(name: str) -> list[Any]:
+        settings.forbid_on_space()
+        told(lambda: presets.delete(name))
+        chosen = gr.Dropdown(choices=choices(), value=DEFAULTS.name)
+        return [chosen, "The preset is deleted; the form is as it was.", gr.Button(visible=False)]
+
+    shown = [panel.chosen, panel.summary, panel.delete]
+    panel.keep.click(lambda: gr.Row(visible=True), None, panel.keeping, queue=False, **QUIET)
+    with panel.keeping:
+        confirm = gr.Button("Keep", size="md", elem_id="preset-keep-yes")
+    gr.on([confirm.click, panel.name.submit], keep, [panel.name, *form.inputs], [note, *shown, panel.keeping], **QUIET)
+    panel.delete.click(delete, panel.chosen, shown, **QUIET)
+
+
+def read(path: Path) -> RunConfig:
+    """An uploaded config, without the name of the run it is of. Raises `InputError` in words about the file itself."""
+    try:
+        config = RunConfig.load(path)
+    except InputError as error:
+        raise InputError(f"{path.name} cannot be loaded: {str(error).replace(str(path), path.name)}") from None
+    config.name = config.group = None
+    return config

@@ -1,0 +1,1 @@
+"""Components of our own: HTML, CSS and JavaScript, one folder each."""

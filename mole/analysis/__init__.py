@@ -1,0 +1,1 @@
+"""What runs did: curves, routing health and comparisons."""

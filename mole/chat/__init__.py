@@ -1,0 +1,1 @@
+"""Replies with their routing, and the models kept in memory for them."""

@@ -1,0 +1,242 @@
+"""Streaming generation, token by token, with the routing of every token."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from mole.config.fields import coerce
+from mole.core.errors import ConfigError, InputError
+from mole.data.encoding import Example, Message, encode, render_prompt
+from mole.mixture.steering import AS_TRAINED, Steering, steer
+from mole.mixture.trace import RoutingDelta, Trace, record_routing
+from mole.models.loading import Loaded
+
+GREEDY = 1e-4
+"""Below this temperature the most likely token is certain, and dividing by it would leave no numbers."""
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How to choose the next token.
+
+    Attributes:
+        max_new_tokens: the reply's length at most, in tokens.
+        temperature: 0 takes the most likely token (greedy); above, tokens are drawn, the flatter the higher.
+        top_p: draw among the fewest tokens that have this probability together.
+        seed: of the drawing.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in (("max_new_tokens", int), ("temperature", float), ("top_p", float), ("seed", int)):
+            object.__setattr__(self, name, coerce(kind, getattr(self, name), name))
+        if self.max_new_tokens < 1:
+            raise ConfigError("max_new_tokens", self.max_new_tokens, "a whole number of at least 1")
+        if self.temperature < 0:
+            raise ConfigError("temperature", self.temperature, "a number of at least 0")
+        if self.seed < 0:
+            raise ConfigError("seed", self.seed, "a whole number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError("top_p", self.top_p, "a number greater than 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass added: first the whole prompt, then one token of the reply at a time, last the end.
+
+    Attributes:
+        text: the whole reply so far, only complete characters.
+        tokens: (id, text) of the tokens the model has just read; their texts put together give all text read.
+        routing: the routing of just these tokens; None when not recorded, no layers where the model does not route.
+        trace: the routing of all tokens so far; None when not recorded.
+        prompt_tokens: length of the prompt.
+        finished: whether this is the last step.
+    """
+
+    text: str
+    tokens: list[tuple[int, str]]
+    routing: RoutingDelta | None
+    trace: Trace | None
+    prompt_tokens: int
+    finished: bool = False
+
+
+def stream(
+    loaded: Loaded,
+    messages: Sequence[Message],
+    settings: ChatSettings = ChatSettings(),
+    record: bool = True,
+    should_stop: Callable[[], bool] | None = None,
+    steering: Steering = AS_TRAINED,
+) -> Iterator[Step]:
+    """Answer a conversation, a `Step` a token.
+
+    A token is shown once the model has read it, so that its routing comes with it. One stream at a time on one model:
+    two would record each other's tokens.
+
+    Args:
+        loaded: model, tokenizer and adapter.
+        messages: the conversation, `role` and `content` each, the user's message last.
+        settings: length and choice of tokens.
+        record: whether to record the routing.
+        should_stop: asked before every token; true ends the reply.
+        steering: what is different in the routing of this reply; the model is as before when it ends.
+
+    Raises `InputError` when the conversation leaves the model no room to answer, or the steering does not fit it.
+    """
+    tokenizer, model = loaded.tokenizer, loaded.model
+    prompt = prompt_ids(messages, tokenizer)
+    room = context_length(model) - len(prompt)
+    if room < 1:
+        raise InputError(
+            f"The conversation has {len(prompt)} tokens, and {loaded.base} takes {context_length(model)} with its "
+            "answer: start a new conversation, or shorten it."
+        )
+    texts, reply, text, seen = TokenTexts(tokenizer), list[int](), "", 0
+    with steer(model, steering), record_routing(model) if record else contextlib.nullcontext() as trace:
+        for read in generate(model, prompt, settings, stop_ids(model, tokenizer), room, read_last=record):
+            if seen:
+                reply += read
+                text = tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            routing = trace.since(seen) if trace is not None else None
+            seen += len(read)
+            yield Step(text.rstrip("\ufffd"), texts.push(read), routing, trace, len(prompt))
+            if should_stop is not None and should_stop():
+                break
+        yield Step(text, [], trace.since(seen) if trace is not None else None, trace, len(prompt), finished=True)
+
+
+def reply(
+    loaded: Loaded,
+    messages: Sequence[Message],
+    settings: ChatSettings = ChatSettings(),
+    record: bool = True,
+    steering: Steering = AS_TRAINED,
+) -> tuple[str, Trace | None, list[str], int]:
+    """The whole answer of `stream` → its text, the trace, the texts of all tokens, and how many are the prompt's."""
+    steps = list(stream(loaded, messages, settings, record, steering=steering))
+    return steps[-1].text, steps[-1].trace, [text for step in steps for _, text in step.tokens], steps[-1].prompt_tokens
+
+
+def generate(
+    model: Any, prompt: list[int], settings: ChatSettings, stop: set[int], room: int, read_last: bool = False
+) -> Iterator[list[int]]:
+    """Continue a prompt; yields the ids each forward pass has read: the prompt, then every new token on its own.
+
+    Greedy generation is that of transformers' `generate` without penalties.
+
+    Args:
+        model: a causal language model in eval mode.
+        prompt: token ids.
+        settings: length and choice of tokens.
+        stop: ids that end the reply; they are not yielded.
+        room: the most new tokens the model's context has left.
+        read_last: let the model read the last token too, though nothing follows: its routing is wanted.
+    """
+    choose = Chooser(settings, model.device)
+    options = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
+    length = min(settings.max_new_tokens, room)
+    read, cache = prompt, None
+    output: Any = None
+    for count in range(length + 1):
+        if count < length or read_last:
+            with torch.no_grad():
+                ids = torch.tensor([read], device=model.device)
+                output = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+            cache = output.past_key_values
+        yield read
+        if count == length:
+            return
+        token = choose(output.logits[0, -1])
+        if token in stop:
+            return
+        read = [token]
+
+
+class Chooser:
+    """Chooses the next token from logits `(vocabulary,)`, with a random generator of its own."""
+
+    def __init__(self, settings: ChatSettings, device: torch.device) -> None:
+        self.greedy = settings.temperature < GREEDY
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.warpers = LogitsProcessorList()
+        if not self.greedy:
+            self.warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+            if settings.top_p < 1:
+                self.warpers.append(TopPLogitsWarper(settings.top_p))
+
+    def __call__(self, logits: Tensor) -> int:
+        if self.greedy:
+            return int(logits.float().argmax())
+        scores = self.warpers(torch.LongTensor(), logits.float()[None])
+        return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self.generator))
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    """The token ids of a conversation up to the assistant's next answer, as training saw them."""
+    ids: list[int] = tokenizer(render_prompt(messages, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: the model's and the tokenizer's, and the one training put behind answers."""
+    given = model.generation_config.eos_token_id
+    stop = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
+    turn = Example(messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+    last = encode(turn, tokenizer, 1 << 20).input_ids[-1]
+    return stop | ({last} & special_ids(tokenizer))
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The ids of the tokenizer's special tokens."""
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def context_length(model: Any) -> int:
+    """The most tokens a model takes; as good as endless for one that does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def takes_logits_to_keep(model: Any) -> bool:
+    """Whether the model can leave out the logits of all but the last tokens."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(base._supports_logits_to_keep())
+
+
+class TokenTexts:
+    """Gives every token its piece of the text; a character made of several tokens goes to the last of them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.done = 0
+        """How many of `ids` have been given out as text; those before serve as context of spaces."""
+
+    def push(self, ids: Sequence[int]) -> list[tuple[int, str]]:
+        """The new tokens with their texts."""
+        return [(token, self._next(token)) for token in ids]
+
+    def _next(self, token: int) -> str:
+        before = self._decode(self.ids[: self.done])
+        self.ids.append(token)
+        after = self._decode(self.ids)
+        if after.endswith("\ufffd"):
+            return ""
+        self.ids, self.done = self.ids[self.done :], len(self.ids) - self.done
+        return after[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text

@@ -1,0 +1,227 @@
+"""How a setting is declared and checked: a dataclass field with bounds, choices and help, and its errors.
+
+The one mechanism under `config.py`. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Union
+
+import yaml
+
+from mole.core.errors import ConfigError, InputError, brief
+
+LARGEST = 2**63 - 1
+"""The largest whole number that the libraries under us can take."""
+LONGEST_YAML = 1 << 16
+"""Characters of settings that are read: a complete run takes two thousand."""
+DEEPEST = 20
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a setting allows and how it is shown: kept in the dataclass field's metadata under `"spec"`."""
+
+    help: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    choices: tuple[str, ...] | None = None
+    label: str | None = None
+    flag: str | None = None
+    """The command line's short flag for it, e.g. `--rank`; every setting also answers to `--set section.name=`."""
+    papers: bool = False
+    """Whether the default is the method's paper's (or its authors' code's), which the form then says."""
+
+    def range_text(self) -> str:
+        """The allowed range in words, e.g. `"greater than 0 and at most 1"`; empty without bounds."""
+        parts = [
+            f"greater than {self.gt:g}" if self.gt is not None else "",
+            f"at least {self.ge:g}" if self.ge is not None else "",
+            f"at most {self.le:g}" if self.le is not None else "",
+        ]
+        return " and ".join(part for part in parts if part)
+
+
+def setting(default: Any, help: str, **spec: Any) -> Any:
+    """A dataclass field with its bounds and help text; the arguments are those of `Spec`."""
+    metadata = {"spec": Spec(help=help, **spec), "help": help}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def spec_of(item: dataclasses.Field[Any]) -> Spec:
+    """The `Spec` of a field made by `setting`."""
+    return typing.cast(Spec, item.metadata["spec"])
+
+
+def unknown_setting(section: str, key: Any, known: set[str]) -> InputError:
+    """The error for a name that is no setting, with what there is."""
+    name = key if isinstance(key, str) else brief(key)
+    dotted = f"{section}.{name}" if section else name
+    shown = dotted if len(dotted) <= 80 else f"{dotted[:79]}…"
+    return InputError(f"{shown or repr(shown)} is not a setting; there is: {', '.join(sorted(known))}.", field=dotted)
+
+
+def build(section_class: Any, values: Mapping[str, Any], section: str) -> Any:
+    """Make a section from a mapping, text turned into the field's type. Raises `ConfigError` or `InputError`."""
+    hints = typing.get_type_hints(section_class)
+    known = {item.name for item in fields(section_class)}
+    for key in values:
+        if key not in known:
+            raise unknown_setting(section, key, known)
+    return section_class(**{key: coerce(hints[key], value, f"{section}.{key}") for key, value in values.items()})
+
+
+def check(section: Any, prefix: str) -> None:
+    """Hold every setting of a section against its type, bounds and choices. Raises `ConfigError`."""
+    hints = typing.get_type_hints(type(section))
+    for item in fields(section):
+        if "spec" not in item.metadata:
+            continue
+        spec, name = spec_of(item), f"{prefix}.{item.name}"
+        value = coerce(hints[item.name], getattr(section, item.name), name)
+        setattr(section, item.name, value)
+        if spec.choices and value not in spec.choices:
+            raise ConfigError(name, value, f"one of: {', '.join(spec.choices)}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            outside = (
+                (spec.ge is not None and value < spec.ge)
+                or (spec.gt is not None and value <= spec.gt)
+                or (spec.le is not None and value > spec.le)
+            )
+            if outside:
+                raise ConfigError(name, value, f"{kind_text(hints[item.name])} {spec.range_text()}")
+
+
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def kind_text(hint: Any) -> str:
+    """A type hint in words, e.g. `"a whole number or a list"`."""
+    options = [option for option in options_of(hint) if option is not type(None)]
+    words = [KINDS.get(typing.get_origin(option) or option, "a value") for option in options]
+    return " or ".join(words) + (" or empty" if len(options) < len(options_of(hint)) else "")
+
+
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the hint itself."""
+    is_union = typing.get_origin(hint) in (Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def coerce(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the type `hint` asks for: text from a command line or a form becomes a number, list or flag.
+
+    Raises `ConfigError` when it cannot be read so, also for numbers that are not finite.
+    """
+    options = options_of(hint)
+    if value is None or (value == "" and str not in options):
+        if type(None) in options:
+            return None
+        raise ConfigError(name, value, kind_text(hint))
+    if isinstance(value, str) and ({bool, int, float} & set(options) or any(map(typing.get_origin, options))):
+        value = parse_text(value, options)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if abs(value) <= sys.float_info.max:
+                return float(value)
+        elif origin is int and isinstance(value, (int, float)):
+            if not isinstance(value, bool) and abs(value) <= LARGEST and value == int(value):
+                return int(value)
+        elif origin is list and isinstance(value, (list, tuple)):
+            (inner,) = typing.get_args(option)
+            return [coerce(inner, entry, name) for entry in value]
+        elif origin is dict and isinstance(value, Mapping):
+            return {str(coerce(str, key, name)): coerce(str, entry, name) for key, entry in value.items()}
+        elif isinstance(origin, type) and isinstance(value, origin):
+            if isinstance(value, str) and not value.isascii():
+                check_characters(value, name)
+            return value
+    raise ConfigError(name, value, kind_text(hint))
+
+
+def check_characters(text: str, name: str) -> None:
+    """See that text can be written and shown. Raises `ConfigError` for half a character (a file's name can have it)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(name, text, "valid Unicode", "Rename the file if it is a file's.") from None
+
+
+def parse_text(text: str, options: tuple[Any, ...]) -> Any:
+    """Text as the number, flag, list or mapping it spells; the text itself when it spells none."""
+    stripped = text.strip()
+    if float in options or int in options:
+        try:
+            return float(stripped) if float in options else int(stripped)
+        except ValueError:
+            pass
+    origins = {typing.get_origin(option) for option in options}
+    if list in origins and "," in stripped and not stripped.startswith("["):
+        return [part.strip() for part in stripped.split(",") if part.strip()]
+    if stripped.startswith(("[", "{")) or bool in options:
+        try:
+            return parse_yaml(stripped)
+        except yaml.YAMLError:
+            return text
+    return text
+
+
+class Settings(yaml.SafeLoader):
+    """YAML as settings need it: plain values, every name once, no depth, and no aliases, which can grow without end."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.line + 1}: an alias (*{event.anchor}); write out its value")
+        if self.depth == DEEPEST:
+            raise yaml.YAMLError(f"line {self.line + 1}: nested too deeply")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set[str]()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"{key.value} is there twice")
+            seen.update([key.value] if isinstance(key, yaml.ScalarNode) else [])
+        return super().construct_mapping(node, deep)
+
+
+class PlainSettings(Settings):
+    """The same with every value as text."""
+
+
+PlainSettings.yaml_implicit_resolvers = {}
+
+
+def parse_yaml(text: str, loader: type[Settings] = Settings) -> Any:
+    """The value of YAML text. Raises `yaml.YAMLError`, whatever is wrong with it."""
+    if len(text) > LONGEST_YAML:
+        raise yaml.YAMLError(f"longer than {LONGEST_YAML:,} characters")
+    try:
+        return yaml.load(text, loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # a date that is none, a number that is none, depth: the library lets them all through
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None

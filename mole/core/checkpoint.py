@@ -1,0 +1,238 @@
+"""Folders that are there whole or not at all, and can be checked: checkpoints and the final adapter.
+
+A folder is written aside, every file is synced to the disk, a manifest with sizes and SHA-256 sums is added, and only
+then the folder gets its name. What does not verify later is set aside as `NAME.bad`, never deleted. Single files that
+must outlive a power cut are written in the same order, without a manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mole.core.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds: `files` maps a relative path to its `sha256` and `size` (bytes)."""
+
+    step: int
+    files: dict[str, dict[str, Any]]
+    meta: dict[str, Any]
+
+
+def write(
+    checkpoints: Path, step: int, writer: Callable[[Path], None], meta: dict[str, Any] | None = None, *, limit: int = 2
+) -> Path:
+    """Write the checkpoint `checkpoints/step-N` with what `writer(folder)` puts into a folder, then prune to `limit`.
+
+    A good checkpoint of the same step is kept as it is: a run's step has one state. Returns the checkpoint's folder.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    sync(checkpoints.parent)
+    target = checkpoints / f"step-{step}"
+    if target.exists():
+        if _is_good(target, step):
+            return target
+        set_aside(target)
+    write_folder(target, writer, step=step, meta=meta)
+    prune(checkpoints, limit)
+    return target
+
+
+def write_folder(
+    target: Path, writer: Callable[[Path], None], *, step: int, meta: dict[str, Any] | None = None
+) -> Manifest:
+    """Make or replace the folder `target` with what `writer(folder)` puts into an empty one, and a manifest.
+
+    The folder appears under its name when all of it is on the disk. Returns the verified manifest. When `writer` or
+    the disk fails, nothing is left behind and the error goes on to the caller.
+    """
+    _clear_leftovers(target.parent)
+    aside = _aside(target)
+    aside.mkdir()
+    try:
+        writer(aside)
+        _seal(aside, step, meta or {})
+        old = target.rename(_aside(target)) if target.exists() else None
+        aside.rename(target)
+        sync(target.parent)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return verify(target)
+
+
+def write_file(target: Path, writer: Callable[[Path], Any]) -> None:
+    """Make or replace the file `target` with what `writer(file)` puts into another; whole or not at all."""
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        writer(aside)
+        sync(aside)
+        aside.replace(target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(target.parent)
+
+
+def verify(folder: Path, *, hashes: bool = True) -> Manifest:
+    """The manifest of a folder that holds exactly what the manifest says; `hashes=False` compares sizes only.
+
+    Raises `CheckpointError` naming the file that is missing, changed or unexpected.
+    """
+    manifest = read_manifest(folder)
+    found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    found.pop(MANIFEST, None)
+    for name in sorted(manifest.files.keys() ^ found.keys()):
+        problem = "is missing" if name in manifest.files else "is not in its manifest"
+        raise CheckpointError(f"{folder}: {name} {problem}.")
+    for name, expected in manifest.files.items():
+        path = found[name]
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{folder}: {name} is not a plain file.")
+        if path.stat().st_size != expected.get("size"):
+            raise CheckpointError(
+                f"{folder}: {name} has {path.stat().st_size} bytes instead of {expected.get('size')}."
+            )
+        if hashes and sha256(path) != expected.get("sha256"):
+            raise CheckpointError(f"{folder}: {name} has changed since it was written (its SHA-256 differs).")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder, its files not looked at. Raises `CheckpointError` when missing, changed or foreign."""
+    try:
+        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {MANIFEST}: it was not written to the end.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {error}.") from None
+    if not isinstance(values, dict) or values.get("version") != VERSION:
+        raise CheckpointError(f"{folder}/{MANIFEST} is not of version {VERSION}, the one this program writes.")
+    checksum = values.pop("checksum", None)
+    if checksum != _checksum(values):
+        raise CheckpointError(f"{folder}/{MANIFEST} has changed since it was written (its checksum differs).")
+    kinds = {"step": int, "files": dict, "meta": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
+    if wrong or not all(isinstance(entry, dict) for entry in values["files"].values()):
+        raise CheckpointError(f"{folder}/{MANIFEST} is no manifest: {(*wrong, 'files')[0]} is not what it must be.")
+    return Manifest(step=values["step"], files=values["files"], meta=values["meta"])
+
+
+def newest_good(checkpoints: Path, quarantine: bool = True) -> Path | None:
+    """The newest checkpoint that verifies, or None.
+
+    With `quarantine`, which is for the one who holds the run, broken ones on the way are renamed `step-N.bad` and what
+    a killed writer has left is removed.
+    """
+    if quarantine:
+        _clear_leftovers(checkpoints)
+    for step, folder in reversed(steps(checkpoints)):
+        if _is_good(folder, step):
+            return folder
+        if quarantine:
+            set_aside(folder)
+    return None
+
+
+def steps(checkpoints: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder as (step, path), in order of steps; not verified."""
+    if not checkpoints.is_dir():
+        return []
+    found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in checkpoints.iterdir()]
+    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+
+
+def prune(checkpoints: Path, limit: int) -> None:
+    """Remove all but the `limit` newest good checkpoints; broken ones are set aside and do not count.
+
+    Those that are kept are compared by SHA-256, the others by size.
+    """
+    good = 0
+    for step, folder in reversed(steps(checkpoints)):
+        if not _is_good(folder, step, hashes=good < limit):
+            set_aside(folder)
+            continue
+        good += 1
+        if good > limit:
+            shutil.rmtree(folder.rename(_aside(folder)), ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a broken folder to `NAME.bad` (`NAME.bad-2`, … when taken) and return the new path."""
+    target, number = folder.with_name(f"{folder.name}.bad"), 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{folder.name}.bad-{number}")
+    return folder.rename(target)
+
+
+def _is_good(folder: Path, step: int, hashes: bool = True) -> bool:
+    try:
+        return verify(folder, hashes=hashes).step == step
+    except (CheckpointError, OSError):
+        return False
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".tmp-{target.name}-{secrets.token_hex(4)}")
+
+
+def _seal(folder: Path, step: int, meta: dict[str, Any]) -> None:
+    """Sync every file, write the manifest, sync it and the folders."""
+    files = {}
+    for path in _files(folder):
+        sync(path)
+        files[path.relative_to(folder).as_posix()] = {"sha256": sha256(path), "size": path.stat().st_size}
+    values = json.loads(json.dumps({"version": VERSION, "step": step, "files": files, "meta": meta}))
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({**values, "checksum": _checksum(values)}, indent=1), encoding="utf-8")
+    sync(manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what a killed writer has left."""
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sync(*paths: Path) -> None:
+    """Have files and folders (their lists of names) on the disk, in this order."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as hex; read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""From a file to tokens: readers of formats, columns, examples of five shapes, and their encoding for training."""

@@ -1,0 +1,292 @@
+"""Evaluations of a run on a data file: each a process of its own, as a run is, with a record in the run's folder.
+
+`runs/NAME/evaluations/N.json` says what is measured, how far it is and what came out; its state is derived from the
+lock beside it, so a record never claims to run when its process is gone. No torch until it is measured.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mole import runs
+from mole.core import locks, processes
+from mole.core.errors import BusyError, ConfigError, DataError, RunError
+from mole.data.readers import local_path
+from mole.runs.run import number
+from mole.runs.store import Run
+from mole.training import worker
+
+FOLDER = "evaluations"
+ALIVE = ("queued", "running")
+STATES = (*ALIVE, "finished", "failed", "cancelled")
+STARTING_SECONDS = 20.0
+"""An evaluation this fresh may have a process that has not taken its lock yet."""
+TELL_EVERY = 0.5
+NUMBER = (int, float)
+KINDS: dict[str, Any] = {
+    "target": str, "checkpoint": str, "data": str, "sha256": str, "limit": (int, type(None)), "date": str,
+    "columns": dict, "done": int, "total": int, "note": str, "begun": bool, "rows": int, "metrics": dict,
+    "seconds": NUMBER, "error": str,
+}  # fmt: skip
+"""What a record holds."""
+DIED = "The process ended without a word: killed, out of memory, or the machine went down. Start it again."
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run: its record, and beside it its lock, its log and the request to stop."""
+
+    run: Run
+    number: int
+
+    def file(self, suffix: str) -> Path:
+        """The record's neighbour of that suffix: json, lock, log or stop."""
+        return self.run.path / FOLDER / f"{self.number}.{suffix}"
+
+    def record(self) -> dict[str, Any]:
+        """What the record holds; empty when it cannot be read, and without what is not of its kind."""
+        found = processes.read_record(self.file("json"))
+        known = {key: value for key, value in found.items() if isinstance(value, KINDS.get(key, ()))}
+        for key, value in known.items():
+            if isinstance(value, (int, float)) and number(value) is None:
+                known[key] = None
+        if "metrics" in known:
+            known["metrics"] = {name: number(value) for name, value in known["metrics"].items()}
+        return known
+
+    def update(self, **values: Any) -> None:
+        """Change the record, whole or not at all. Raises `FileNotFoundError` when the run was deleted meanwhile."""
+        processes.write_record(self.file("json"), {**self.record(), **values})
+
+    @property
+    def held(self) -> bool:
+        """Whether a process works on it, or waits for the device."""
+        return locks.is_held(self.file("lock"))
+
+    def stop_requested(self) -> bool:
+        """Whether somebody cancelled it, or deleted the run."""
+        return self.file("stop").exists() or not self.file("json").exists()
+
+    def status(self) -> dict[str, Any]:
+        """Number, `state` (one of `STATES`) and the record: `target`, `checkpoint`, `data`, `sha256`, `limit`, `date`;
+        `done` and `total` rows and `note` while it goes on; `rows`, `metrics` and `seconds` of the result; `error`."""
+        held = self.held  # before the record: a process writes its last word before it lets go
+        record = self.record()
+        state = self._state(held, record)
+        error = record.get("error") or (DIED if state == "failed" else None)
+        return {"number": self.number, **record, "state": state, "error": error}
+
+    def _state(self, held: bool, record: dict[str, Any]) -> str:
+        if record.get("metrics"):
+            return "finished"
+        if held:
+            return "running" if record.get("begun") else "queued"
+        if self.stop_requested():
+            return "cancelled"
+        if record.get("error"):
+            return "failed"
+        return "queued" if not record.get("begun") and self._age() < STARTING_SECONDS else "failed"
+
+    def _age(self) -> float:
+        """Seconds since the record was last written."""
+        try:
+            return abs(time.time() - self.file("json").stat().st_mtime)  # the clock may have been set back
+        except OSError:
+            return math.inf
+
+    def cancel(self) -> None:
+        """End it; nothing is kept of what was measured. Raises `RunError` when it has ended already."""
+        state = self.status()["state"]
+        if state not in ALIVE:
+            raise RunError(f"The evaluation {self.number} of {self.run.name} is {state}; there is nothing to end.")
+        self.file("stop").touch()
+        pid = locks.holder(self.file("lock")).get("pid")
+        if self.held and isinstance(pid, int):  # the lock is held, so the number is still that process's
+            os.kill(pid, signal.SIGTERM)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Starting and finding
+
+
+def start(target: str, data: str, limit: int | None = None) -> Evaluation:
+    """Evaluate a run (`RUN`, or `RUN@STEP` for a checkpoint) on a data file or hub data set, in the background.
+
+    `limit` takes the first rows only. Raises `RunError` or `ModelError` for the target, `DataError` (field `data`) and
+    `ConfigError` (field `limit`), all before anything starts.
+    """
+    from mole.models.loading import locate
+
+    locate(target)
+    run = run_of(target)
+    columns, fingerprint = check_data(run, data, limit)
+    evaluation = _claim(run, describe(target, data, limit, fingerprint), columns=columns)
+    processes.detach("mole.evaluation.job", run.name, str(evaluation.number), log=evaluation.file("log"))
+    return evaluation
+
+
+def run_of(target: str) -> Run:
+    """The run of a target `RUN` or `RUN@STEP`. Raises `RunError`."""
+    return runs.get(target.partition("@")[0])
+
+
+def check_data(run: Run, data: str, limit: int | None) -> tuple[dict[str, str], str]:
+    """The column names that fit the data (the run's own, where the data has such columns) and its sha256."""
+    from mole.data.encoding import read_examples
+
+    if limit is not None and limit < 1:
+        raise ConfigError("limit", limit, "a whole number of rows, at least 1")
+    if own := run.config.data.columns:
+        try:
+            return own, read_examples(data, own, limit, setting="data").fingerprint
+        except DataError:
+            pass  # not the run's own columns, then: the usual ones
+    return {}, read_examples(data, None, limit, setting="data").fingerprint
+
+
+def describe(target: str, data: str, limit: int | None, fingerprint: str) -> dict[str, Any]:
+    """The beginning of a record: what is measured on what, and when."""
+    local = local_path(data)
+    step = target.partition("@")[2]
+    return {
+        "target": target,
+        "checkpoint": f"step-{step}" if step else "final",
+        "data": str(local.absolute()) if os.path.isfile(local) else data,
+        "sha256": fingerprint,
+        "limit": limit,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def keep(target: str, result: dict[str, Any], limit: int | None, fingerprint: str, seconds: float) -> Evaluation | None:
+    """Record a result measured elsewhere (`mole eval`); None when the target is no run, or its folder read-only."""
+    values = describe(target, result["data"], limit, fingerprint)
+    try:
+        return _claim(run_of(target), values, rows=result["rows"], metrics=result["metrics"], seconds=round(seconds, 1))
+    except (RunError, OSError):
+        return None
+
+
+def _claim(run: Run, values: dict[str, Any], **more: Any) -> Evaluation:
+    """A new record under the next free number."""
+    (run.path / FOLDER).mkdir(exist_ok=True)
+    number = max((one.number for one in find(run)), default=0)
+    while True:
+        number += 1
+        evaluation = Evaluation(run, number)
+        try:
+            evaluation.file("json").touch(exist_ok=False)
+        except FileExistsError:
+            continue  # somebody else was faster
+        evaluation.update(**values, **more)
+        return evaluation
+
+
+def find(run: Run) -> list[Evaluation]:
+    """All evaluations of a run, the newest first."""
+    try:
+        names = os.listdir(run.path / FOLDER)
+    except OSError:
+        return []
+    numbers = [int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()]
+    return [Evaluation(run, number) for number in sorted(numbers, reverse=True)]
+
+
+def list_evaluations(run: Run, most: int = 50) -> list[dict[str, Any]]:
+    """The states of a run's evaluations, the newest first, at most so many."""
+    return [evaluation.status() for evaluation in find(run)[:most]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The process
+
+
+def work(evaluation: Evaluation) -> None:
+    """Wait for the run's device, measure, and write the result or the error into the record.
+
+    An evaluation takes minutes and a person waits for it: it does not stand in line behind queued runs.
+    Raises `BusyError` when another process has it.
+    """
+    lock = locks.acquire(evaluation.file("lock"))
+    if lock is None:
+        raise BusyError(f"The evaluation {evaluation.number} of {evaluation.run.name} is being worked on already.")
+    with lock:
+        try:
+            device = runs.device_of(evaluation.run.config)
+            with device_turn(evaluation, device) as held:
+                if held:
+                    evaluation.update(begun=True, note="Loading the model …")
+                    evaluation.update(**measured(evaluation), note="")
+        except Exception as error:
+            if not evaluation.run.path.exists():
+                return  # the run was deleted; there is nobody to tell
+            evaluation.update(error=" ".join(filter(None, worker.explain(error))), note="")
+            raise
+
+
+def device_turn(evaluation: Evaluation, device: str) -> AbstractContextManager[bool]:
+    """Hold the device once it is free; False when cancelled before. The record says whom it waits for."""
+    path = runs.device_lock_path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return worker.turn(
+        device,
+        lambda: locks.acquire(path, patience=0.0, run=f"{evaluation.run.name}'s evaluation"),
+        evaluation.stop_requested,
+        lambda note: evaluation.update(note=note),
+    )
+
+
+def measured(evaluation: Evaluation) -> dict[str, Any]:
+    """The result: `rows`, `metrics` and `seconds`. Raises `MoleError`."""
+    from mole.data.encoding import read_examples
+    from mole.evaluation.evaluate import NOTHING, measure
+    from mole.models.loading import load_target
+    from mole.training.trainer import on_its_gpu
+
+    asked = evaluation.record()
+    begun = time.monotonic()
+    loaded = load_target(asked["target"], on_its_gpu(evaluation.run.config.model))
+    examples = read_examples(asked["data"], asked["columns"], asked["limit"], setting="data").examples
+    tell = at_intervals(lambda done, total: evaluation.update(done=done, total=total, note=""))
+    rows, metrics = measure(loaded, examples, tell)
+    if not rows:
+        raise DataError(f"{asked['data']}: {NOTHING}", field="data")
+    return {"rows": rows, "metrics": metrics, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def at_intervals(tell: Callable[[int, int], None], seconds: float = TELL_EVERY) -> Callable[[int, int], None]:
+    """`tell`, called at most so often, and at the end."""
+    last = 0.0
+
+    def sometimes(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= seconds:
+            tell(done, total)
+            last = time.monotonic()
+
+    return sometimes
+
+
+def main(arguments: list[str]) -> int:
+    """`NAME NUMBER` → exit code: 0 measured or cancelled, 1 failed, 2 bad input."""
+
+    def evaluate() -> None:
+        if len(arguments) != 2 or not arguments[1].isdecimal():
+            raise RunError("usage: python -m mole.evaluation.job NAME NUMBER")
+        work(Evaluation(runs.get(arguments[0]), int(arguments[1])))
+
+    return processes.exit_code(evaluate)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

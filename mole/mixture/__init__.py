@@ -1,0 +1,1 @@
+"""The adapter: routers, experts and the layers that combine them, as a PEFT tuner."""

@@ -1,0 +1,137 @@
+"""A projection of the base model with a mixture of LoRA experts beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from mole.config.schema import AdapterConfig
+from mole.core.errors import MoleError
+from mole.mixture.experts import add_experts, add_update, stacked
+from mole.mixture.grouped import add_up
+from mole.mixture.routers import LINEARS, Router, build_router
+from mole.mixture.routing_log import RoutingLog
+from mole.mixture.shared_input import InputGroup
+
+PREFIX = "mole_studio_"
+
+
+class MoleLinear(nn.Module, BaseTunerLayer):
+    """`y = base(x) + s · Σ_i w_i(x) · B_i A_i x`, one router and E experts for each adapter.
+
+    Shape: `x (…, in)` → `(…, out)`, in the base layer's dtype.
+
+    PEFT finds an adapter's weights in the `ModuleDict`s named `mole_studio_…`, the adapter's name second to
+    last in every key. The routers' own linears are held there too; `routers` and `experts` only say how to use them.
+    """
+
+    mole_studio_A: nn.ModuleDict
+    mole_studio_B: nn.ModuleDict
+    adapter_layer_names = (f"{PREFIX}A", f"{PREFIX}B", *(PREFIX + name for name in LINEARS))
+    other_param_names = ("routers", "experts", "scaling", "dropout", "r", "num_experts")
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_features, out_features
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.routers: dict[str, Router[Any]] = {}
+        self.experts: dict[str, tuple[nn.Linear, nn.Linear]] = {}
+        self.scaling: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.r: dict[str, int] = {}
+        self.num_experts: dict[str, int] = {}
+        self.log: RoutingLog | None = None
+        self.name = ""
+        self.group = InputGroup([self])
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+
+    def add_adapter(self, adapter_name: str, adapter: AdapterConfig, num_experts: int, inference_mode: bool) -> None:
+        """Give the projection a fresh adapter of `num_experts` experts, which leaves its output unchanged."""
+        router = build_router(adapter.router, self.in_features, num_experts, **vars(adapter.params))
+        down, up = stacked(self.in_features, self.out_features, num_experts, adapter.r)
+        self.routers[adapter_name], self.experts[adapter_name] = router, (down, up)
+        self.scaling[adapter_name] = adapter.lora_alpha / adapter.r
+        self.dropout[adapter_name] = adapter.lora_dropout
+        self.r[adapter_name], self.num_experts[adapter_name] = adapter.r, num_experts
+        getattr(self, f"{PREFIX}A")[adapter_name] = down
+        getattr(self, f"{PREFIX}B")[adapter_name] = up
+        for name in router.linears:
+            getattr(self, PREFIX + name)[adapter_name] = getattr(router, name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.group.drop(adapter_name)
+
+    def share_linear(self, adapter_name: str, name: str, module: nn.Linear) -> None:
+        """Use `module` as the router's linear `name`, shared with another projection."""
+        setattr(self.routers[adapter_name], name, module)
+        getattr(self, PREFIX + name)[adapter_name] = module
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        answers = [(name, self.group.answer(self, name, x)) for name in self.active_adapters if name in self.routers]
+        for name, answer in answers:
+            if self.log is not None and answer.routing is not None:
+                self.log.add(self.name, self.routers[name], answer.routing)
+            if answer.finished:
+                return answer.hidden
+        result = self.base_layer(x, *args, **kwargs)
+        for name, answer in answers:
+            up, owned = self.up(name), self.owns_result
+            if answer.slots is not None:
+                result = add_up(result, answer.hidden, answer.slots, up, owned)
+            elif answer.gates is None:
+                result = add_update(result, answer.hidden, up, self.scaling[name], owned)
+            else:
+                result = add_experts(result, answer.hidden, answer.gates, up, owned)
+        return result
+
+    def down(self, adapter_name: str) -> Tensor:
+        """A of an adapter, `(E·r, in)`."""
+        return self.experts[adapter_name][0].weight
+
+    def up(self, adapter_name: str) -> Tensor:
+        """B of an adapter, `(out, E·r)`."""
+        return self.experts[adapter_name][1].weight
+
+    @property
+    def owns_result(self) -> bool:
+        """Whether nobody else looks at what the base layer gives: a plain linear without hooks."""
+        return type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise MoleError(
+            "A mixture of experts cannot be merged into the base weights: how much each expert adds depends on "
+            "the token. Keep the adapter beside the base model."
+        )
+
+    def unmerge(self) -> None:
+        raise MoleError("There is nothing to unmerge: a mixture of experts is never merged.")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "mole." + super().__repr__()
+
+
+def supports(module: nn.Module) -> bool:
+    """Whether a module is a projection that can get experts: a linear, its quantised kin, GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear) or hasattr(module, "nf") or hasattr(module, "in_features")
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """`(in, out)` of a projection; GPT-2's `Conv1D` stores its weight as `(in, out)`."""
+    if hasattr(module, "nf"):
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        return weight.shape[0], weight.shape[1]
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]

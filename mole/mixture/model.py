@@ -1,0 +1,185 @@
+"""MoLE as a PEFT method: `MoleConfig`, the tuner, and its registration. The only file that knows PEFT's internals.
+
+`import mole` registers the type `MOLE_STUDIO`; after it `get_peft_model`, `PeftModel.from_pretrained`,
+`AutoPeftModelForCausalLM`, `save_pretrained` and transformers' `load_adapter` treat a mixture like any adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import nn
+
+from mole.config.schema import ROUTERS, AdapterConfig
+from mole.core.errors import ConfigError, MoleError
+from mole.mixture.layer import PREFIX, MoleLinear, features, supports
+from mole.mixture.routing_log import install_log, layer_index
+from mole.mixture.shared_input import SIBLINGS, InputGroup
+
+NAME = PREFIX.rstrip("_")
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Extend PEFT's closed enum of adapter types by `name`; PEFT has no public way (0.19 to 0.21)."""
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    return member
+
+
+PEFT_TYPE = add_peft_type(NAME.upper())
+
+
+def config_fields() -> list[tuple[str, Any, Any]]:
+    """The fields of `MoleConfig`: those of `AdapterConfig`, and every router's own, None meaning its default."""
+    shared = [item for item in dataclasses.fields(AdapterConfig) if item.name != "params"]
+    declared: list[tuple[str, Any, Any]] = []
+    for item in shared:
+        declared.append((item.name, item.type, dataclasses.field(default=item.default, metadata=item.metadata)))
+    names = {item.name for item in shared}
+    for params in ROUTERS.values():
+        for item in dataclasses.fields(params):
+            if item.name not in names:
+                names.add(item.name)
+                optional = f"{item.type} | None"
+                declared.append((item.name, optional, dataclasses.field(default=None, metadata=item.metadata)))
+    return declared
+
+
+def _post_init(self: Any) -> None:
+    super(MoleConfig, self).__post_init__()
+    self.peft_type = PEFT_TYPE
+    if isinstance(self.target_modules, set):
+        self.target_modules = sorted(self.target_modules)
+    values = {name: getattr(self, name) for name, _, _ in config_fields()}
+    for name, value in AdapterConfig.from_flat(values).to_flat().items():
+        setattr(self, name, value)
+
+
+def _adapter(self: Any) -> AdapterConfig:
+    """The settings as an `AdapterConfig`."""
+    values = {name: getattr(self, name) for name, _, _ in config_fields()}
+    if not isinstance(values["target_modules"], (str, list)):
+        values["target_modules"] = sorted(values["target_modules"])
+    return AdapterConfig.from_flat(values)
+
+
+# Made from the dataclasses in `config.py`, where every setting, its bounds and its help are declared once.
+MoleConfig: Any = dataclasses.make_dataclass(
+    "MoleConfig",
+    config_fields(),
+    bases=(PeftConfig,),
+    namespace={
+        "__doc__": "PEFT configuration of a mixture of LoRA experts; the settings of `AdapterConfig` and its router.",
+        "__module__": __name__,
+        "__post_init__": _post_init,
+        "adapter": _adapter,
+        "exclude_modules": None,
+    },
+)
+
+
+def mole_config(adapter: AdapterConfig, **peft_settings: Any) -> Any:
+    """The `MoleConfig` of an `AdapterConfig`; `peft_settings` are PEFT's own, e.g. `task_type`."""
+    return MoleConfig(**adapter.to_flat(), **peft_settings)
+
+
+def depth(model: nn.Module) -> int:
+    """Number of a model's layers, whatever its configuration calls it (GPT-2: `n_layer`); 1 when it has none."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "num_hidden_layers", None) or 1
+
+
+def group_siblings(model: nn.Module) -> None:
+    """Let adapted projections that read the same input compute their adapters together."""
+    for parent in model.modules():
+        for names in SIBLINGS:
+            found = [layer for name in names if isinstance(layer := getattr(parent, name, None), MoleLinear)]
+            if len(found) > 1 and len({layer.in_features for layer in found}) == 1:
+                group = InputGroup(found)
+                for layer in found:
+                    layer.group = group
+
+
+class MoleModel(BaseTuner):
+    """Puts a `MoleLinear` around every targeted projection of a model."""
+
+    prefix = PREFIX
+    tuner_layer_cls = MoleLinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)  # PEFT 0.19 calls model.forward, past the hooks of the routing log
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        adapter: AdapterConfig = peft_config.adapter()
+        num_layers = depth(self.model)
+        num_experts = adapter.experts_at(layer_index(current_key), num_layers)
+        if isinstance(target, MoleLinear):
+            target.add_adapter(adapter_name, adapter, num_experts, peft_config.inference_mode)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not supports(base):
+            raise ConfigError(
+                "adapter.target_modules",
+                current_key,
+                f"a linear projection, not a {type(base).__name__}",
+                "Name the projections to adapt, or take all-linear.",
+            )
+        layer = MoleLinear(target, *features(base))
+        layer.name = current_key
+        layer._active_adapter = adapter_name
+        layer.add_adapter(adapter_name, adapter, num_experts, peft_config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)  # a set's order differs from process to process
+        log = install_log(model)
+        group_siblings(model)
+        first_of_width: dict[int, MoleLinear] = {}
+        for layer in model.modules():
+            if not isinstance(layer, MoleLinear) or adapter_name not in layer.routers:
+                continue
+            layer.log = log
+            first = first_of_width.setdefault(layer.in_features, layer)
+            for name in ("lambda_in", "lambda_out"):
+                if name in layer.routers[adapter_name].linears:
+                    layer.share_linear(adapter_name, name, getattr(first.routers[adapter_name], name))
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            raise MoleError(
+                "A mixture of experts cannot be merged into the base weights: how much each expert adds depends "
+                "on the token. Save the adapter and load it beside the base model."
+            )
+        unload: Any = super()._unload_and_optionally_merge
+        return unload(merge, *args, **kwargs)
+
+
+if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(name=NAME, config_cls=MoleConfig, model_cls=MoleModel, prefix=PREFIX)

@@ -1,0 +1,120 @@
+"""An adapter's folder, looked through before anything is made of it: it may come from anybody."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mole.core import checkpoint
+from mole.core.errors import ModelError, brief
+from mole.data.readers import one_line
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of an adapter's `adapter_config.json`. Raises `ModelError` when it is not JSON."""
+    try:
+        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{folder}/adapter_config.json cannot be read: {one_line(error)}.") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{folder}/adapter_config.json is no object with an adapter's settings.")
+    return values
+
+
+def our_type() -> str:
+    """PEFT's name of our adapters."""
+    from mole.mixture.model import PEFT_TYPE
+
+    return str(PEFT_TYPE.value)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What is in an adapter's folder: its settings, and the names of its weights."""
+
+    folder: Path
+    config: dict[str, Any]
+    names: frozenset[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterFiles:
+        """Look through a folder: safetensors only, no code, numbers that are finite, of the size the settings say.
+
+        Raises `ModelError` when something of it is missing or wrong, `CheckpointError` when its files have changed.
+        """
+        if not (folder / WEIGHTS).is_file():
+            pickled = (folder / "adapter_model.bin").is_file()
+            why = "only pickled weights, which can run code; save it again as safetensors" if pickled else "no weights"
+            raise ModelError(f"The adapter in {folder} has {why} ({WEIGHTS}).")
+        if (folder / checkpoint.MANIFEST).is_file():
+            checkpoint.verify(folder)
+        config = read_adapter_config(folder)
+        if config.get("megatron_config"):  # PEFT imports the module that it names
+            raise ModelError(f"The adapter in {folder} needs code of its own (megatron_core), which is never run.")
+        widths = check_weights(folder, ours=config.get("peft_type") == our_type())
+        check_size(folder, config, max(widths.values(), default=0))
+        return cls(folder, config, frozenset(widths))
+
+    def check_complete(self, model: Any, adapter: str, base: str) -> None:
+        """See that the file had every weight of an adapter of ours, and no other; of other PEFT methods, some of them.
+
+        Raises `ModelError`: PEFT takes what is missing at random.
+        """
+        from peft import get_peft_model_state_dict
+
+        wanted = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
+        ours = model.peft_config[adapter].peft_type == our_type()
+        if (missing := wanted - self.names) and (ours or missing == wanted):
+            raise ModelError(
+                f"The adapter in {self.folder} does not load on {base}: {len(missing)} of its {len(wanted)} weights "
+                f"are missing, {min(missing)} among them."
+            )
+        if ours and (extra := self.names - wanted):
+            raise ModelError(
+                f"The adapter in {self.folder} does not load on {base}: {len(extra)} of its weights have no place "
+                f"there, {min(extra)} among them."
+            )
+
+
+def check_weights(folder: Path, ours: bool) -> dict[str, int]:
+    """See that every weight is finite, since one that is not makes every reply nonsense; those of ours floating point.
+
+    Returns the longest side of each. Raises `ModelError`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    widths = {}
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                tensor = weights.get_tensor(name)
+                widths[name] = max(*tensor.shape, 1, 1)
+                if ours and not tensor.is_floating_point():
+                    raise ModelError(
+                        f"The adapter in {folder} is broken: {name} is {tensor.dtype}, not floating point."
+                    )
+                if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                    raise ModelError(f"The adapter in {folder} is broken: {name} holds numbers that are not finite.")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"The weights of the adapter in {folder} cannot be read: {one_line(error)}.") from None
+    return widths
+
+
+def check_size(folder: Path, config: dict[str, Any], widest: int) -> None:
+    """See that the settings ask for no more than the weights there are, or loading them would take all the memory.
+
+    Raises `ModelError`.
+    """
+    experts = config.get("num_experts")
+    counts = [count for count in (experts if isinstance(experts, list) else [experts]) if isinstance(count, int)]
+    for setting, many in (("r", max(counts, default=1)), ("lambda_hidden", 1)):
+        value = config.get(setting)
+        if isinstance(value, int) and value * many > widest:
+            raise ModelError(
+                f"The adapter in {folder} does not fit its own weights: {setting} is {brief(value)}"
+                f"{f' for {brief(many)} experts' if many > 1 else ''}, and no weight is wider than {widest}."
+            )

@@ -1,0 +1,272 @@
+"""Base models to choose from, with what the choice needs: size, licence, whether one is here, whether it fits.
+
+Nothing asks the network and nothing needs torch: what is said of well-known models is kept by hand, the rest is read on
+this machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from mole.config.schema import ModelConfig
+from mole.core.errors import ModelError
+from mole.data.readers import local_path
+from mole.models import sizes
+from mole.models.gguf import EMBEDDED, models_dir
+from mole.models.loading import cpu_is_fast_at_bfloat16
+from mole.models.sources import HUB_ID, cached_from_hub, resolve
+
+RUNTIME = 1e9
+"""Bytes that the libraries and the device's own bookkeeping take beside any model."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A base model one can choose.
+
+    Attributes:
+        name: what `model.name` is set to.
+        kind: embedded, hub, folder or gguf.
+        parameters: number of weights, shared ones once; 0 when not known.
+        size: bytes on disk, here or to download; 0 when not known.
+        licence: its name; empty when not known.
+        gated: its terms must be accepted on the hub before the download.
+        cached: it is on this machine.
+    """
+
+    name: str
+    kind: str = "hub"
+    parameters: int = 0
+    size: int = 0
+    licence: str = ""
+    gated: bool = False
+    cached: bool = False
+
+    @property
+    def title(self) -> str:
+        """Its short name: without the owner on the hub, the folders of a path, and the hash of a conversion."""
+        return Path(self.name).name
+
+    @property
+    def label(self) -> str:
+        """Name, parameters, size, licence and whether it is here, in one line."""
+        size = f"{bytes_text(self.size)} {'here' if self.cached else 'to download'}" if self.size else "here"
+        parts = [self.title, count_text(self.parameters), size, self.licence]
+        return " · ".join(part for part in parts if part)
+
+
+def known(name: str, parameters: int, licence: str, size: int = 0, gated: bool = False) -> Entry:
+    """A model of the hub whose weights are bfloat16; `size` where its files hold more than its parameters."""
+    return Entry(name, "hub", parameters, size or 2 * parameters, licence, gated)
+
+
+APACHE = "Apache-2.0"
+KNOWN = (
+    known("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, APACHE),
+    known("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, APACHE),
+    known("HuggingFaceTB/SmolLM3-3B", 3_075_098_624, APACHE),
+    known("Qwen/Qwen3-0.6B", 596_049_920, APACHE, size=1_503_264_768),
+    known("Qwen/Qwen3-1.7B", 1_720_574_976, APACHE, size=4_063_479_808),
+    known("Qwen/Qwen3-4B", 4_022_468_096, APACHE),
+    known("Qwen/Qwen3-8B", 8_190_735_360, APACHE),
+    known("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, "Llama 3.2 Community", gated=True),
+    known("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, "Llama 3.2 Community", gated=True),
+    known("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, "Llama 3.1 Community", gated=True),
+    known("google/gemma-3-270m-it", 268_098_176, "Gemma", gated=True),
+    known("google/gemma-3-1b-it", 999_885_952, "Gemma", gated=True),
+    known("microsoft/Phi-4-mini-instruct", 3_836_021_760, "MIT"),
+    known("allenai/OLMo-2-0425-1B-Instruct", 1_484_916_736, APACHE),
+    known("mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552, APACHE),
+)
+"""Well-known open models; parameters as their configurations give them, sizes as stored on the hub."""
+
+
+def models() -> list[Entry]:
+    """All suggestions: the embedded model, what else is on this machine, then well-known ones by size."""
+    by_name = {entry.name: entry for entry in KNOWN}
+    here = [look(name) for name in [EMBEDDED, *converted(), *downloaded()]]
+    rest = [entry for entry in by_name.values() if entry.name not in {found.name for found in here}]
+    return [*here, *sorted(rest, key=lambda entry: entry.parameters)]
+
+
+def converted() -> list[str]:
+    """Folders of `.gguf` files that were made ready before."""
+    folders = sorted(config.parent for config in models_dir().glob("[!.]*/config.json"))
+    return [str(folder) for folder in folders if folder.name != EMBEDDED]
+
+
+def downloaded() -> list[str]:
+    """Ids of the hub's models that are complete in its cache, told by their folders' names."""
+    from huggingface_hub import constants
+
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    names = ["/".join(folder.name.split("--")[1:]) for folder in folders]
+    return [name for name in names if HUB_ID.fullmatch(name) and cached_from_hub(name)]
+
+
+def look(name: str) -> Entry:
+    """What is known of a model without asking the hub. Raises `ModelError` for a path where there is none."""
+    name = name.strip()
+    if not name:
+        raise ModelError("model.name is empty; give a hub id, a folder, a .gguf file or smollm2-135m.")
+    if name == EMBEDDED:
+        ready = sizes.files_of(EMBEDDED)
+        size = sum(file.stat().st_size for file in ready)
+        return Entry(EMBEDDED, "embedded", 134_515_008, size, APACHE, cached=bool(ready))
+    path = local_path(name)
+    if os.path.exists(path) or not HUB_ID.fullmatch(name) or path.suffix.lower() == ".gguf":
+        source = resolve(name)  # never the hub: it is a path
+        if source.kind == "gguf":
+            return Entry(name, "gguf", 0, Path(source.location).stat().st_size, cached=True)
+        return with_files(Entry(name, "folder"))
+    return with_files(next((entry for entry in KNOWN if entry.name == name), Entry(name)))
+
+
+def with_files(entry: Entry) -> Entry:
+    """The entry with what its files on this machine say, if it has any."""
+    files = sizes.files_of(entry.name)
+    if not files:
+        return entry
+    counted = entry.parameters or sizes.parameters(files)
+    return replace(entry, parameters=counted, size=sum(file.stat().st_size for file in files), cached=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Does it fit?
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A rough verdict (`fits`, `tight`, `too large`, or `unknown`) and the figures behind it, in a sentence."""
+
+    verdict: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a model would be trained on: how it is called, its memory in bytes, and bytes a weight takes there."""
+
+    name: str
+    memory: int
+    bytes_per_weight: int
+
+
+def fits(entry: Entry, config: ModelConfig | None = None) -> Fit:
+    """Whether a model's adapter can be trained on this machine: a rule of thumb, the preflight knows better.
+
+    Weights and as much again for a batch is comfortable; with a small batch and gradient checkpointing a quarter more
+    than the weights is enough.
+    """
+    if not entry.parameters:
+        return Fit("unknown", "How much memory it needs is not known before it is here.")
+    device = device_of(config or ModelConfig())
+    weights = entry.parameters * device.bytes_per_weight
+    comfortable, least = 2 * weights + RUNTIME, 1.25 * weights + RUNTIME
+    needs = f"{bytes_text(weights)} of weights as {8 * device.bytes_per_weight}-bit numbers on {device.name}"
+    has = f"with {bytes_text(device.memory)}"
+    if comfortable <= device.memory:
+        return Fit("fits", f"Fits: {needs} {has}.")
+    if least <= device.memory:
+        return Fit("tight", f"Tight: {needs} {has}: take small batches and gradient checkpointing.")
+    return Fit("too large", f"Too large: {needs} {has}; training it takes at least {bytes_text(least)}.")
+
+
+def device_of(config: ModelConfig) -> Device:
+    """The device a run would train on, as `mole.models.loading` picks it, told without torch."""
+    gpu = gpu_of(config.device)
+    if gpu:
+        return Device(gpu[0], gpu[1], 4 if config.dtype == "float32" else 2)
+    half = config.dtype in ("bfloat16", "float16") or (config.dtype == "auto" and cpu_is_fast_at_bfloat16())
+    return Device("this machine's CPU", memory_of_cpu(), 2 if half else 4)
+
+
+def memory_of_cpu() -> int:
+    """Bytes of RAM, or of what the container may take of it."""
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int((sizes.CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):
+        return total
+
+
+def gpu_of(device: str) -> tuple[str, int] | None:
+    """Name and bytes of the NVIDIA GPU that `model.device` means; None when it means another device."""
+    if device in ("cpu", "mps") or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return None
+    found = gpus()
+    number = int(device.partition(":")[2] or 0)
+    return found[number] if number < len(found) else None
+
+
+@functools.cache
+def gpus() -> list[tuple[str, int]]:
+    """Name and bytes of each NVIDIA GPU that this process may use, in its order."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    only = [f"--id={visible}"] if visible else []
+    query = ["nvidia-smi", *only, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
+        return [(name.strip(), int(size) << 20) for name, _, size in (line.rpartition(",") for line in lines)]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Words
+
+
+def about(name: str, config: ModelConfig | None = None) -> tuple[str, str]:
+    """A model in a line or two, and the verdict of `fits`. Raises `ModelError` as `look` does."""
+    entry = look(name)
+    fit = fits(entry, config)
+    return " ".join(filter(None, (f"{facts(entry)}.", fit.words, advice(entry)))), fit.verdict
+
+
+def facts(entry: Entry) -> str:
+    """Its kind, parameters, size and licence, with commas."""
+    kinds = {
+        "embedded": "SmolLM2-135M-Instruct, which comes with MoLE Studio",
+        "folder": "A folder on this machine",
+        "gguf": "A GGUF file",
+        "hub": f"{entry.name} on the Hugging Face hub",
+    }
+    weights = f"{count_text(entry.parameters)} parameters" if entry.parameters else ""
+    licence = f"{entry.licence} licence" if entry.licence else ""
+    return ", ".join(filter(None, (kinds[entry.kind], weights, bytes_text(entry.size) if entry.size else "", licence)))
+
+
+def advice(entry: Entry) -> str:
+    """What happens, or must be done, before it can be trained."""
+    if entry.cached:
+        return "It is converted once when it is first used." if entry.kind == "gguf" else "It is here, ready to load."
+    if entry.kind == "embedded":
+        return "It is made ready when it is first used (half a minute)."
+    if entry.gated:
+        return f"Accept its terms at https://huggingface.co/{entry.name} and log in with `hf auth login` first."
+    known_size = "It is downloaded when it is first used."
+    return known_size if entry.size else "Not on this machine: the hub is asked for it when the run starts."
+
+
+def count_text(count: int) -> str:
+    """A number of parameters: `135 M`, `1.7 B`; empty for 0."""
+    if not count:
+        return ""
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if count >= 0.9995 * unit:
+            return f"{count / unit:.{1 if name == 'B' else 0}f} {name}"
+    return f"{count:,}"
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in the unit that suits them: `84 kB`, `270 MB`, `16.4 GB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= 0.9995 * unit:
+            return f"{size / unit:.{1 if name == 'GB' else 0}f} {name}"
+    return f"{size / 1e3:.0f} kB"

@@ -1,0 +1,236 @@
+"""Where base models are: the hub, a local folder, a `.gguf` file, or the embedded default. No torch.
+
+Whatever the source, a model ends up as a local folder of safetensors before it is loaded, so that loading never
+waits for a network, and never runs code or unpickles anything that came with the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mole.core.errors import ModelError
+from mole.data.readers import local_path, one_line
+from mole.models.gguf import EMBEDDED, HUB_SECONDS, convert_embedded, convert_gguf, models_dir, within
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+DUPLICATES = ("consolidated.safetensors",)
+"""The same weights again, in the format of their maker's own programs."""
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SAMPLED = 1 << 20
+"""Bytes at either end of a file of weights by which it is known again."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is there.
+
+    Attributes:
+        kind: embedded, folder, gguf or hub.
+        name: as it was asked for.
+        location: a path; the hub id for one that must be downloaded first.
+        revision, files: what to download.
+    """
+
+    kind: str
+    name: str
+    location: str
+    revision: str | None = None
+    files: tuple[str, ...] = ()
+
+
+def resolve(name: str) -> Source:
+    """Find a model by hub id, folder, `.gguf` file or `smollm2-135m`, without loading it.
+
+    Raises `ModelError` when it is not there. The hub's local cache goes first; the hub itself gets some seconds.
+    """
+    if name == EMBEDDED:
+        return Source("embedded", name, str(models_dir() / EMBEDDED))
+    path = local_path(name)
+    if os.path.isdir(path):
+        check_folder(path)
+        return Source("folder", name, str(path))
+    if os.path.isfile(path):
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{name} is a file, but no .gguf; give the folder that holds its config.json.")
+        return Source("gguf", name, str(path))
+    if not HUB_ID.fullmatch(name) or path.suffix.lower() == ".gguf":
+        raise ModelError(f"There is no model at {name}: no such folder, and no such .gguf file.")
+    return cached_from_hub(name) or find_on_hub(name)
+
+
+def check_folder(folder: Path) -> None:
+    """See that a folder holds a model in safetensors. Raises `ModelError` that says what is missing."""
+    if not (folder / "config.json").is_file():
+        hint = " It holds an adapter: give its base model." if (folder / "adapter_config.json").is_file() else ""
+        raise ModelError(f"The folder {folder} holds no model: it has no config.json.{hint}")
+    missing = [shard for shard in shards(folder) if not (folder / shard).is_file()]
+    if missing:
+        raise ModelError(f"The model in {folder} is incomplete: {missing[0]} is missing. Download it again.")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        raise ModelError(pickled_only(str(folder), pickled[0]))
+    raise ModelError(f"The folder {folder} has a config.json but no weights (*.safetensors).")
+
+
+def shards(folder: Path) -> list[str]:
+    """Names of the weight files that the folder's index lists; empty without an index. Raises `ModelError`."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        return sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index} is no index of weights: {one_line(error)}.") from None
+
+
+def pickled_only(where: str, file: str) -> str:
+    """The message for a model that has only pickled weights."""
+    return (
+        f"{where} has only pickled weights ({file}); loading them can run code, so only safetensors are loaded. If you "
+        f"trust them, convert them once in Python: from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained({where!r}).save_pretrained({where.rpartition('/')[2] + '-safetensors'!r})"
+    )
+
+
+def cached_from_hub(name: str) -> Source | None:
+    """A hub model all of whose files are in the local cache, else None."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        check_folder(folder)
+    except (LocalEntryNotFoundError, HFValidationError, ModelError):
+        return None
+    return Source("hub", name, str(folder))
+
+
+def find_on_hub(name: str) -> Source:
+    """A hub model by asking the hub. Raises `ModelError` when it is not there or the hub gives no answer in time."""
+    from huggingface_hub import HfApi, errors
+
+    neither = f"There is no folder {name} here, and"
+    try:
+        info = within(HUB_SECONDS + 2, lambda: HfApi().model_info(name, timeout=HUB_SECONDS))
+    except errors.OfflineModeIsEnabled:
+        raise ModelError(
+            f"{neither} the hub is switched off (HF_HUB_OFFLINE) without {name} in its cache. {instead()}"
+        ) from None
+    except errors.GatedRepoError:
+        raise ModelError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in with `hf auth login`."
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ModelError(f"{neither} no model {name} on the hub (a private one needs `hf auth login`).") from None
+    except Exception as error:
+        raise ModelError(f"{neither} the hub cannot be reached ({one_line(error)}). {instead()}") from None
+    names = [file.rfilename for file in info.siblings or []]
+    files = tuple(file for file in names if "/" not in file and file.endswith(HUB_FILES) and file not in DUPLICATES)
+    if "config.json" not in files:
+        raise ModelError(f"{name} on the hub is no base model: it has no config.json.")
+    if not any(file.endswith(".safetensors") for file in files):
+        pickled = next((file for file in names if file.endswith(PICKLED)), None)
+        raise ModelError(pickled_only(name, pickled) if pickled else f"{name} on the hub has no *.safetensors.")
+    return Source("hub", name, name, revision=info.sha, files=files)
+
+
+def instead() -> str:
+    """What needs no hub."""
+    return f"Give a local folder, a .gguf file, or {EMBEDDED}, which is embedded."
+
+
+def local_folder(source: Source, progress: bool = False, *, weights: bool = True) -> Path:
+    """The model's folder of safetensors: downloaded or converted first where that was not done yet.
+
+    Without `weights` the hub's are not downloaded, which is enough for a tokenizer. Raises `ModelError` when the
+    download or the conversion fails, or the model wants a program fetched.
+    """
+    folder = fetched(source, progress, weights)
+    check_programs(folder, source.name)
+    return folder
+
+
+def check_programs(folder: Path, name: str) -> None:
+    """See that a model names no compiled code on the hub, which is fetched and run where its attention is chosen."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # said by who loads it
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise ModelError(f"The model {name} wants code from the hub (config.json has {key}), which is never run.")
+
+
+def fetched(source: Source, progress: bool, weights: bool) -> Path:
+    """`local_folder`, whatever is in it."""
+    if source.kind == "embedded":
+        return convert_embedded(Path(source.location), progress)
+    if source.kind == "gguf":
+        gguf = Path(source.location).resolve()
+        stat = gguf.stat()
+        key = hashlib.sha256(f"{gguf}\n{stat.st_size}\n{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+        return convert_gguf(gguf, models_dir() / f"{gguf.stem}-{key}", progress)
+    if not source.files:
+        return Path(source.location)
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = [file for file in source.files if weights or not file.endswith(".safetensors")]
+        return Path(snapshot_download(source.location, revision=source.revision, allow_patterns=files))
+    except Exception as error:
+        raise ModelError(f"{source.name} could not be downloaded: {one_line(error)}.") from error
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """By what a model's folder is known again, cheaply: of its config and each file of weights, a hash of the size, the
+    beginning (where the shapes are) and the end."""
+    hashes = {}
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(str(size).encode())
+            for start in sorted({0, max(0, size - SAMPLED)}):
+                file.seek(start)
+                digest.update(file.read(SAMPLED))
+        hashes[path.name] = digest.hexdigest()
+    return hashes
+
+
+def pull(name: str, progress: bool = True) -> Path:
+    """Bring a model to this machine, ready to load → its folder; stderr shows the progress.
+
+    Raises `ModelError` when it cannot be found or fetched.
+    """
+    return local_folder(resolve(name), progress)
+
+
+def list_models() -> list[dict[str, Any]]:
+    """The models that need no download: name, kind, path, size in bytes, and cached: converted, ready to load."""
+    rows = [describe(EMBEDDED, "embedded", models_dir() / EMBEDDED)]
+    for config in sorted(models_dir().glob("[!.]*/config.json")):
+        if config.parent.name != EMBEDDED:
+            rows.append(describe(config.parent.name, "gguf", config.parent))
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    with contextlib.suppress(CacheNotFound):
+        for repo in sorted(scan_cache_dir(constants.HF_HUB_CACHE).repos, key=lambda repo: repo.repo_id):
+            if repo.repo_type == "model" and cached_from_hub(repo.repo_id):
+                rows.append(describe(repo.repo_id, "hub", repo.repo_path) | {"size": repo.size_on_disk})
+    return rows
+
+
+def describe(name: str, kind: str, path: Path) -> dict[str, Any]:
+    """A row of `list_models`."""
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return {"name": name, "kind": kind, "path": str(path), "size": size, "cached": path.is_dir()}

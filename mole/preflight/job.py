@@ -1,0 +1,272 @@
+"""A run's preflight in the background: `$MOLE_HOME/preflight/KEY/`, one folder for the same settings and data.
+
+`request.json` is what was asked, `state.json` how far it is, `estimate.json` and `measurement.json` what came out. Each
+check is a process of its own, so that the page stays light, a crash is an answer, and another page, or the studio after
+a restart, finds it again. Whether one works is told by its lock, never by a file. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mole import runs
+from mole.config.schema import RunConfig
+from mole.core import locks, processes
+from mole.core.errors import BusyError, InputError, RunError
+from mole.data.readers import local_path
+from mole.models import sizes
+from mole.runs.run import home
+from mole.training import worker
+
+FINAL = ("done", "busy", "cancelled", "no_memory", "failed")
+STARTING_SECONDS = 20.0
+"""A check this fresh may have a process that has not taken its lock yet."""
+KEPT = 50
+"""Folders of checks that are kept."""
+STATE: dict[str, Any] = {"kind": str, "phase": str, "text": str, "share": (int, float), "time": (int, float)}
+"""What `state.json` must have to be believed."""
+NO_MEMORY = r"out of memory|allocate memory|MemoryError|bad_alloc|failed to map segment|can't start new thread"
+KILLED = "The system ended the process, most likely because the memory ran out."
+
+
+@dataclass(frozen=True)
+class Check:
+    """The checks of one run's settings."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Check:
+        """The check of these settings on these files, as they are now; the run's name and group do not matter."""
+        values = config.to_dict()
+        for name in ("name", "group"):
+            values.pop(name, None)
+        stamps = []
+        for path in (config.data.path, config.data.eval_path, config.model.name):
+            with contextlib.suppress(OSError, ValueError):
+                stat = local_path(path or "").stat()
+                stamps.append([path, stat.st_size, stat.st_mtime_ns])
+        text = json.dumps([values, stamps], sort_keys=True, default=str)
+        return cls(home() / "preflight" / hashlib.sha256(text.encode()).hexdigest()[:16])
+
+    @property
+    def key(self) -> str:
+        """Its name in an address."""
+        return self.folder.name
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A record, `request`, `state`, `estimate` or `measurement`; empty when there is none."""
+        return processes.read_record(self.folder / f"{name}.json")
+
+    def write(self, name: str, **values: Any) -> None:
+        """Write a record, whole or not at all."""
+        processes.write_record(self.folder / f"{name}.json", values)
+
+    @property
+    def lock_path(self) -> Path:
+        """Held by the process that works on it."""
+        return self.folder / "lock"
+
+    def state(self) -> dict[str, Any]:
+        """How far it is: `kind`, `phase` (starting, waiting, working, or one of `FINAL`), `text`, `share` 0…1, and of a
+        failure `field`; empty when nothing was ever started."""
+        held = locks.is_held(self.lock_path)  # before the record: a process writes its last word before it lets go
+        state = self.read("state")
+        if any(not isinstance(state.get(key), kind) for key, kind in STATE.items()):
+            return {}
+        if held or state["phase"] in FINAL:
+            return state
+        if state["phase"] == "starting" and abs(time.time() - state["time"]) < STARTING_SECONDS:
+            return state
+        phase = "failed" if state["kind"] == "estimate" else "no_memory"
+        return {**state, "phase": phase, "text": KILLED}
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process works on it or is about to."""
+        return bool(state := self.state()) and state["phase"] not in FINAL
+
+    def tell(self, kind: str, phase: str, text: str, share: float = 0.0, **more: Any) -> None:
+        """Write how far it is."""
+        self.write("state", kind=kind, phase=phase, text=text, share=round(share, 3), time=time.time(), **more)
+
+    # Starting and ending
+
+    def start(self, config: RunConfig, kind: str, *, wait: bool = False, limit: int | None = None) -> None:
+        """Begin an estimate or a measurement in the background, unless one is going on; returns at once.
+
+        Args:
+            config: the run.
+            kind: estimate, measurement, or both, one after the other.
+            wait: wait for the device when a run has it, instead of saying so.
+            limit: bytes the process may take; on a CPU those that are free if None.
+        """
+        if self.alive:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        prune(self.folder)
+        if kind != "estimate":
+            (self.folder / "measurement.json").unlink(missing_ok=True)
+        absolute = runs.absolute(config)
+        self.write("request", config=absolute.to_dict(), kind=kind, wait=wait, limit=limit)
+        self.tell(kind, "starting", "Starting …")
+        processes.detach("mole.preflight.job", self.key, log=self.folder / "log.txt")
+
+    def cancel(self) -> None:
+        """End the process at once, and what it left; does nothing when there is none."""
+        if not self.alive:
+            return
+        state = self.read("state")
+        pid = locks.holder(self.lock_path).get("pid")
+        self.tell(state["kind"], "cancelled", "Cancelled.")
+        if locks.is_held(self.lock_path) and isinstance(pid, int):
+            with contextlib.suppress(ProcessLookupError):  # it leads its own session: its children end with it
+                os.killpg(pid, signal.SIGKILL)
+        lock = locks.acquire(self.lock_path, patience=5)
+        if lock is not None:
+            with lock:
+                self.tell(state["kind"], "cancelled", "Cancelled.")
+                shutil.rmtree(self.scratch, ignore_errors=True)
+
+    @property
+    def scratch(self) -> Path:
+        """What a measurement leaves while it goes on."""
+        return self.folder / "scratch"
+
+
+def prune(keep: Path) -> None:
+    """Delete the oldest checks but for `KEPT`, and never one that is going on."""
+    found = [(path.stat().st_mtime, path) for path in keep.parent.iterdir() if path.is_dir() and path != keep]
+    for _, path in sorted(found, reverse=True)[KEPT:]:
+        if not Check(path).alive:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def find(key: str) -> Check | None:
+    """The check of that key, if there is one."""
+    folder = home() / "preflight" / key
+    return Check(folder) if re.fullmatch("[0-9a-z]{1,64}", key) and folder.is_dir() else None
+
+
+def going_on() -> list[Check]:
+    """All checks that are going on."""
+    parent = home() / "preflight"
+    return [check for path in parent.iterdir() if (check := Check(path)).alive] if parent.is_dir() else []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The process
+
+
+def work(check: Check) -> None:
+    """Do what the check asks for, in this process, and write down how it ended. Raises `BusyError`, `MoleError`."""
+    lock = locks.acquire(check.lock_path, patience=2)
+    if lock is None:
+        raise BusyError("This check is being worked on already.")
+    with lock:
+        request = check.read("request")
+        if check.read("state").get("phase") == "cancelled":
+            return
+        kind = str(request["kind"])
+        try:
+            config = RunConfig.from_dict(request["config"])
+            runs.check_inputs(config)
+            if kind in ("estimate", "both"):
+                estimate(check, config, last=kind == "estimate")
+            if kind in ("measurement", "both"):
+                kind = "measurement"
+                measurement(check, config, request)
+        except Exception as error:
+            failed(check, kind, error)
+        finally:
+            shutil.rmtree(check.scratch, ignore_errors=True)
+
+
+def estimate(check: Check, config: RunConfig, last: bool) -> None:
+    """Estimate, and keep the result; `last` when nothing follows."""
+    check.tell("estimate", "working", "Looking at the model and the data …", 0.3)
+    from mole.preflight import estimate
+
+    check.write("estimate", **estimate.estimate(config).to_dict())
+    if last:
+        check.tell("estimate", "done", "", 1.0)
+
+
+def measurement(check: Check, config: RunConfig, request: dict[str, Any]) -> None:
+    """Measure once the device is free, and keep the result."""
+    device = runs.device_of(config)
+    path = runs.device_lock_path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not request["wait"] and (user := runs.user_of(device)):
+        check.tell("measurement", "busy", f"{user} is using {device}.", by=user)
+        return
+    with worker.turn(
+        device,
+        lambda: locks.acquire(path, patience=0.0, run="a measurement"),
+        lambda: False,
+        lambda note: check.tell("measurement", "waiting", note),
+    ):
+        check.scratch.mkdir(exist_ok=True)
+        with limited(device, request["limit"]):
+            check.tell("measurement", "working", "Loading the libraries …", 0.02)
+            from mole.preflight import dry_run
+
+            result = dry_run.measure(
+                config, check.scratch, lambda text, share: check.tell("measurement", "working", text + " …", share)
+            )
+    check.write("measurement", **dataclasses.asdict(result))
+    check.tell("measurement", "done", "", 1.0)
+
+
+@contextmanager
+def limited(device: str, limit: int | None) -> Iterator[None]:
+    """Let this process fail, rather than the machine, when memory runs out."""
+    with contextlib.suppress(OSError):  # the first to be ended, not the studio or a run
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    if limit is None and device == "cpu":
+        limit = sizes.free_on_cpu()
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    yield
+
+
+def failed(check: Check, kind: str, error: Exception) -> None:
+    """Write down why it failed; memory that ran out is an answer of a measurement, not a failure."""
+    text = " ".join(str(error).split())
+    if kind == "measurement" and re.search(NO_MEMORY, f"{type(error).__name__}: {text}", re.IGNORECASE):
+        check.tell(kind, "no_memory", f"The memory ran out: {text[:200] or 'no more could be had'}.")
+        return
+    message = " ".join(filter(None, worker.explain(error)))
+    check.tell(kind, "failed", message, field=getattr(error, "field", None), input=isinstance(error, InputError))
+    raise error
+
+
+def main(arguments: list[str]) -> int:
+    """`KEY` → exit code: 0 done (also when it does not fit), 1 failed, 2 bad input."""
+
+    def answer() -> None:
+        check = find(arguments[0]) if len(arguments) == 1 else None
+        if check is None:
+            raise RunError("usage: python -m mole.preflight.job KEY")
+        work(check)
+
+    return processes.exit_code(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

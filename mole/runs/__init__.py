@@ -1,0 +1,62 @@
+"""A run's life on disk: its folder, events and state; creating, finding, exporting; the queue; grids of runs.
+
+A run is a folder and nothing else knows about it. No torch.
+"""
+
+from mole.runs.run import STATES, Run, check_name, home, runs_dir
+from mole.runs.store import (
+    QUEUE_LIMIT,
+    absolute,
+    acquire_device,
+    ahead_of,
+    check_inputs,
+    check_room,
+    create,
+    delete,
+    device_lock_path,
+    device_of,
+    enqueue,
+    export,
+    get,
+    list_runs,
+    move,
+    place_of,
+    queue,
+    reorder,
+    spawn,
+    start,
+    stop,
+    user_of,
+    wake_queued,
+)
+
+__all__ = [
+    "QUEUE_LIMIT",
+    "STATES",
+    "Run",
+    "absolute",
+    "acquire_device",
+    "ahead_of",
+    "check_inputs",
+    "check_name",
+    "check_room",
+    "create",
+    "delete",
+    "device_lock_path",
+    "device_of",
+    "enqueue",
+    "export",
+    "get",
+    "home",
+    "list_runs",
+    "move",
+    "place_of",
+    "queue",
+    "reorder",
+    "runs_dir",
+    "spawn",
+    "start",
+    "stop",
+    "user_of",
+    "wake_queued",
+]

@@ -1,0 +1,400 @@
+"""One run's folder: its files, its events, and its state, derived each time it is asked for. No torch."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mole.config.schema import RunConfig
+from mole.core import checkpoint, locks
+from mole.core.errors import BusyError, InputError, RunError, brief
+
+STATES = ("queued", "running", "finished", "stopped", "interrupted", "failed")
+WAITING = ("created", "queued")
+HEAD, BLOCK = 1 << 13, 1 << 14
+"""Bytes read at a time from the start and from the end of the events."""
+STARTED_SECONDS = 30.0
+"""After this long, a process that was started for a run has its lock."""
+NO_ROOM = 1 << 16
+"""Bytes free on a disk that is as good as full."""
+HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+"""What may be half a character, which no page and no file can take."""
+LARGEST_METRIC = 1e40
+"""Above all that 32-bit floating point can come to; sums and squares of such numbers are still finite."""
+DEVICE_NAMES = r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
+
+
+def home() -> Path:
+    """The folder that holds `runs/`, `models/` and `locks/`: `$MOLE_HOME`, or `~/.mole`."""
+    return Path(os.environ.get("MOLE_HOME") or "~/.mole").expanduser().absolute()
+
+
+def runs_dir() -> Path:
+    """The folder of all runs."""
+    return home() / "runs"
+
+
+def check_name(name: str, what: str = "run", field: str = "name") -> str:
+    """The name, if a run (or `what`) may be called so. Raises `RunError` about `field`."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name) or name.endswith("."):
+        raise RunError(
+            f"The {what} name {brief(name)} is not allowed: use up to 64 letters, digits, '.', '_' and '-', "
+            "starting with a letter, digit or '_'.",
+            field=field,
+        )
+    if re.fullmatch(DEVICE_NAMES, name):
+        raise RunError(f"The {what} name {brief(name)} is not allowed: Windows keeps it for a device.", field=field)
+    return name
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder; cheap to make, reads files only when asked."""
+
+    name: str
+    path: Path
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "run.yaml"
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path / "run.lock"
+
+    @property
+    def stop_path(self) -> Path:
+        return self.path / "stop"
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The settings in `run.yaml`. Raises `InputError` when the file is missing or damaged."""
+        return RunConfig.load(self.config_path)
+
+    # Events ------------------------------------------------------------------------------------------------
+
+    def append_event(self, type: str, step: int, **values: Any) -> None:
+        """Append one line to `events.jsonl`, in one write; a half-written last line is closed off first.
+
+        Numbers that are not finite become null, which is what JSON has for them.
+        """
+        line = json.dumps(_finite({"time": time.time(), "type": type, "step": int(step), **values})) + "\n"
+        descriptor = os.open(self.events_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = "\n" + line
+            data = line.encode()
+            written = os.write(descriptor, data)
+            if written != len(data):
+                if os.fstat(descriptor).st_size == size + written:
+                    os.ftruncate(descriptor, size)  # a shorter line, which says why, may have room
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.events_path))
+        finally:
+            os.close(descriptor)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events."""
+        return self.read_events(0)[0]
+
+    def read_events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+        """The events of the complete lines from byte `offset` on, and the offset for the next call.
+
+        An offset behind the end of the file (another run took the name) starts over.
+        """
+        try:
+            with self.events_path.open("rb") as file:
+                if offset > file.seek(0, os.SEEK_END):
+                    offset = 0
+                file.seek(offset)
+                data = file.read()
+        except OSError:
+            return [], 0
+        complete = data[: data.rfind(b"\n") + 1]
+        return [event for line in complete.splitlines() if (event := parse_event(line))], offset + len(complete)
+
+    def events_backwards(self) -> Iterator[dict[str, Any]]:
+        """The events from the last to the first, reading no more of the file than is asked for."""
+        if not self.events_path.is_file():
+            return
+        with self.events_path.open("rb") as file:
+            start, rest, complete = file.seek(0, os.SEEK_END), b"", False
+            while start > 0:
+                size = min(max(BLOCK, len(rest)), start)  # of a line without end each time as much again
+                start -= size
+                file.seek(start)
+                rest, *lines = (file.read(size) + rest).split(b"\n")
+                if lines and not complete:
+                    lines.pop()  # what follows the last newline is still being written
+                    complete = True
+                yield from filter(None, map(parse_event, reversed(lines)))
+            if complete and (event := parse_event(rest)):
+                yield event
+
+    @property
+    def last_event(self) -> dict[str, Any]:
+        """The last event; an empty one (type `""`) when there is none."""
+        return next(self.events_backwards(), {"type": "", "step": 0, "time": 0.0})
+
+    @property
+    def _head(self) -> list[dict[str, Any]]:
+        """The first events, up to `started`: how the run was made and what it set out to do."""
+        events: list[dict[str, Any]] = []
+        try:
+            with self.events_path.open("rb") as file:
+                lines = file.read(HEAD).split(b"\n")[:-1]
+        except OSError:
+            return events
+        for event in filter(None, map(parse_event, lines)):
+            if event["type"] not in ("created", "queued", "starting", "started", "stopped"):
+                break
+            events.append(event)
+        return events
+
+    def log_lines(self, most: int) -> list[str]:
+        """The lines in the last `most` bytes of `train.log`, progress bars reduced to their last state."""
+        try:
+            with self.log_path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError:
+            return []
+        return [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
+
+    # State -------------------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> bool:
+        """Whether a process holds the run: it trains or waits for its device."""
+        return locks.is_held(self.lock_path)
+
+    @property
+    def state(self) -> str:
+        """One of `STATES`, derived: lock held → running (or waiting); adapter there → finished; else the last event."""
+        return self.observe()[0]
+
+    def observe(self) -> tuple[str, dict[str, Any]]:
+        """The state and the last event it was derived from."""
+        held = self.held  # before the events: a process writes its last one before it lets go
+        last = self.last_event
+        if held:
+            return ("queued" if last["type"] in WAITING else "running"), last
+        state = self.state_unheld(last)
+        if state == "interrupted" and self.held:  # it began between the two looks
+            return "running", last
+        return state, last
+
+    def state_unheld(self, last: dict[str, Any]) -> str:
+        """The state when no process holds the run, by its last event."""
+        if (self.adapter_dir / checkpoint.MANIFEST).is_file():
+            return "finished"
+        if last["type"] in WAITING:
+            return "queued"
+        return last["type"] if last["type"] in ("stopped", "failed") else "interrupted"
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps done, as the last event says."""
+        return int(self.last_event["step"])
+
+    @property
+    def group(self) -> str | None:
+        """The group of runs it was queued with; None for a run of its own."""
+        return next((text_in(event, "group") for event in self._head if event["type"] == "created"), None)
+
+    @cached_property
+    def created(self) -> float:
+        """When the run was made, in unix seconds."""
+        return self._created_in(self._head)
+
+    def _created_in(self, head: list[dict[str, Any]]) -> float:
+        times = [event["time"] for event in head if event["type"] == "created"]
+        return float(times[0]) if times else self.config_path.stat().st_mtime
+
+    def status(self) -> dict[str, Any]:
+        """Name, state, step, total_steps (0 while unknown), router, model and created (unix seconds)."""
+        return self.look()[0]
+
+    def look(self) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
+        """`status()`, the group and the last event from one reading, for a list of many runs."""
+        state, last = self.observe()
+        head = self._head
+        made: dict[str, Any] = {}
+        for event in head:
+            if event["type"] in ("created", "started"):
+                made.update({key: told for key in ("router", "model") if (told := text_in(event, key))})
+                if isinstance(steps := event.get("total_steps"), int) and 0 < steps < 1 << 53:
+                    made["total_steps"] = steps
+        if "router" not in made or "model" not in made:
+            made = {**self._made(), **made}
+        status = {
+            "name": self.name,
+            "state": state,
+            "step": int(last["step"]),
+            "total_steps": int(made.get("total_steps") or 0),
+            "router": made["router"],
+            "model": made["model"],
+            "created": self._created_in(head),
+        }
+        return status, next((text_in(event, "group") for event in head if event["type"] == "created"), None), last
+
+    def _made(self) -> dict[str, Any]:
+        """Router, model and steps from `run.yaml`: the events of this folder do not say."""
+        try:
+            config = self.config
+        except InputError:
+            return {"router": "?", "model": "?", "total_steps": 0}
+        return made_of(config)
+
+    def details(self) -> dict[str, Any]:
+        """`status()` with `config`, `metrics` (the finished run's, and the last `loss` and `eval_loss`) and `error`.
+
+        `error` is what went wrong, null when nothing did; `advice` what to do about it.
+        """
+        status = self.status()
+        metrics: dict[str, Any] = {}
+        error = advice = None
+        for place, event in enumerate(self.events_backwards()):
+            for key in ("loss", "eval_loss"):
+                if (value := number(event.get(key))) is not None:
+                    metrics.setdefault(key, value)
+            if event["type"] == "finished":
+                metrics.update(numbers(event.get("metrics")))
+            if place == 0 and event["type"] == "failed":
+                error, advice = text_in(event, "error"), text_in(event, "advice")
+            if {"loss", "eval_loss"} <= metrics.keys() or place > 5_000:
+                break
+        if status["state"] == "interrupted":
+            error = self.silence()
+            advice = f"Continue from the last checkpoint: mole runs resume {self.name}"
+        elif status["state"] == "queued" and self._nobody_waits():
+            error = "It is in line, but no process waits for its turn: killed, or the machine went down."
+            advice = f"Start it again: mole runs resume {self.name}"
+        return {**status, "config": self.config.to_dict(), "metrics": metrics, "error": error, "advice": advice}
+
+    def silence(self) -> str:
+        """Why a process that left no word has ended, as far as one can tell."""
+        if shutil.disk_usage(self.path).free < NO_ROOM:
+            return f"The process ended and could not say why: the disk is full ({self.path}). Free some space first."
+        return "The process ended without a word: it was killed, ran out of memory, or the machine went down."
+
+    def _nobody_waits(self) -> bool:
+        """Whether no process holds this queued run, nor can be just starting."""
+        return not self.held and abs(time.time() - self.last_event["time"]) > STARTED_SECONDS
+
+    # Locks and stopping --------------------------------------------------------------------------------------
+
+    def lock(self, patience: float = 0.5) -> locks.Lock:
+        """Hold the run (a context manager). Raises `BusyError` naming the holder, `RunError` when it is gone."""
+        try:
+            lock = locks.acquire(self.lock_path, patience)
+        except FileNotFoundError:
+            raise RunError(f"There is no run {self.name!r} any more.") from None
+        if lock is None:
+            raise BusyError(f"The run {self.name} is held by {locks.describe_holder(self.lock_path)}.")
+        return lock
+
+    def request_stop(self) -> None:
+        """Ask the run's process to save and stop; it looks at every step."""
+        self.stop_path.touch()
+
+    def stop_requested(self) -> bool:
+        """Whether somebody asked the run to stop."""
+        return self.stop_path.exists()
+
+    def clear_stop(self) -> None:
+        """Forget a request to stop."""
+        self.stop_path.unlink(missing_ok=True)
+
+
+def made_of(config: RunConfig) -> dict[str, Any]:
+    """What the `created` event tells of a config, so that a list need not parse YAML."""
+    return {
+        "router": config.adapter.router,
+        "model": config.model.name,
+        "total_steps": config.training.max_steps,
+        **({"group": config.group} if config.group else {}),
+    }
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line; None for what is not one: garbage, or the rest of a write that was cut off."""
+    try:
+        event = json.loads(line, parse_int=_whole)
+        if HALF_PAIR.search(line):
+            json.dumps(event, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return event if is_event(event) else None
+
+
+def _whole(digits: str) -> float:
+    """A whole number, as a page can take it: one of more than 64 bits is as good as its first digits."""
+    return int(digits) if len(digits) < 19 else float(digits)
+
+
+def is_event(event: Any) -> bool:
+    """Whether a parsed line has what every event has: a type, and a step and a time that can be."""
+    if not isinstance(event, dict):
+        return False
+    step, moment = event.get("step"), event.get("time")
+    return (
+        isinstance(event.get("type"), str)
+        and isinstance(step, int)
+        and 0 <= step < 1 << 53
+        and isinstance(moment, (int, float))
+        and 0 <= moment < 1 << 40
+    )
+
+
+def text_in(event: dict[str, Any], key: str) -> str | None:
+    """A text of an event; None when it is none."""
+    value = event.get(key)
+    return value if isinstance(value, str) else None
+
+
+def number(value: Any) -> float | None:
+    """A number as it is, None for anything else, and for one that no training comes to."""
+    return value if isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC else None
+
+
+def numbers(values: Any) -> dict[str, float]:
+    """The numbers among named values; none when they are no such thing."""
+    known = {name: number(value) for name, value in values.items()} if isinstance(values, dict) else {}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return value

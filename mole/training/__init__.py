@@ -1,0 +1,1 @@
+"""One run's process: the worker, the trainer, its callbacks and the state a checkpoint keeps."""

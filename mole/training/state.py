@@ -1,0 +1,82 @@
+"""The state of a training, kept without pickle: optimizer, schedule and random generators as safetensors and JSON.
+
+Floating-point numbers survive both formats exactly, so a resumed run continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mole.core.errors import CheckpointError
+
+TENSORS, VALUES = "training_state.safetensors", "training_state.json"
+
+
+def save_state(folder: Path, optimizer: Any, scheduler: Any, scaler: Any = None) -> None:
+    """Write the state of an optimizer, a learning-rate schedule, a gradient scaler and all random generators."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for place, slots in state["state"].items():
+        for name, value in slots.items():
+            target = tensors if isinstance(value, Tensor) else scalars
+            target[f"optimizer.{place}.{name}"] = value
+    tensors["random.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        for device, generator in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random.cuda.{device}"] = generator
+    kind, keys, *position = np.random.get_state()
+    tensors["random.numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
+    values = {
+        "optimizer": scalars,
+        "param_groups": state["param_groups"],
+        "scheduler": scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "random": {"python": random.getstate(), "numpy": [kind, *position]},
+    }
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+    (folder / VALUES).write_text(json.dumps(values), encoding="utf-8")
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and values that `save_state` wrote. Raises `CheckpointError` when they cannot be read."""
+    try:
+        return load_file(folder / TENSORS), json.loads((folder / VALUES).read_text(encoding="utf-8"))
+    except Exception as error:
+        raise CheckpointError(f"The training state in {folder} cannot be read: {error}.") from error
+
+
+def restore_optimizer(folder: Path, optimizer: Any, scheduler: Any, scaler: Any = None) -> None:
+    """Put the optimizer, schedule and scaler back where `save_state` saw them."""
+    tensors, values = read_state(folder)
+    slots: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **values["optimizer"]}.items():
+        kind, place, *rest = name.split(".")
+        if kind == "optimizer":
+            slots.setdefault(int(place), {})[".".join(rest)] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": values["param_groups"]})
+    scheduler.load_state_dict(values["scheduler"])
+    if scaler is not None and values["scaler"]:
+        scaler.load_state_dict(values["scaler"])
+
+
+def restore_random(folder: Path) -> None:
+    """Put Python's, NumPy's and torch's random generators back where `save_state` saw them."""
+    tensors, values = read_state(folder)
+    version, state, gauss = values["random"]["python"]
+    random.setstate((version, tuple(state), gauss))
+    kind, *position = values["random"]["numpy"]
+    np.random.set_state((kind, tensors["random.numpy"].numpy().astype(np.uint32), *position))
+    torch.set_rng_state(tensors["random.torch"])
+    if torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            if f"random.cuda.{device}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"random.cuda.{device}"], device)

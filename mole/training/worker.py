@@ -1,0 +1,219 @@
+"""The process of one run: `python -m mole.training.worker NAME [--resume]`, or `mole train` in the foreground.
+
+It holds the run's lock, waits for its turn on the device (a small process: torch is not imported yet), trains, and
+leaves the reason in the events when that fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from mole import runs
+from mole.core import locks, processes
+from mole.core.errors import MoleError, RunError, TrainingError
+from mole.core.redaction import redacted
+from mole.runs.run import WAITING
+from mole.runs.store import Run
+
+POLL_SECONDS = 0.5
+
+log = logging.getLogger("mole")
+
+FAILURES = (
+    (
+        r"out of memory|(can ?not|can't) allocate memory|MemoryError",
+        "Out of memory.",
+        "Use a smaller training.per_device_train_batch_size or data.max_length, or set "
+        "training.gradient_checkpointing=true.",
+    ),
+    (
+        r"no space left|(errno|os error) 28\b|disk quota",
+        "The disk is full.",
+        "Free some space, then resume the run: its last checkpoint is kept.",
+    ),
+    (
+        r"file too large|(errno|os error) 27\b",
+        "A file would be larger than this process may write.",
+        "Raise the limit (ulimit -f), then resume the run: its last checkpoint is kept.",
+    ),
+    (
+        r"read-only file system|permission denied",
+        "A file cannot be written.",
+        "Make the folder of $MOLE_HOME writable, then resume the run.",
+    ),
+    (
+        r"\bnan\b|not finite|non-?finite",
+        "The numbers are not finite any more.",
+        "Use a lower training.learning_rate or a longer training.warmup_steps, and start again.",
+    ),
+)
+"""Pattern of an error's type and text, its cause, and what to do."""
+
+
+def work(run: Run, *, resume: bool = False, progress: bool = False) -> None:
+    """Train a queued run in this process: wait for its device, train, tell the end in its events and `train.log`.
+
+    The first Ctrl-C, or SIGTERM, saves and stops; a second Ctrl-C aborts. `progress` tells on the terminal how it goes.
+    Raises `BusyError` when another process has the run, `MoleError` when training failed (the event `failed` says
+    the same).
+    """
+    with run.lock(), logging_to(run), stopping_on_signals(run, progress):
+        last = run.last_event
+        if last["type"] not in WAITING:  # of two that were started for it, the other has had it meanwhile
+            raise RunError(f"The run {run.name} is {run.state_unheld(last)} and does not wait to be trained.")
+        try:
+            device = str(run.last_event.get("device") or runs.device_of(run.config))
+            tell = say if progress else log.info
+            with turn(device, lambda: runs.acquire_device(device, run), run.stop_requested, tell) as held:
+                if not held:
+                    if run.last_event["type"] != "stopped":
+                        run.append_event("stopped", run.step)
+                    return
+                log.info("%s on %s, process %d", "resuming" if resume else "starting", device, os.getpid())
+                run.append_event("starting", run.step, pid=os.getpid(), device=device)
+                from mole.training.trainer import train
+
+                train(run, resume=resume, progress=progress)
+                log.info("%s at step %d", run.last_event["type"], run.step)
+        except MoleError as error:
+            fail(run, error)
+            raise
+        except Exception as error:
+            message, advice = fail(run, error)
+            raise TrainingError(f"{message} {advice}") from error
+        finally:
+            run.clear_stop()
+
+
+@contextmanager
+def turn(
+    device: str, acquire: Callable[[], locks.Lock | None], stopped: Callable[[], bool], tell: Callable[[str], Any]
+) -> Iterator[bool]:
+    """Hold the device as soon as `acquire` gives its lock; False when `stopped` before. `tell` says who has it."""
+    told = ""
+    while not stopped():
+        lock = acquire()
+        if lock is not None:
+            with lock:
+                yield True
+            return
+        path = runs.device_lock_path(device)
+        message = f"Waiting for {device}: {locks.describe_holder(path)} is using it." if locks.is_held(path) else ""
+        if message and message != told:
+            tell(message)
+            told = message
+        time.sleep(POLL_SECONDS)
+    yield False
+
+
+def fail(run: Run, error: Exception) -> tuple[str, str]:
+    """Write the `failed` event, and the traceback to the log; returns the cause and the advice."""
+    message, advice = explain(error)
+    log.error("failed: %s %s", message, advice, exc_info=error)
+    try:
+        run.append_event("failed", run.step, error=message, advice=advice)
+    except OSError as problem:  # a full disk: the state will be `interrupted`, which can be resumed just as well
+        log.error("the failure could not be written to the events: %s", problem)
+    return message, advice
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """An error's cause and what to do about it, in one line each; the advice is empty when the cause says it all."""
+    text = redacted(" ".join(str(error).split()))
+    if isinstance(error, MoleError):
+        return text, ""
+    kind = type(error).__name__
+    for pattern, cause, advice in FAILURES:
+        if re.search(pattern, f"{kind}: {text}", re.IGNORECASE):
+            return f"{cause} ({text[:300] or kind})", advice
+    return f"{kind}: {text[:500]}", "The whole error is in the run's train.log."
+
+
+class LogFile(logging.FileHandler):
+    """A log that a full disk does not turn into an error: the run may go on, or fail for a better reason."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+class Formatter(logging.Formatter):
+    """A line of the log, or a traceback in it, without tokens."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
+@contextmanager
+def logging_to(run: Run) -> Iterator[None]:
+    """Let the log of `mole` go to the run's `train.log`."""
+    handler = LogFile(run.log_path, encoding="utf-8", delay=True)
+    handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
+        handler.close()
+
+
+@contextmanager
+def stopping_on_signals(run: Run, progress: bool) -> Iterator[None]:
+    """Turn the first Ctrl-C and SIGTERM into a request to stop. Only the main thread can; others leave signals be."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        run.request_stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if progress:
+            os.write(2, b"\nStopping after this step and saving; Ctrl-C again aborts.\n")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(message: str) -> None:
+    """Tell a person at the terminal something, beside the progress bar."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """`NAME [--resume]` → exit code: 0 finished or stopped, 1 failed, 2 bad input."""
+    names = [argument for argument in arguments if argument != "--resume"]
+
+    def train() -> None:
+        if len(names) != 1:
+            raise RunError("usage: python -m mole.training.worker NAME [--resume]")
+        work(runs.get(names[0]), resume="--resume" in arguments)
+
+    return processes.exit_code(train)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

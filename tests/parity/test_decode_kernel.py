@@ -1,0 +1,239 @@
+"""Decoding with compiled functions: the numbers of the slow formulas, and never those of other settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from routing_cases import expected
+from test_layer import INPUTS, OUTPUTS, RANK, adapted, experts_of
+from test_shared_input import pair
+from torch import Tensor, nn
+
+from mole.config.schema import ROUTERS, AdapterConfig, router_params
+from mole.mixture import aot_compile
+from mole.mixture.decode_kernel import FUNCTIONS
+
+
+@pytest.fixture(autouse=True)
+def no_functions() -> Iterator[None]:
+    FUNCTIONS.clear()
+    yield
+    FUNCTIONS.clear()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the functions of this module are kept."""
+    return tmp_path_factory.mktemp("functions")
+
+
+@pytest.fixture
+def functions(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOLE_HOME", str(made))
+    (made / "compiled").mkdir(exist_ok=True)
+    return made / "compiled"
+
+
+class Packed(Tensor):
+    """A weight that is more than its numbers, as torchao's quantised ones are."""
+
+
+def tokens(dtype: torch.dtype, inputs: int) -> list[Tensor]:
+    """Single tokens: ordinary ones, one that treats all experts alike, one that is sure."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(1, 1, inputs, dtype=dtype, generator=generator) for _ in range(8)]
+    return [*drawn, torch.zeros(1, 1, inputs, dtype=dtype), drawn[0] * 1e4]
+
+
+def compiled(model: Any, x: Tensor) -> list[str]:
+    """Let the model compute with functions, as for `x` → their recipes."""
+    with torch.no_grad():
+        model(x)
+    wanted = aot_compile.recipes(model)
+    for recipe in wanted:
+        if not aot_compile.file_of(recipe).exists():
+            aot_compile.make(recipe, aot_compile.file_of(recipe))
+        assert aot_compile.load(recipe)
+    return [recipe.text for recipe in wanted]
+
+
+def counted(texts: list[str]) -> list[str]:
+    """A list that grows by a function's recipe whenever it is called."""
+    calls: list[str] = []
+    for text in texts:
+        function = FUNCTIONS[text]
+        FUNCTIONS[text] = lambda inputs, text=text, function=function: calls.append(text) or function(inputs)
+    return calls
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_function_equals_a_loop_over_experts(router: str, functions: Path) -> None:
+    net, layer = adapted(router)
+    net.eval()
+    calls = counted(compiled(net, tokens(torch.float64, INPUTS)[0]))
+    a, b = (stack.tolist() for stack in experts_of(layer))
+    for number, x in enumerate(tokens(torch.float64, INPUTS), 1):
+        row, weights = x.reshape(-1).tolist(), expected(layer.routers["default"], x).weights.reshape(-1).tolist()
+        want = reference.adapted(layer.base_layer(x).reshape(-1).tolist(), row, weights, a, b, 5 / RANK)
+        with torch.no_grad():
+            got = net(x)
+        assert got.shape == (1, 1, OUTPUTS) and len(calls) == number
+        torch.testing.assert_close(got.reshape(-1), torch.tensor(want, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("router", "dtype", "tolerance"),
+    [("dynmole", torch.float32, 1e-5), ("sparsegen", torch.float32, 1e-5), ("adamole", torch.bfloat16, 1e-2)],
+)
+def test_siblings_are_served_by_one_call(router: str, dtype: torch.dtype, tolerance: float, functions: Path) -> None:
+    model, alone = pair(router, dtype)
+    calls = counted(compiled(model.eval(), torch.zeros(1, 1, model.q_proj.in_features, dtype=dtype)))
+    slow = alone.eval().double()
+    for number, x in enumerate(tokens(dtype, model.q_proj.in_features)[:-1], 1):
+        with torch.no_grad():
+            got, want = model(x), slow(x.double())
+        assert got.dtype == dtype and len(calls) == number
+        assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_only_a_single_token_without_gradients_takes_it(functions: Path) -> None:
+    model = pair("dynmole", torch.float32)[0].eval()
+    x = tokens(torch.float32, model.q_proj.in_features)[0]
+    calls = counted(compiled(model, x))
+    model(x).sum().backward()
+    assert model.q_proj.mole_studio_A["default"].weight.grad is not None
+    with torch.no_grad():
+        model(x.expand(1, 2, -1))
+        model(x.expand(2, 1, -1))
+        model.train()(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.eval()(x)
+    assert not calls
+
+
+def test_whatever_is_changed_is_heeded_at_once(functions: Path) -> None:
+    model = pair("dynmole", torch.float32)[0].eval()
+    x = tokens(torch.float32, model.q_proj.in_features)[0]
+    calls = counted(compiled(model, x))
+    layers = (model.q_proj, model.k_proj, model.v_proj)
+
+    def answer() -> tuple[Tensor, Tensor]:
+        """With functions, and without."""
+        with torch.no_grad():
+            first, kept = model(x), dict(FUNCTIONS)
+            FUNCTIONS.clear()
+            second = model(x)
+        FUNCTIONS.update(kept)
+        return first, second
+
+    before = answer()[0]
+    for layer in layers:  # weights: by the function, from the new ones
+        layer.mole_studio_B["default"].weight.data = layer.mole_studio_B["default"].weight.data * 2
+    other, same = answer()
+    torch.testing.assert_close(other, same)
+    assert len(calls) == 2 and not torch.allclose(other, before)
+    for layer in layers:  # settings, scale, steering, dtype: not by a function made for others
+        layer.routers["default"].params.entropy_threshold = 0.0
+    assert torch.equal(*answer())
+    for layer in layers:
+        layer.scaling["default"] *= 3
+    assert torch.equal(*answer())
+    model.q_proj.routers["default"].allowed = torch.tensor([0, 2])
+    assert torch.equal(*answer())
+    model.q_proj.routers["default"].allowed = None
+    x = x.double()
+    model.double()
+    assert torch.equal(*answer()) and len(calls) == 2
+
+
+def test_what_is_done_to_a_base_layer_is_heeded_at_once(functions: Path) -> None:
+    model = pair("dynmole", torch.float32)[0].eval()
+    x = tokens(torch.float32, model.q_proj.in_features)[0]
+    calls = counted(compiled(model, x))
+    base, seen = model.k_proj.base_layer, []
+    with torch.no_grad():
+        before = model(x)
+        hook = base.register_forward_hook(lambda module, args, output: seen.append(output) or output + 1)
+        torch.testing.assert_close(model(x)[..., 8:12], before[..., 8:12] + 1)
+        hook.remove()
+        assert len(seen) == 1 and len(calls) == 1
+        base.forward = lambda x: nn.functional.linear(x, base.weight) * 0
+        torch.testing.assert_close(model(x)[..., :8], before[..., :8])
+        assert not torch.allclose(model(x), before) and len(calls) == 1
+        del base.forward
+        base.weight, plain = nn.Parameter(base.weight.as_subclass(Packed)), base.weight
+        torch.testing.assert_close(model(x), before)
+        assert len(calls) == 1
+        base.weight = plain
+        assert torch.equal(model(x), before) and len(calls) == 2
+        model.k_proj.base_layer = nn.Linear(base.in_features, base.out_features, bias=False)
+        other = model(x)
+        assert len(calls) == 2
+        FUNCTIONS.clear()
+        assert torch.equal(other, model(x)) and not torch.allclose(other, before)
+
+
+def test_a_base_that_is_no_plain_linear_asks_for_no_function() -> None:
+    model = pair("dynmole", torch.float32)[0].eval()
+    model.v_proj.base_layer.__class__ = type("Quantised", (nn.Linear,), {})
+    with torch.no_grad():
+        model(tokens(torch.float32, model.q_proj.in_features)[0])
+    assert not aot_compile.recipes(model)
+
+
+def test_two_adapters_at_once_are_added_up(functions: Path) -> None:
+    model = pair("dynmole", torch.float32)[0].eval()
+    x = tokens(torch.float32, model.q_proj.in_features)[0]
+    calls = counted(compiled(model, x))
+    other = AdapterConfig(router="dense", num_experts=2, r=2, params=router_params("dense")())
+    for layer in (model.q_proj, model.k_proj, model.v_proj):
+        layer.add_adapter("other", other, 2, inference_mode=True)
+        layer.mole_studio_B["other"].weight.data.normal_()
+    parts = []
+    with torch.no_grad():
+        for active in (["default"], ["other"], ["default", "other"]):
+            for layer in (model.q_proj, model.k_proj, model.v_proj):
+                layer.set_adapter(active)
+            parts.append(model(x))
+        bare = torch.cat([layer.base_layer(x) for layer in (model.q_proj, model.k_proj, model.v_proj)], -1)
+    assert len(calls) == 1
+    torch.testing.assert_close(parts[0] + parts[1] - bare, parts[2])
+
+
+def test_settings_that_were_tried_for_one_reply_ask_for_no_function() -> None:
+    model = pair("dynmole", torch.float32)[0].eval()
+    routers = [layer.routers["default"] for layer in (model.q_proj, model.k_proj, model.v_proj)]
+    trained = [router.params for router in routers]
+    for router in routers:
+        router.params = dataclasses.replace(router.params, entropy_threshold=0.5)
+    with torch.no_grad():
+        model(tokens(torch.float32, model.q_proj.in_features)[0])
+    assert len(aot_compile.recipes(model)) == 1
+    for router, params in zip(routers, trained, strict=True):
+        router.params = params
+    assert not aot_compile.recipes(model)
+
+
+def test_a_file_that_is_not_the_function_is_thrown_away(functions: Path) -> None:
+    model = pair("dynmole", torch.float32)[0].eval()
+    x = tokens(torch.float32, model.q_proj.in_features)[0]
+    compiled(model, x)
+    right = aot_compile.file_of(aot_compile.recipes(model)[0])
+    for layer in (model.q_proj, model.k_proj, model.v_proj):
+        layer.routers["default"].params.entropy_threshold = 0.0
+    with torch.no_grad():
+        model(x)
+    (recipe,) = aot_compile.recipes(model)
+    path = aot_compile.file_of(recipe)
+    shutil.copyfile(right, path)
+    assert not aot_compile.load(recipe) and not path.exists()
+    path.write_bytes(right.read_bytes()[:-1000])
+    assert not aot_compile.load(recipe) and not path.exists()
+    assert recipe.text not in FUNCTIONS and right.exists()

@@ -1,0 +1,60 @@
+"""Where a reply is computed while a run trains: told from who holds which device, what is free, what is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.services import device_policy
+from app.services.device_policy import Advice, Situation, advise, device_for
+from mole import runs
+from mole.core import locks
+
+GB = 10**9
+
+
+def test_with_nobody_training_there_is_nothing_to_say() -> None:
+    assert advise(Situation("cpu")) == advise(Situation("cuda:0", need=99 * GB, free=0)) == Advice()
+    assert (
+        device_for(device_policy.CPU, "")
+        == device_for(device_policy.WAIT, "")
+        == device_for(device_policy.GPU, "")
+        == "auto"
+    )
+
+
+def test_on_a_cpu_there_is_no_choice_but_patience() -> None:
+    advice = advise(Situation("cpu", "demo"))
+    assert advice.text == "The run demo is training on this machine: replies are slow until it has ended."
+    assert not advice.choose
+
+
+@pytest.mark.parametrize(
+    ("need", "free", "words"),
+    [
+        (2 * GB, 3 * GB, "Now it would fit beside it (this model needs about 2.5 GB, 3.0 GB are free)"),
+        (2 * GB, 2 * GB, "It does not fit beside it (this model needs about 2.5 GB, 2.0 GB are free)"),
+        (2 * GB, None, "Whether this model fits beside it cannot be told."),
+        (0, 3 * GB, "Whether this model fits beside it cannot be told."),
+    ],
+)
+def test_on_a_gpu_it_says_what_fits_and_the_person_chooses(need: int, free: int | None, words: str) -> None:
+    advice = advise(Situation("cuda:0", "demo", need, free))
+    assert advice.choose and words in advice.text and "The run demo is training on the GPU." in advice.text
+
+
+def test_only_who_says_so_gets_on_the_gpu_beside_a_training() -> None:
+    assert device_for(device_policy.GPU, "demo") == "auto"
+    assert device_for(device_policy.CPU, "demo") == "cpu"
+    assert device_policy.CHOICES[0][1] == device_policy.CPU, "which is what is chosen at first"
+
+
+def test_the_lock_tells_who_trains(home: Path) -> None:
+    path = runs.device_lock_path("cpu")
+    assert device_policy.training_on("cpu") == ""
+    path.parent.mkdir(parents=True)
+    lock = locks.acquire(path, run="demo")
+    assert lock is not None and device_policy.training_on("cpu") == "demo"
+    lock.release()
+    assert device_policy.training_on("cpu") == ""

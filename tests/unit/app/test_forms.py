@@ -1,0 +1,99 @@
+"""The form follows the config: every setting is there, and its command line starts the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Any
+
+import gradio as gr
+import pytest
+
+from app.ui import forms
+from app.ui.tabs import train
+from mole.cli import commands, parser
+from mole.config.schema import ROUTERS, SECTIONS, RunConfig
+from mole.core.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def form() -> forms.RunForm:
+    with gr.Blocks(analytics_enabled=False):
+        return train.build().form
+
+
+def values_of(form: forms.RunForm, **changed: Any) -> list[Any]:
+    """What the page sends: the components' values, some of them changed (by element id without `field-`)."""
+    return [changed.get(made.elem_id.removeprefix("field-").replace("-", "_"), made.value) for made in form.inputs]
+
+
+def test_every_setting_of_a_run_has_its_field(form: forms.RunForm) -> None:
+    settings = {
+        f"{section}.{item.name}"
+        for section, owner in SECTIONS.items()
+        for item in dataclasses.fields(owner)
+        if "spec" in item.metadata
+    }
+    assert set(form.shared) == settings | {"name"}
+    for router, params in ROUTERS.items():
+        assert set(form.own[router]) == {item.name for item in dataclasses.fields(params)}
+
+
+def test_an_untouched_form_is_the_default_config(form: forms.RunForm) -> None:
+    config = form.config(values_of(form))
+    default = RunConfig()
+    assert config.adapter == default.adapter and config.training == default.training and config.model == default.model
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"adapter_router": "adamole", "adapter_adamole_max_threshold": 0.2, "training_learning_rate": 1.25e-4},
+        {"adapter_num_experts": "2,4,6,8", "adapter_target_modules": "q_proj, v_proj", "name": "a-b"},
+        {"data_columns": "{prompt: my question, completion: reply}", "adapter_dynmole_inclusive_top_p": True},
+        {"adapter_router": "lora", "training_max_steps": 0, "training_num_train_epochs": 2, "model_device": "cpu"},
+    ],
+)
+def test_the_command_starts_the_same_run(form: forms.RunForm, changed: dict[str, Any]) -> None:
+    config = form.config(values_of(form, **changed))
+    words = shlex.split(forms.command(config).replace("\\\n", " "))
+    assert words[:1] == ["mole"]
+    assert RunConfig.from_dict(commands.train_settings(parser.build_parser().parse_args(words[1:]))) == config
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"adapter_num_experts": "0"}, "field-adapter-num_experts"),
+        ({"adapter_dynmole_top_p": 1.5}, "field-adapter-dynmole-top_p"),
+        ({"training_learning_rate": None}, "field-training-learning_rate"),
+        ({"data_columns": "no mapping"}, "field-data-columns"),
+    ],
+)
+def test_an_error_finds_its_field(form: forms.RunForm, changed: dict[str, Any], field: str) -> None:
+    values = values_of(form, **changed)
+    with pytest.raises(InputError) as wrong:
+        form.config(values)
+    assert form.told(values, wrong.value)["field"] == field
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"router": "adamole", "max_threshold": 0.2, "num_experts": [2, 4, 6, 8]},
+        {"router": "topk", "top_k": 3, "target_modules": ["q_proj"], "num_experts": [4]},
+        {"router": "lora", "target_modules": ["q_proj", "v_proj"]},
+    ],
+)
+def test_a_config_put_into_the_form_comes_out_again(form: forms.RunForm, adapter: dict[str, Any]) -> None:
+    data = {"columns": {"prompt": "my question", "completion": "reply"}, "eval_path": "held out.jsonl"}
+    config = RunConfig.from_dict({"name": "again", "adapter": adapter, "data": data, "model": {"dtype": "float32"}})
+    assert form.config(form.fill(config)) == config
+    words = shlex.split(forms.command(config).replace("\\\n", " "))
+    assert RunConfig.from_dict(commands.train_settings(parser.build_parser().parse_args(words[1:]))) == config
+
+
+def test_a_form_filled_anew_keeps_nothing_of_another_router(form: forms.RunForm) -> None:
+    values = form.fill(RunConfig.from_dict({"adapter": {"router": "topk", "top_k": 5}}))
+    inputs = dict(zip((made.elem_id for made in form.inputs), values, strict=True))
+    assert inputs["field-adapter-topk-top_k"] == 5 and inputs["field-adapter-dynmole-keep_top_k"] == 2

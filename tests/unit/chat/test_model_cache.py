@@ -1,0 +1,166 @@
+"""Several targets in memory: they share what they can, answer as each alone does, and leave when memory runs short."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapting import adapt, logits
+from peft import LoraConfig, get_peft_model
+
+from mole import record_routing
+from mole.chat.model_cache import Shelf
+from mole.config.schema import ModelConfig
+from mole.core.errors import MoleError
+from mole.models import sizes
+from mole.models.loading import load_base, load_target
+
+CPU = ModelConfig(device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def targets(tmp_path: Path, tiny_folder: Path, tiny_tokenizer: Any) -> dict[str, str]:
+    """The base, three adapters of ours with different shapes and templates, and one of another PEFT method."""
+    found = {"base": f"base:{tiny_folder}"}
+    config = ModelConfig(name=str(tiny_folder), device="cpu", dtype="float32")
+    for seed, (name, router, values) in enumerate(
+        [
+            ("dynmole", "dynmole", {}),
+            ("few", "topk", {"num_experts": [2, 4], "target_modules": ["q_proj", "down_proj"]}),
+            ("lora", "lora", {"num_experts": 1}),
+        ]
+    ):
+        model = adapt(load_base(config).model, router, seed, **values)
+        model.save_pretrained(tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(f"{{{{ messages[0]['content'] }}}} {name}:")
+        found[name] = str(tmp_path / name)
+    foreign = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(load_base(config).model, foreign).save_pretrained(str(tmp_path / "foreign"))
+    return {**found, "foreign": str(tmp_path / "foreign")}
+
+
+def plenty(device: torch.device) -> int:
+    return 1 << 60
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_switching_gives_the_very_logits_of_each_loaded_alone(targets: dict[str, str], dtype: str) -> None:
+    config = ModelConfig(device="cpu", dtype=dtype)
+    alone = {name: logits(load_target(target, config).model) for name, target in targets.items()}
+    assert len({values.sum().item() for values in alone.values()}) == len(alone), "they do differ"
+    shelf = Shelf(plenty)
+    for name in ("base", "dynmole", "base", "few", "lora", "foreign", "dynmole", "base", "few", "foreign", "lora"):
+        with shelf.use(targets[name], config) as loaded:
+            assert torch.equal(logits(loaded.model), alone[name]), name
+    assert len(shelf) == 5 and shelf.bases == 2, "ours share one base; the other method has its own"
+
+
+def test_each_target_has_its_own_template_and_only_its_own_routing(targets: dict[str, str]) -> None:
+    shelf = Shelf(plenty)
+    seen = {}
+    for name in ("dynmole", "base", "few", "lora", "base"):
+        with shelf.use(targets[name], CPU) as loaded, record_routing(loaded.model) as trace:
+            logits(loaded.model)
+            seen[name] = (loaded.tokenizer.chat_template.split()[-1], trace.router, trace.experts, len(trace.modules))
+    assert seen["dynmole"] == ("dynmole:", "dynmole", 4, 14)
+    assert seen["few"] == ("few:", "topk", 4, 4)
+    assert seen["lora"] == ("lora:", "lora", 1, 14)
+    assert seen["base"][1:] == ("none", 0, 0) and not seen["base"][0].endswith(":")
+
+
+def test_a_run_trained_anew_is_loaded_anew(targets: dict[str, str]) -> None:
+    shelf = Shelf(plenty)
+    with shelf.use(targets["dynmole"], CPU) as loaded:
+        before = logits(loaded.model)
+    shutil.copy(Path(targets["lora"]) / "adapter_config.json", Path(targets["dynmole"]) / "adapter_config.json")
+    shutil.copy(Path(targets["lora"]) / "adapter_model.safetensors", Path(targets["dynmole"]))
+    os.utime(Path(targets["dynmole"]) / "adapter_config.json", ns=(1, 1))
+    assert not shelf.holds(targets["dynmole"], CPU)
+    with shelf.use(targets["dynmole"], CPU) as loaded:
+        assert loaded.router == "lora" and not torch.equal(logits(loaded.model), before)
+
+
+def test_the_target_used_longest_ago_goes_when_memory_runs_short(targets: dict[str, str]) -> None:
+    left = {"bytes": 1 << 60}
+    shelf = Shelf(lambda device: left["bytes"])
+    for name in ("base", "foreign", "dynmole", "lora", "dynmole"):
+        with shelf.use(targets[name], CPU):
+            pass
+    left["bytes"] = 0
+    with shelf.use(targets["few"], CPU):
+        pass
+    there = [name for name, target in targets.items() if shelf.holds(target, CPU)]
+    assert there == ["dynmole", "few"] and shelf.bases == 1, "the base they stand on stays, with the newest"
+
+
+def test_what_fits_stays(targets: dict[str, str], tiny_folder: Path) -> None:
+    base = sizes.parameters(sizes.files_of(str(tiny_folder))) * 4
+    model = load_base(ModelConfig(name=str(tiny_folder), device="cpu", dtype="float32")).model
+    assert base == sum(weight.numel() for weight in model.parameters()) * 4
+    shelf = Shelf(lambda device: base * 2)  # always room for one more, adapter and margin included
+    for target in targets.values():
+        with shelf.use(target, CPU):
+            pass
+    assert len(shelf) == len(targets)
+
+
+def test_after_the_last_adapter_has_left_the_base_answers_as_before(targets: dict[str, str]) -> None:
+    left = {"bytes": 1 << 60}
+    shelf = Shelf(lambda device: left["bytes"])
+    alone = logits(load_target(targets["few"], CPU).model)
+    with shelf.use(targets["base"], CPU) as loaded:
+        before = logits(loaded.model)
+    with shelf.use(targets["dynmole"], CPU):
+        pass
+    with shelf.use(targets["base"], CPU):
+        pass
+    left["bytes"] = 0  # drops dynmole, the only adapter, and keeps the base, the newest
+    with shelf.use(targets["few"], CPU) as loaded:
+        assert torch.equal(logits(loaded.model), alone)
+    assert not shelf.holds(targets["dynmole"], CPU)
+    with shelf.use(targets["base"], CPU) as loaded:
+        assert torch.equal(logits(loaded.model), before)
+
+
+def test_an_adapter_that_does_not_load_leaves_no_trace(targets: dict[str, str], tmp_path: Path) -> None:
+    shelf = Shelf(plenty)
+    with shelf.use(targets["base"], CPU) as loaded:
+        before = logits(loaded.model)
+    broken = Path(shutil.copytree(targets["dynmole"], tmp_path / "broken"))
+    values = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**values, "r": 3}))
+    with pytest.raises(MoleError, match="does not load on"), shelf.use(str(broken), CPU):
+        pass
+    with shelf.use(targets["base"], CPU) as loaded:
+        assert torch.equal(logits(loaded.model), before)
+
+
+def test_clearing_gives_the_memory_back(targets: dict[str, str]) -> None:
+    shelf = Shelf(plenty)
+    with shelf.use(targets["dynmole"], CPU):
+        pass
+    shelf.clear("cuda")
+    assert len(shelf) == 1
+    shelf.clear()
+    assert len(shelf) == shelf.bases == 0
+
+
+def test_free_memory_is_the_containers_where_that_is_less(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
+    assert sizes.free_on_cpu(cgroup=tmp_path) == 650
+    (tmp_path / "memory.max").write_text("max\n")
+    assert sizes.free_on_cpu(cgroup=tmp_path) > 1 << 20
+    assert sizes.free_on_cpu(cgroup=tmp_path / "none") > 1 << 20
+
+
+def test_weights_are_counted_from_headers(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+    assert sizes.parameters([tmp_path / "nothing.safetensors"]) == 0
+    assert sizes.files_of("no/such-folder-here/at-all") == []

@@ -1,0 +1,82 @@
+"""Compiled functions as a chat gets them: in the background after its first reply, kept for the next, done without."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.services.engine import Engine
+from mole.mixture.decode_kernel import FUNCTIONS
+
+HELLO = [{"role": "user", "content": "Which of these words is the longest?"}]
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MOLE_COMPILE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    FUNCTIONS.clear()
+    yield
+    FUNCTIONS.clear()
+
+
+def reply(engine: Engine, target: Path) -> Any:
+    *_, last = engine.say(str(target), HELLO, {"max_new_tokens": 12}, device="cpu")
+    return last
+
+
+def wait_for(count: int, seconds: float = 240) -> None:
+    """Until so many functions are there."""
+    deadline = time.monotonic() + seconds
+    while len(FUNCTIONS) < count:
+        assert time.monotonic() < deadline, f"only {len(FUNCTIONS)} functions"
+        time.sleep(0.2)
+
+
+@pytest.mark.timeout(400)
+def test_the_first_reply_waits_for_nothing_and_later_ones_say_the_same(home: Path, tiny_adapter: Path) -> None:
+    engine = Engine()
+    first = reply(engine, tiny_adapter)
+    assert not FUNCTIONS
+    wait_for(3)  # q, k and v; gate and up; one alone
+    second = reply(engine, tiny_adapter)
+    assert second.text == first.text
+    for name in ("weights", "entropy", "active"):
+        before, after = (torch.tensor(said.trace_json()[name]) for said in (first, second))
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    files = sorted((home / "compiled").glob("*.pt2"))
+    made = {path: path.stat().st_mtime_ns for path in files}
+    assert len(files) == 3
+
+    FUNCTIONS.clear()  # another start of the studio
+    begun = time.monotonic()
+    reply(Engine(), tiny_adapter)
+    wait_for(3, seconds=20)
+    assert time.monotonic() - begun < 20 and {path: path.stat().st_mtime_ns for path in files} == made
+
+
+def test_without_a_compiler_replies_go_on_as_before(
+    home: Path, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    engine = Engine()
+    first = reply(engine, tiny_adapter)
+    log, deadline = home / "compiled" / "log.txt", time.monotonic() + 60
+    while not (log.exists() and "Error" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    size = log.stat().st_size
+    assert reply(engine, tiny_adapter).text == first.text
+    time.sleep(3)
+    assert log.stat().st_size == size and not FUNCTIONS  # it is not tried again
+
+
+def test_it_can_be_switched_off(home: Path, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLE_COMPILE", "0")
+    reply(Engine(), tiny_adapter)
+    assert not (home / "compiled").exists()

@@ -1,0 +1,109 @@
+"""`MoleConfig`: every setting of every router in `adapter_config.json`, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapting import layers_of
+from peft import PeftConfig, PeftModel, get_peft_model
+
+from mole import MoleConfig
+from mole.config.schema import ROUTERS, AdapterConfig
+from mole.core.errors import ConfigError, InputError
+from mole.mixture.model import mole_config
+
+Make = Callable[..., Any]
+
+NON_DEFAULT: dict[str, dict[str, Any]] = {
+    "topk": {"top_k": 3},
+    "topp": {"top_p": 0.31},
+    "threshold": {"threshold": 0.07},
+    "dense": {"cv_loss_coef": 0.11},
+    "adamole": {"max_threshold": 0.19, "balance_on_margin": True},
+    "dynmole": {
+        "entropy_threshold": 0.41, "entropy_index": 1.7, "entropy_type": "renyi", "keep_top_k": 3,
+        "top_p": 0.37, "inclusive_top_p": True,
+    },
+    "sparsegen": {"lambda_hidden": 5},
+    "lora": {},
+}  # fmt: skip
+SHARED = {
+    "num_experts": [2, 4], "r": 3, "lora_alpha": 7.0, "lora_dropout": 0.2, "target_modules": ["q_proj"],
+    "balance_loss_coef": 0.21, "entropy_loss_coef": 0.22, "z_loss_coef": 0.23,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_setting_is_in_adapter_config_json_and_comes_back(router: str, tiny_model: Make, tmp_path: Path) -> None:
+    values = {"router": router, **SHARED, **NON_DEFAULT[router]}
+    if router == "lora":
+        values["num_experts"] = 1
+    defaults = AdapterConfig.from_flat({"router": router}).to_flat()
+    assert set(values) == set(defaults), "a new setting needs a value here"
+    changed = {name for name in values if values[name] != defaults[name]}
+    assert changed == set(values) - {"router"} - ({"num_experts"} if router == "lora" else set())
+    model = get_peft_model(tiny_model(), MoleConfig(task_type="CAUSAL_LM", **values))
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {name: written[name] for name in values} == values
+    assert written["peft_type"] == "MOLE_STUDIO"
+    restored = PeftConfig.from_pretrained(tmp_path)
+    assert {name: getattr(restored, name) for name in values} == values
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    for before, after in zip(layers_of(model), layers_of(loaded), strict=True):
+        router_before, router_after = before.routers["default"], after.routers["default"]
+        assert router_after.params == router_before.params
+        assert router_after.num_experts == router_before.num_experts
+        assert (after.r, after.scaling, after.dropout) == (before.r, before.scaling, before.dropout)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_config_holds_the_defaults_of_its_router_in_full(router: str) -> None:
+    config = MoleConfig(router=router)
+    flat = AdapterConfig.from_flat({"router": router}).to_flat()
+    assert {name: getattr(config, name) for name in flat} == flat
+
+
+def test_an_adapter_config_becomes_a_peft_config_and_back() -> None:
+    adapter = AdapterConfig.from_flat({"router": "adamole", "max_threshold": 0.2, "num_experts": [2, 6]})
+    assert mole_config(adapter, task_type="CAUSAL_LM").adapter() == adapter
+
+
+@pytest.mark.parametrize(("router", "foreign"), [("topk", {"top_p": 0.5}), ("dense", {"entropy_index": 1.5})])
+def test_a_setting_of_another_router_is_refused_with_those_of_this_one(router: str, foreign: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(foreign))}.*{router}.*balance_loss_coef"):
+        MoleConfig(router=router, **foreign)
+
+
+def test_a_setting_nobody_has_is_refused() -> None:
+    with pytest.raises((TypeError, InputError), match="top_q"):
+        MoleConfig(router="topk", top_q=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("router", "nosuch"),
+        ("num_experts", 0),
+        ("num_experts", [2, 0]),
+        ("r", 0),
+        ("top_p", 1.5),
+        ("lora_dropout", 1.0),
+    ],
+)
+def test_a_value_outside_its_bounds_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        MoleConfig(**{"router": "dynmole", field: value})
+
+
+def test_every_field_of_the_config_says_what_it_is() -> None:
+    declared = {item.name for item in dataclasses.fields(AdapterConfig)} - {"params"}
+    for params in ROUTERS.values():
+        declared |= {item.name for item in dataclasses.fields(params)}
+    held = {item.name: item for item in dataclasses.fields(MoleConfig)}
+    assert all(held[name].metadata["help"] for name in declared)

@@ -1,0 +1,187 @@
+"""A run's training: exact resume, losses that count a batch once, events that tell what happened."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mole import runs
+from mole.config.schema import RunConfig, apply_overrides
+from mole.core.errors import CheckpointError, TrainingError
+from mole.models.logits import only_positions
+from mole.training.trainer import train
+
+ROWS = [{"prompt": f"Sort {a} {b}", "completion": f"{min(a, b)} {max(a, b)}"} for a in range(6) for b in range(6)]
+
+
+@pytest.fixture
+def make_run(home: Path, tiny_folder: Path, tmp_path: Path) -> Any:
+    """`make_run(name, **{"training.max_steps": 3})`: a run of a tiny model on 36 rows."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in ROWS))
+
+    def make(name: str, **overrides: Any) -> runs.Run:
+        settings = {
+            "model.name": str(tiny_folder),
+            "model.device": "cpu",
+            "data.path": str(data),
+            "data.eval_fraction": 0.1,
+            "adapter.num_experts": 3,
+            "adapter.r": 2,
+            "training.max_steps": 6,
+            "training.per_device_train_batch_size": 4,
+            "training.save_steps": 2,
+            "training.warmup_steps": 0,
+            **overrides,
+        }
+        config = RunConfig.from_dict(apply_overrides({}, settings))
+        config.name = name
+        return runs.create(config)
+
+    return make
+
+
+def weights(run: runs.Run) -> bytes:
+    return (run.adapter_dir / "adapter_model.safetensors").read_bytes()
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the request to stop arrive once the run has logged `step`."""
+    monkeypatch.setattr(runs.Run, "stop_requested", lambda run: run.step >= step)
+
+
+@pytest.mark.parametrize("router", ["dynmole", "adamole", "sparsegen", "lora"])
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights_bit_for_bit(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, router: str
+) -> None:
+    whole = make_run("whole", **{"adapter.router": router, "training.gradient_accumulation_steps": 2})
+    train(whole)
+    parts = make_run("parts", **{"adapter.router": router, "training.gradient_accumulation_steps": 2})
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train(parts)
+    assert parts.events()[-1]["type"] == "stopped" and not parts.adapter_dir.exists()
+    train(parts, resume=True)
+    assert weights(parts) == weights(whole)
+
+
+def test_two_runs_of_one_config_are_equal_and_another_seed_is_not(make_run: Any) -> None:
+    first, again, other = make_run("first"), make_run("again"), make_run("other", **{"training.seed": 1})
+    for run in (first, again, other):
+        train(run)
+    assert weights(first) == weights(again) != weights(other)
+
+
+def test_resume_passes_over_a_broken_checkpoint(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = make_run("whole"), make_run("parts")
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        train(parts)
+    newest = max(parts.checkpoints_dir.iterdir(), key=lambda folder: int(folder.name.split("-")[1]))
+    broken = newest / "adapter_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    train(parts, resume=True)
+    resumed = [event["resumed_from"] for event in parts.events() if event["type"] == "started"]
+    assert resumed[1] not in (None, newest.name)
+    assert weights(parts) == weights(whole)
+
+
+def test_resume_with_other_settings_says_which(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run("changed")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        train(run)
+    text = run.config_path.read_text()
+    run.config_path.write_text(text.replace("lora_alpha: 16.0", "lora_alpha: 32.0"))
+    with pytest.raises(CheckpointError, match=r"adapter.lora_alpha was 16.0 and is now 32.0"):
+        train(runs.get("changed"), resume=True)
+
+
+def test_checkpoints_hold_no_pickle(make_run: Any) -> None:
+    run = make_run("plain", **{"training.max_steps": 2})
+    train(run)
+    kinds = {path.suffix for path in run.path.rglob("*") if path.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".jinja", ".md", ".yaml", ".log", ""}
+
+
+def test_micro_batches_add_up_to_one_big_batch(make_run: Any) -> None:
+    """Means over tokens (cross-entropy, entropy and z-loss) give the same first step however the batch is cut."""
+    adapters = []
+    for name, batch, parts in (("one", 8, 1), ("four", 2, 4)):
+        run = make_run(
+            name,
+            **{
+                "training.max_steps": 1,
+                "training.per_device_train_batch_size": batch,
+                "training.gradient_accumulation_steps": parts,
+                "adapter.balance_loss_coef": 0,
+                "adapter.entropy_loss_coef": 0.5,
+                "adapter.z_loss_coef": 0.1,
+                "adapter.lora_dropout": 0,
+                "training.max_grad_norm": 0,
+            },
+        )
+        train(run)
+        step = next(event for event in run.events() if event["type"] == "step")
+        adapters.append((step, load_file(run.adapter_dir / "adapter_model.safetensors")))
+    (one, first), (four, second) = adapters
+    assert one["loss"] == pytest.approx(four["loss"], abs=1e-5)
+    assert one["aux_loss"] == pytest.approx(four["aux_loss"], abs=1e-5)
+    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
+    assert first.keys() == second.keys()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(make_run: Any) -> None:
+    run = make_run("diverged", **{"training.learning_rate": 1, "adapter.lora_alpha": 1e30, "training.max_grad_norm": 0})
+    with pytest.raises(TrainingError, match="learning_rate"):
+        train(run)
+
+
+def test_events_tell_the_course_of_the_run(make_run: Any) -> None:
+    run = make_run("told", **{"training.eval_steps": 3})
+    train(run)
+    events = run.events()
+    by_type = {kind: [event for event in events if event["type"] == kind] for kind in {e["type"] for e in events}}
+    assert by_type["started"][0]["total_steps"] == 6
+    assert by_type["data"][0]["rows"] == 32 and by_type["data"][0]["eval_rows"] == 4
+    assert [event["step"] for event in by_type["step"]] == [1, 2, 3, 4, 5, 6]
+    assert [event["step"] for event in by_type["eval"]] == [3, 6]
+    assert [event["step"] for event in by_type["checkpoint"]] == [2, 4, 6]
+    assert math.isfinite(by_type["finished"][0]["metrics"]["eval_loss"])
+    for step in by_type["step"]:
+        assert {"loss", "aux_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_mb", "eta_s"} <= set(
+            step
+        )
+        routing = step["routing"]
+        assert routing["layers"] == len(routing["load"]) == len(routing["entropy"]) == len(routing["active"])
+        assert all(sum(load) == pytest.approx(1, abs=1e-3) for load in routing["load"])
+
+
+def test_the_adapter_keeps_the_template_it_was_trained_with(make_run: Any, tiny_tokenizer: Any) -> None:
+    run = make_run("kept", **{"training.max_steps": 1})
+    train(run)
+    assert (run.adapter_dir / "chat_template.jinja").read_text() == tiny_tokenizer.chat_template
+
+
+def test_logits_only_at_labels_are_those_of_the_whole_forward(tiny_model: Any) -> None:
+    model = tiny_model("gemma3")
+    ids = torch.randint(0, 300, (3, 7), generator=torch.Generator().manual_seed(0))
+    whole = model(input_ids=ids).logits.flatten(0, 1)
+    positions = torch.tensor([2, 6, 9, 20])
+    with only_positions(model.get_output_embeddings(), positions):
+        part = model(input_ids=ids).logits[0]
+    torch.testing.assert_close(part, whole[positions])
+
+
+def test_gradient_checkpointing_changes_the_memory_not_the_weights(make_run: Any) -> None:
+    plain, saving = make_run("plain"), make_run("saving", **{"training.gradient_checkpointing": True})
+    for run in (plain, saving):
+        train(run)
+    assert weights(plain) == weights(saving)
