@@ -177,6 +177,7 @@ def test_data_that_is_gone_fails_with_its_name_and_no_traceback(make: Callable[[
 # The detached process
 
 
+@pytest.mark.timed
 @linux
 def test_the_worker_stands_alone_and_leaves_no_zombie(make: Callable[[str], Run], busy_cpu: locks.Lock) -> None:
     run = make("alone")

@@ -135,6 +135,7 @@ def test_yaml_makes_no_objects(tmp_path: Path, value: str) -> None:
         RunConfig.load(path)
 
 
+@pytest.mark.timed
 def test_the_queue_and_the_grid(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=f"{limits.QUEUE} runs can be queued at a time"):
         grid.expand({}, {"training.seed": list(range(100)), "adapter.r": list(range(1, 100))}, "g")

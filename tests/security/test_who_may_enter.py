@@ -165,6 +165,7 @@ class Hasty(Login):
     FIRST, LONGEST, PATIENCE = 0.005, 0.08, 0.3
 
 
+@pytest.mark.timed
 def test_guesses_wait_for_each_other_and_longer_each_time() -> None:
     """Asked all at once, for nobody has to wait for an answer before guessing again."""
     login = Hasty(USER, PASSWORD)
@@ -179,6 +180,7 @@ def test_guesses_wait_for_each_other_and_longer_each_time() -> None:
     assert answers[-1][0] == 429, "not even the right one, from there and now: or guessing at once would find it"
 
 
+@pytest.mark.timed
 def test_who_guesses_locks_nobody_else_out() -> None:
     login = Hasty(USER, PASSWORD)
     answers = tries(login, *[("6.6.6.6", USER, "guess")] * 100, ("1.2.3.4", USER, PASSWORD))

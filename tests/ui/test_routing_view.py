@@ -56,6 +56,7 @@ def updates_per_second(page: Page) -> tuple[float, float]:
     return (after - before) / ((ended - begun) / 1000), (spent - idle) / (after - before)
 
 
+@pytest.mark.timed
 def test_ten_updates_a_second_at_32_layers_of_16_experts(scratch: Studio, open_page: Callable[..., Page]) -> None:
     """Updates, and with them everything the page does for one: fetching, unpacking, three views, layout."""
     best, cost = 0.0, 1.0
@@ -264,6 +265,7 @@ def test_a_screen_reader_hears_a_choice_and_the_end_but_not_every_token(view: Lo
     expect(said).to_contain_text("Token 2")
 
 
+@pytest.mark.timed
 def test_a_reply_of_1500_tokens_stays_quick(scratch: Studio, page: Page) -> None:
     page.goto(scratch.url)
     page.click("#long")

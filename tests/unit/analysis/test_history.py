@@ -257,6 +257,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.timed
 def test_no_look_at_100_000_steps_takes_100_ms(long_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU time, so that a busy machine cannot fail it; `whole` looks are those of a page that has just been opened."""
     monkeypatch.setattr(charts, "HISTORIES", Histories())
@@ -287,6 +288,7 @@ def test_no_look_at_100_000_steps_takes_100_ms(long_run: Run, monkeypatch: pytes
     assert max(costs) < 0.1 and median < 0.02
 
 
+@pytest.mark.timed
 def test_any_step_of_100_000_is_found_in_one_read(long_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     history = read(long_run)
     began = time.process_time()

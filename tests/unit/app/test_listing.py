@@ -143,6 +143,7 @@ def test_what_is_no_run_is_left_out(looked: Listing, home: Path) -> None:
     assert set(rows_of(looked.since(Cursor())[0])) == {"good"}
 
 
+@pytest.mark.timed
 def test_a_thousand_runs_are_listed_in_a_second_and_looked_at_again_in_a_tenth(looked: Listing, home: Path) -> None:
     model = finished_run("run-0000")
     assert model.events_path.stat().st_size > 50_000, "the events must be as long as real ones"

@@ -424,6 +424,7 @@ def test_data_with_nothing_to_learn_is_refused(tmp_path: Path, tiny_tokenizer: A
         build_datasets(config_of(tmp_path), tokenizer, 0)
 
 
+@pytest.mark.timed
 def test_ten_thousand_rows_take_seconds(tmp_path: Path, tiny_tokenizer: Any) -> None:
     config = config_of(tmp_path, 10_000)
     started = time.process_time()

@@ -129,6 +129,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, name: str, content:
     assert message in error_of(path)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", ["missing.jsonl", "a/b/missing", "data/missing.csv", "C:\\data\\missing", "nul\0.csv"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(name: str) -> None:
     started = time.monotonic()
@@ -165,6 +166,7 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.mark.timed
 def test_a_hub_that_refuses_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -175,6 +177,7 @@ def test_a_hub_that_refuses_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.timed
 def test_a_hub_that_never_answers_is_one_line_within_seconds(
     monkeypatch: pytest.MonkeyPatch, silent_server: str
 ) -> None:

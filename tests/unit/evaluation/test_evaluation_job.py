@@ -116,6 +116,7 @@ def test_it_waits_for_the_device_says_so_and_a_cancelled_one_leaves_no_process(r
         cancelled.cancel()
 
 
+@pytest.mark.timed
 def test_cancelled_while_it_measures_it_ends_at_once(run: Run, data: str) -> None:
     evaluation = evaluation_job.start(run.name, data)
     wait_for(evaluation, lambda status: status["state"] == "running")

@@ -66,6 +66,7 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name: str) -> None:
         models.resolve(name)
 
 
+@pytest.mark.timed
 def test_a_hub_that_refuses_is_one_line_within_seconds(tmp_path: Path) -> None:
     start = time.monotonic()
     line = resolving("someone/some-model", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
@@ -74,6 +75,7 @@ def test_a_hub_that_refuses_is_one_line_within_seconds(tmp_path: Path) -> None:
     assert "smollm2-135m" in line
 
 
+@pytest.mark.timed
 def test_a_hub_that_never_answers_is_one_line_within_seconds(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()

@@ -129,6 +129,7 @@ def test_a_truncated_row_is_among_those_shown(tiny_folder: Path, tmp_path: Path)
     assert [row.number for row in seen.rows] == [1, 2, 3, 41] and seen.rows[-1].dropped
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", ["large.jsonl", "large.csv"])
 def test_of_a_large_file_only_the_first_rows_are_read(tiny_folder: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / name

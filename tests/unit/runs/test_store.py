@@ -194,6 +194,7 @@ def test_a_run_without_events_is_told_from_its_config(home: Path) -> None:
     assert len(runs.list_runs()) == 1
 
 
+@pytest.mark.timed
 def test_a_thousand_runs_are_listed_in_under_a_second(home: Path) -> None:
     template = runs.create(config(name="run-0"))
     for step in range(40):
