@@ -23,7 +23,7 @@ def detach(module: str, *arguments: str, log: Path) -> None:
 
     Of our environment it gets what `mole.core.redaction` knows it to need.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     # Not from the folder it is in: a file there must not stand in for a module.
     environment = {**child_environment(), "MOLE_HOME": str(home()), "PYTHONSAFEPATH": "1"}
     if root.name not in ("site-packages", "dist-packages"):

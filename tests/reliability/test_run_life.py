@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import ROOT
 
 from mole import runs
 from mole.config.schema import RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import BusyError, MoleError
+from mole.runs import store
 from mole.runs.store import Run
 
 PATIENCE = 240.0
@@ -188,6 +190,8 @@ def test_the_worker_stands_alone_and_leaves_no_zombie(make: Callable[[str], Run]
     pid = worker_pid(run)
     assert os.getsid(pid) == pid
     assert os.readlink(f"/proc/{pid}/cwd") == str(runs.home())
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    assert any(entry.startswith(f"PYTHONPATH={ROOT}:".encode()) for entry in environment), "it runs the same sources"
     files = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
     assert files <= {"/dev/null", str(run.log_path), str(run.lock_path)}
     assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
@@ -236,7 +240,7 @@ def test_a_killed_waiting_run_is_still_in_line_and_can_be_woken(
     wait_for(lambda: not run.held, 10)
     assert run.state == "queued"
     assert runs.wake_queued() == []  # so fresh that its process may just be starting
-    monkeypatch.setattr(runs, "STARTING_SECONDS", 0.0)
+    monkeypatch.setattr(store, "STARTING_SECONDS", 0.0)
     assert runs.wake_queued() == [run]
     worker_pid(run)
     assert runs.wake_queued() == []
