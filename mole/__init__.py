@@ -8,6 +8,7 @@ without waiting seconds for torch. The names below are loaded on first use for t
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 from wrapt import register_post_import_hook
@@ -37,3 +38,7 @@ __getattr__ = lazy_exports(
 )
 
 register_post_import_hook(lambda _: importlib.import_module("mole.mixture.model"), "peft")
+
+# PEFT imports bitsandbytes, which on a CPU with AVX512-BF16 warns that an optional kernel is not installed. Python prints
+# a record that no handler takes, here in the middle of a command's output; handlers of the application still get it.
+logging.getLogger("bitsandbytes").addHandler(logging.NullHandler())

@@ -337,6 +337,20 @@ def test_help_and_lists_do_not_wait_for_torch(home: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60, stdout=subprocess.DEVNULL).returncode == 0
 
 
+def test_a_library_that_warns_while_it_is_imported_prints_nothing_around_a_command() -> None:
+    """bitsandbytes warns of a missing kernel on a CPU with AVX512-BF16; here it takes every CPU for one."""
+    code = """
+import mole
+from wrapt import register_post_import_hook
+register_post_import_hook(lambda module: setattr(module, "has_avx512bf16", lambda: True), "bitsandbytes.functional")
+import logging, peft, sys
+assert "bitsandbytes.backends.cpu.ops" in sys.modules
+logging.getLogger("bitsandbytes.backends.cpu.ops").warning("which other machines warn of")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(home: Path) -> None:
     for number in range(3):
         runs.create(config(name=f"run-{number}"))
