@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import checkpoint, limits
 from mole.core.errors import ConfigError, DataError, InputError, ModelError, RunError
 from mole.data.readers import SUFFIXES, local_path

@@ -22,7 +22,7 @@ from common import EQUAL, Figure, base, main, ratio, shortened, with_lora
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from mole import models
-from mole.config.schema import ModelConfig, RunConfig
+from mole.config import ModelConfig, RunConfig
 from mole.data.encoding import Datasets, build_datasets
 from mole.runs.run import Run
 from mole.training.trainer import MoleTrainer, assemble

@@ -16,7 +16,7 @@ import time
 import mole.models, mole.config
 mole.models.loading.import_ahead()  # measured by itself
 begun = time.perf_counter()
-mole.models.loading.load_base(mole.config.schema.ModelConfig(device="cpu", dtype="float32"))
+mole.models.loading.load_base(mole.config.ModelConfig(device="cpu", dtype="float32"))
 print(time.perf_counter() - begun)
 """
 TOKENISING = """

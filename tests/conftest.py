@@ -148,7 +148,7 @@ def embedded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def embedded(embedded_folder: Path) -> Any:
     """The real SmolLM2-135M-Instruct as a `models.Base` in float32 on the CPU; shared, so leave it as you found it."""
     from mole import models
-    from mole.config.schema import ModelConfig
+    from mole.config import ModelConfig
 
     return models.load_base(ModelConfig(name=str(embedded_folder), dtype="float32", device="cpu"))
 

@@ -16,7 +16,7 @@ from app.services.listing import LISTING
 from app.ui.panels import steering as panel
 from mole import runs
 from mole.analysis.tables import escaped
-from mole.config.schema import ModelConfig
+from mole.config import ModelConfig
 from mole.core import checkpoint
 from mole.core.errors import InputError, ModelError, MoleError
 from mole.core.redaction import redacted

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import locks
 from mole.core.errors import MoleError
 from mole.models import sizes

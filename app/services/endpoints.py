@@ -14,8 +14,7 @@ from app.ui.panels import live
 from app.ui.tabs import train
 from mole import runs
 from mole.analysis.compare import flat
-from mole.config.fields import coerce
-from mole.config.schema import RunConfig
+from mole.config import RunConfig, coerce
 from mole.core.errors import MoleError
 from mole.mixture.steering import Steering
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from app.services import device_policy
 from app.services.routing_stream import film, new_reel
 from app.views.routing import Reel
-from mole.config.schema import ModelConfig
+from mole.config import ModelConfig
 from mole.core.errors import ModelError
 from mole.mixture.steering import AS_TRAINED, Steering
 from mole.models.loading import IMPORTING, import_ahead

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.views.routing import REELS, Reel
-from mole.config.schema import AdapterConfig
+from mole.config import AdapterConfig
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,6 @@
 """The form of a run: Gradio components made from the config dataclasses, and their values as a `RunConfig`.
 
-A setting declared in `mole.config.schema` appears here by itself, with its bounds, choices and help text.
+A setting declared in `mole.config` appears here by itself, with its bounds, choices and help text.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import yaml
 from gradio.components import Component
 
 from app.ui import problem
-from mole.config.fields import options_of, spec_of
-from mole.config.schema import ROUTERS, SECTIONS, AdapterConfig, RunConfig
+from mole.config import ROUTERS, SECTIONS, AdapterConfig, RunConfig, options_of, spec_of
 from mole.core.errors import DataError, ModelError, MoleError
 
 WORDS = {

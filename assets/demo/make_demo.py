@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.core.errors import RunError
 from mole.evaluation.evaluate import evaluate

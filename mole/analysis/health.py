@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 
 WINDOW = 10
 """Logged steps something must have lasted."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from mole.config.fields import coerce
+from mole.config import coerce
 from mole.core.errors import ConfigError, InputError
 from mole.data.encoding import Example, Message, encode, render_prompt
 from mole.mixture.steering import AS_TRAINED, Steering, steer

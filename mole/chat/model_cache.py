@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mole.config.schema import ModelConfig
+from mole.config import ModelConfig
 from mole.core.errors import MoleError
 from mole.models import sizes
 from mole.models.adapter_files import WEIGHTS, our_type, read_adapter_config

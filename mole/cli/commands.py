@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mole import runs
 from mole.cli import auth
 from mole.cli.console import check_parent, megabytes, shown, steps, table, when, write_json
-from mole.config import presets
-from mole.config.schema import ROUTERS, SECTIONS, ModelConfig, RunConfig, apply_overrides, read_yaml
+from mole.config import ROUTERS, SECTIONS, ModelConfig, RunConfig, apply_overrides, presets, read_yaml
 from mole.core.errors import InputError, RunError
 from mole.data.readers import local_path
 from mole.runs import grid
@@ -388,7 +387,7 @@ def check_data(options: argparse.Namespace) -> None:
 
 def token_lengths(examples: Sequence[Any], model: str, rejected: list[dict[str, Any]]) -> dict[str, int]:
     """Shortest, median, longest and total length in tokens; rows that cannot be encoded are added to `rejected`."""
-    from mole.config.schema import DataConfig
+    from mole.config import DataConfig
     from mole.core.errors import DataError
     from mole.data.encoding import encode_all
     from mole.models.loading import load_tokenizer

@@ -1,4 +1,4 @@
-"""`mole …`: the command line. Flags and help of the settings follow from the dataclasses in `mole.config.schema`.
+"""`mole …`: the command line. Flags and help of the settings follow from the dataclasses in `mole.config`.
 
 Exit code 0: good; 2: bad input, with one line naming the field or row; 1: failure. No torch until a command needs it.
 """
@@ -15,8 +15,7 @@ from typing import Any, NoReturn
 
 from mole import __version__
 from mole.cli import commands
-from mole.config.fields import spec_of
-from mole.config.schema import SECTIONS
+from mole.config import SECTIONS, spec_of
 from mole.core.errors import MoleError
 from mole.core.redaction import redacted
 

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core.errors import BusyError, InputError, MoleError
 from mole.preflight.job import FINAL, Check
 

@@ -15,13 +15,11 @@ from typing import Any, Union
 
 import yaml
 
+from mole.config.yaml_loader import parse_yaml
 from mole.core.errors import ConfigError, InputError, brief
 
 LARGEST = 2**63 - 1
 """The largest whole number that the libraries under us can take."""
-LONGEST_YAML = 1 << 16
-"""Characters of settings that are read: a complete run takes two thousand."""
-DEEPEST = 20
 
 
 @dataclass(frozen=True)
@@ -181,47 +179,3 @@ def parse_text(text: str, options: tuple[Any, ...]) -> Any:
         except yaml.YAMLError:
             return text
     return text
-
-
-class Settings(yaml.SafeLoader):
-    """YAML as settings need it: plain values, every name once, no depth, and no aliases, which can grow without end."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {self.line + 1}: an alias (*{event.anchor}); write out its value")
-        if self.depth == DEEPEST:
-            raise yaml.YAMLError(f"line {self.line + 1}: nested too deeply")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set[str]()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.YAMLError(f"{key.value} is there twice")
-            seen.update([key.value] if isinstance(key, yaml.ScalarNode) else [])
-        return super().construct_mapping(node, deep)
-
-
-class PlainSettings(Settings):
-    """The same with every value as text."""
-
-
-PlainSettings.yaml_implicit_resolvers = {}
-
-
-def parse_yaml(text: str, loader: type[Settings] = Settings) -> Any:
-    """The value of YAML text. Raises `yaml.YAMLError`, whatever is wrong with it."""
-    if len(text) > LONGEST_YAML:
-        raise yaml.YAMLError(f"longer than {LONGEST_YAML:,} characters")
-    try:
-        return yaml.load(text, loader)
-    except yaml.YAMLError:
-        raise
-    except Exception as error:  # a date that is none, a number that is none, depth: the library lets them all through
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mole.config.schema import DataConfig
+from mole.config import DataConfig
 from mole.core.errors import DataError
 from mole.data.examples import Example, Message, Rejected, Rows, none_left, read_examples
 from mole.data.readers import one_line

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mole.config.schema import AdapterConfig
+from mole.config import AdapterConfig
 from mole.core.errors import MoleError
 from mole.mixture.experts import add_experts, add_update, stacked
 from mole.mixture.grouped import add_up

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
 
-from mole.config.schema import ROUTERS, AdapterConfig
+from mole.config import ROUTERS, AdapterConfig
 from mole.core.errors import ConfigError, MoleError
 from mole.mixture.layer import PREFIX, MoleLinear, features, supports
 from mole.mixture.routing_log import install_log, layer_index

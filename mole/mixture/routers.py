@@ -19,8 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mole.config import schema
-from mole.config.fields import build
+from mole.config import (
+    AdaMoLEParams,
+    DenseParams,
+    DynMoLEParams,
+    LoraParams,
+    RouterParams,
+    SparsegenParams,
+    ThresholdParams,
+    TopKParams,
+    TopPParams,
+    build,
+    router_params,
+)
 from mole.core.errors import ConfigError
 
 ENTROPY_EPS = 1e-5
@@ -58,7 +69,7 @@ class Choice(NamedTuple):
     threshold: Tensor | None = None
 
 
-P = TypeVar("P", bound=schema.RouterParams)
+P = TypeVar("P", bound=RouterParams)
 
 
 class Router(nn.Module, Generic[P]):
@@ -200,12 +211,12 @@ def normalised(weights: Tensor) -> Tensor:
     return weights / torch.where(total > 0, total, torch.ones_like(total))
 
 
-class LoraRouter(Router[schema.LoraParams]):
+class LoraRouter(Router[LoraParams]):
     """One expert, always on, and no parameters: plain LoRA."""
 
     linears = reads = ()
 
-    def __init__(self, in_features: int, num_experts: int, params: schema.LoraParams) -> None:
+    def __init__(self, in_features: int, num_experts: int, params: LoraParams) -> None:
         if num_experts != 1:
             raise ConfigError("adapter.num_experts", num_experts, "1 for the router 'lora'")
         super().__init__(in_features, num_experts, params)
@@ -218,7 +229,7 @@ class LoraRouter(Router[schema.LoraParams]):
         return Routing(ones, ones, zeros[..., 0], zeros)
 
 
-class TopKRouter(Router[schema.TopKParams]):
+class TopKRouter(Router[TopKParams]):
     """The k largest of p, renormalised to sum 1 (MoLA, MixLoRA; arXiv 2402.08562)."""
 
     @property
@@ -232,7 +243,7 @@ class TopKRouter(Router[schema.TopKParams]):
         return Choice(torch.zeros_like(probs).scatter(-1, chosen, weights), probs)
 
 
-class TopPRouter(Router[schema.TopPParams]):
+class TopPRouter(Router[TopPParams]):
     """The smallest set of the most probable experts whose sum reaches top_p, renormalised to sum 1."""
 
     def route(self, logits: Tensor, *others: Tensor) -> Choice:
@@ -259,7 +270,7 @@ def nucleus(probs: Tensor, top_p: float, at_least: int = 1, inclusive: bool = Tr
     return unranked(kept, order)
 
 
-class ThresholdRouter(Router[schema.ThresholdParams]):
+class ThresholdRouter(Router[ThresholdParams]):
     """Experts with p ≥ τ, renormalised to sum 1; none reaches τ → all zero (AdaMoLE's ablation)."""
 
     def route(self, logits: Tensor, *others: Tensor) -> Choice:
@@ -268,7 +279,7 @@ class ThresholdRouter(Router[schema.ThresholdParams]):
         return Choice(normalised(probs * kept), probs)
 
 
-class DenseRouter(Router[schema.DenseParams]):
+class DenseRouter(Router[DenseParams]):
     """All experts, w = p (LoRAMoE; arXiv 2312.09979)."""
 
     def route(self, logits: Tensor, *others: Tensor) -> Choice:
@@ -276,12 +287,12 @@ class DenseRouter(Router[schema.DenseParams]):
         return Choice(probs, probs)
 
 
-class AdaMoLERouter(Router[schema.AdaMoLEParams]):
+class AdaMoLERouter(Router[AdaMoLEParams]):
     """`τ(x) = τ_max · sigmoid(x vᵀ + b)`, `a = p − τ(x)`, `w = a / Σ a` over a ≥ 0 (arXiv 2405.00361, eq. 4–6)."""
 
     linears = reads = ("gate", "threshold")
 
-    def __init__(self, in_features: int, num_experts: int, params: schema.AdaMoLEParams) -> None:
+    def __init__(self, in_features: int, num_experts: int, params: AdaMoLEParams) -> None:
         super().__init__(in_features, num_experts, params)
         self.threshold = nn.Linear(in_features, 1)
 
@@ -301,7 +312,7 @@ class AdaMoLERouter(Router[schema.AdaMoLEParams]):
         return routing.probs - routing.threshold[..., None] if self.params.balance_on_margin else routing.probs
 
 
-class DynMoLERouter(Router[schema.DynMoLEParams]):
+class DynMoLERouter(Router[DynMoLEParams]):
     """Entropy above the threshold: all experts, w = p; else p on the top-p experts only (arXiv 2504.00661).
 
     The kept probabilities are not renormalised, as in the paper.
@@ -322,7 +333,7 @@ class DynMoLERouter(Router[schema.DynMoLEParams]):
         return routing.weights
 
 
-class SparsegenRouter(Router[schema.SparsegenParams]):
+class SparsegenRouter(Router[SparsegenParams]):
     """`w = relu(z − τ) / (1 − λ(x))` with Σ w = 1 and a learnt sparsity λ(x) < 1 (LD-MoLE; arXiv 2509.25684).
 
     `λ(x) = logsigmoid(MLP(x)) + 1 − 0.01`; the MLP's biases start at −2.5. In an adapted model, layers of one
@@ -332,7 +343,7 @@ class SparsegenRouter(Router[schema.SparsegenParams]):
     linears = ("gate", "lambda_in", "lambda_out")
     reads = ("gate", "lambda_in")
 
-    def __init__(self, in_features: int, num_experts: int, params: schema.SparsegenParams) -> None:
+    def __init__(self, in_features: int, num_experts: int, params: SparsegenParams) -> None:
         super().__init__(in_features, num_experts, params)
         self.lambda_in = nn.Linear(in_features, params.lambda_hidden)
         self.lambda_out = nn.Linear(params.lambda_hidden, 1)
@@ -385,5 +396,5 @@ def build_router(name: str, in_features: int, num_experts: int, **params: Any) -
     """
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ConfigError("adapter.num_experts", num_experts, "a whole number of at least 1")
-    settings = build(schema.router_params(name), params, "adapter")
+    settings = build(router_params(name), params, "adapter")
     return ROUTERS[name](in_features, num_experts, settings)

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mole.config.fields import LARGEST, coerce, unknown_setting
-from mole.config.schema import ROUTERS, RouterParams, router_params
+from mole.config import LARGEST, ROUTERS, RouterParams, coerce, router_params, unknown_setting
 from mole.core.errors import InputError, brief
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from mole.config.schema import ModelConfig
+from mole.config import ModelConfig
 from mole.core.errors import ModelError
 from mole.data.readers import local_path
 from mole.models import sizes

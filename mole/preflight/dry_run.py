@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.data.encoding import Datasets, build_datasets
 from mole.models.loading import load_base
 from mole.runs.run import Run

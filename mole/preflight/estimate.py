@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mole import runs
-from mole.config.schema import DataConfig, RunConfig
+from mole.config import DataConfig, RunConfig
 from mole.core.errors import ModelError
 from mole.data.readers import one_line
 from mole.models import sizes

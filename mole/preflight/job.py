@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import locks, processes
 from mole.core.errors import BusyError, InputError, RunError
 from mole.data.readers import local_path

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mole.config.schema import AdapterConfig
+from mole.config import AdapterConfig
 from mole.mixture.model import depth, mole_config
 from mole.mixture.routing_log import auxiliary_loss
 from mole.models.logits import summed_loss_at

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from mole.config.schema import DataConfig, RunConfig
+from mole.config import DataConfig, RunConfig
 from mole.core.errors import ConfigError, DataError
 from mole.data.encoding import IGNORED, Encoded, Example, Rejected, Rows, encode_all, read_examples, split
 from mole.data.examples import none_left

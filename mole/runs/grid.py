@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from mole.config.fields import PlainSettings, parse_yaml
-from mole.config.schema import RunConfig, apply_overrides, check_sections
+from mole.config import PlainSettings, RunConfig, apply_overrides, check_sections, parse_yaml
 from mole.core.errors import InputError, RunError
 from mole.runs import store
 from mole.runs.store import Run

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import BusyError, InputError, RunError, brief
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mole.config.schema import ModelConfig, RunConfig
+from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint, limits, locks, processes
 from mole.core.errors import BusyError, ConfigError, MoleError, RunError, writing
 from mole.data.readers import local_path, one_line

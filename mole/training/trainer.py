@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
-from mole.config.schema import ModelConfig, RunConfig
+from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint
 from mole.core.errors import CheckpointError, TrainingError
 from mole.data.encoding import Collator, Datasets, build_datasets, by_length, chat_template

@@ -8,7 +8,7 @@ from typing import Any
 import reference
 import torch
 
-from mole.config.schema import ROUTERS, RouterParams
+from mole.config import ROUTERS, RouterParams
 from mole.mixture.routers import Router, Routing, build_router
 
 INPUTS = 16

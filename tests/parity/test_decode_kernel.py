@@ -16,7 +16,7 @@ from test_layer import INPUTS, OUTPUTS, RANK, adapted, experts_of
 from test_shared_input import pair
 from torch import Tensor, nn
 
-from mole.config.schema import ROUTERS, AdapterConfig, router_params
+from mole.config import ROUTERS, AdapterConfig, router_params
 from mole.mixture import aot_compile
 from mole.mixture.decode_kernel import FUNCTIONS
 

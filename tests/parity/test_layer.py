@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mole import MoleConfig
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 from mole.mixture.experts import add_experts, dropout
 
 INPUTS, OUTPUTS, EXPERTS, RANK = 10, 7, 4, 3

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mole import MoleConfig, record_routing
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 
 ROUTED = [name for name in ROUTERS if name != "lora"]
 WAITING = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "bincount"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from routing_cases import INPUTS, from_probs, hold_against_reference, make, random_inputs
 
-from mole.config import schema
+from mole.config import AdaMoLEParams, DynMoLEParams, TopKParams, TopPParams
 from mole.core.errors import ConfigError, InputError
 from mole.mixture.routers import build_router
 
@@ -191,10 +191,10 @@ def test_a_setting_outside_its_bounds_is_refused_by_name(name: str, params: dict
 
 
 def test_the_defaults_are_the_papers() -> None:
-    assert schema.TopKParams().top_k == 2 and schema.TopKParams().balance_loss_coef == 1e-3
-    assert schema.TopPParams().top_p == 0.8
-    adamole = schema.AdaMoLEParams()
+    assert TopKParams().top_k == 2 and TopKParams().balance_loss_coef == 1e-3
+    assert TopPParams().top_p == 0.8
+    adamole = AdaMoLEParams()
     assert (adamole.max_threshold, adamole.balance_loss_coef, adamole.balance_on_margin) == (None, 1e-3, False)
-    dynmole = schema.DynMoLEParams()
+    dynmole = DynMoLEParams()
     assert (dynmole.entropy_index, dynmole.entropy_threshold, dynmole.top_p, dynmole.keep_top_k) == (1.1, 0.9, 0.75, 2)
     assert (dynmole.entropy_loss_coef, dynmole.balance_loss_coef, dynmole.inclusive_top_p) == (1e-2, 1e-3, False)

@@ -21,7 +21,7 @@ from routing_cases import (
     random_inputs,
 )
 
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 from mole.mixture import routers
 
 # ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from mole import MoleConfig
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 from mole.mixture.shared_input import InputGroup, JoinedProduct
 
 INPUTS = 12

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_cases import CASES, INPUTS, make, own_settings, random_inputs
 
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 from mole.mixture.routers import Router
 from mole.mixture.steering import STEERABLE, Steering
 

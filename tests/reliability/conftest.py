@@ -14,7 +14,7 @@ import pytest
 from forks import ROOT, SAVE_STEPS, STEPS, Attempt, Make, Whole, weights
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.runs import store
 from mole.runs.store import Run
 

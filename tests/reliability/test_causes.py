@@ -16,7 +16,7 @@ from forks import Attempt, Make, Whole, finish
 from test_killed import check_finished
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.runs.store import Run
 

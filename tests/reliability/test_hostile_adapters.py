@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_hostile_data import as_json
 
 from mole.chat.model_cache import places_of
-from mole.config.schema import ModelConfig
+from mole.config import ModelConfig
 from mole.core import checkpoint
 from mole.core.errors import DataError, MoleError
 from mole.models import sizes

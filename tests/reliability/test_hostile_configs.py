@@ -28,8 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mole import runs
-from mole.config import presets
-from mole.config.schema import ROUTERS, SECTIONS, RunConfig, apply_overrides, read_yaml
+from mole.config import ROUTERS, SECTIONS, RunConfig, apply_overrides, presets, read_yaml
 from mole.runs import grid
 
 VALID: list[dict[str, Any]] = [

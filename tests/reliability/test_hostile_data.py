@@ -33,7 +33,7 @@ from hostile import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core.errors import DataError, InputError
 from mole.data import columns
 from mole.data.encoding import Encoded, encode_all

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from app.services import endpoints
 from mole import models, runs
 from mole.chat.generate import ChatSettings, Chooser
-from mole.config import presets
-from mole.config.schema import ROUTERS, RunConfig
+from mole.config import ROUTERS, RunConfig, presets
 from mole.core.errors import InputError, MoleError
 from mole.mixture.steering import Steering, changed, describe
 from mole.mixture.steering import check as check_steering

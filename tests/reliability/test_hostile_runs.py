@@ -19,7 +19,7 @@ from app.views.compare import shown
 from mole import runs
 from mole.analysis import compare, health, tables
 from mole.analysis.history import HISTORIES, History
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import locks
 from mole.core.errors import InputError
 from mole.evaluation import job as evaluation_job

@@ -14,8 +14,7 @@ from forks import SERVER, Make
 from test_killed import die_before, note_operations, operations_of
 
 from mole import runs
-from mole.config import presets
-from mole.config.schema import RunConfig
+from mole.config import RunConfig, presets
 from mole.core import checkpoint, processes
 from mole.runs.store import Run
 

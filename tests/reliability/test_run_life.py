@@ -17,7 +17,7 @@ import pytest
 from forks import ROOT
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import BusyError, MoleError
 from mole.runs import store

@@ -14,8 +14,7 @@ from serving import ROOT, Studio
 
 from app import settings
 from mole import runs
-from mole.config import presets
-from mole.config.schema import RunConfig
+from mole.config import RunConfig, presets
 from mole.core.errors import CheckpointError, DataError, ModelError, RunError
 from mole.models import sources
 from mole.models.loading import locate

@@ -17,9 +17,7 @@ from app import settings
 from app.services import answering, endpoints
 from app.services.conversation import Turn
 from mole import runs
-from mole.config import presets
-from mole.config.fields import parse_yaml
-from mole.config.schema import RunConfig, read_yaml
+from mole.config import RunConfig, parse_yaml, presets, read_yaml
 from mole.core import limits
 from mole.core.errors import BusyError, ConfigError, DataError, InputError, RunError
 from mole.data import encoding

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mole import models, runs
-from mole.config.schema import ModelConfig, RunConfig
+from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint
 from mole.core.errors import CheckpointError, DataError, InputError
 from mole.data import encoding

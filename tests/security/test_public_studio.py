@@ -26,7 +26,7 @@ import pytest
 from serving import Studio, free_port, serve, studio_command
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 
 from .conftest import API, run_async, visiting
 

@@ -16,7 +16,7 @@ import pytest
 from serving import ROOT, free_port, serve, studio_command
 
 from mole import models, runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import locks, processes, redaction
 from mole.core.errors import DataError, MoleError
 from mole.data import readers

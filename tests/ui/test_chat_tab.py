@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ui
 def chat_studio(tmp_path_factory: pytest.TempPathFactory, tiny_adapter: Path, tiny_folder: Path) -> Iterator[Studio]:
     """A studio with one finished run, `tiny`: a random adapter of 3 experts on a random model."""
     from mole import runs
-    from mole.config.schema import AdapterConfig, ModelConfig, RunConfig
+    from mole.config import AdapterConfig, ModelConfig, RunConfig
     from mole.core import checkpoint
 
     home = tmp_path_factory.mktemp("home")

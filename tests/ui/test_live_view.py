@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 from serving import Studio, free_port, serve, studio_command
 
 from mole import runs
-from mole.config.schema import RunConfig, apply_overrides
+from mole.config import RunConfig, apply_overrides
 from mole.training import worker
 
 pytestmark = pytest.mark.ui

@@ -13,7 +13,7 @@ from gradio_client import Client
 from playwright.sync_api import Page, expect
 from serving import Studio, free_port, serve, studio_command
 
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 
 pytestmark = pytest.mark.ui
 

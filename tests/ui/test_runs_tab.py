@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect
 from serving import Studio, free_port, serve, studio_command
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.training import worker
 
 pytestmark = pytest.mark.ui

@@ -17,7 +17,7 @@ from playwright.sync_api import Page, Request, expect
 from serving import PATIENCE, Studio, free_port, serve, studio_command
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import locks
 
 pytestmark = pytest.mark.ui

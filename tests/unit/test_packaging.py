@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mole.cli import parser
-from mole.config.schema import ROUTERS, RouterParams
+from mole.config import ROUTERS, RouterParams
 from mole.models import gguf
 
 if sys.version_info >= (3, 11):

@@ -13,7 +13,7 @@ from app import settings
 from app.ui import forms, problem
 from app.ui.wiring import on_change
 from mole import runs
-from mole.config.schema import ROUTERS, SECTIONS, RunConfig
+from mole.config import ROUTERS, SECTIONS, RunConfig
 from mole.core.errors import MoleError
 from mole.runs import grid
 from mole.runs.store import Run

@@ -16,7 +16,7 @@ from app import settings
 from app.ui import forms, problem
 from app.ui.wiring import QUIET, on_change
 from app.views.preflight import preflight_view
-from mole.config.schema import RunConfig, apply_overrides
+from mole.config import RunConfig, apply_overrides
 from mole.core.errors import InputError, MoleError
 from mole.preflight import job as preflight_job
 from mole.preflight.job import Check

@@ -14,9 +14,8 @@ from app.ui import forms, problem
 from app.ui.panels.live import told
 from app.ui.wiring import QUIET
 from mole.analysis.tables import escaped
-from mole.config import presets
+from mole.config import RunConfig, presets
 from mole.config.presets import Preset
-from mole.config.schema import RunConfig
 from mole.core.errors import InputError, MoleError
 
 DEFAULTS = Preset("", "The defaults", "DynMoLE with 8 experts of rank 8, 32 steps: what every setting is without you.")

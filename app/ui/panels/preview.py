@@ -13,7 +13,7 @@ from app import settings
 from app.ui import forms, problem
 from app.ui.wiring import on_change
 from app.views.preview import preview_view
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core.errors import MoleError
 from mole.data.examples import Rejected
 from mole.preflight.preview import MOST_REJECTED, Preview, Row, preview

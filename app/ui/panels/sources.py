@@ -14,7 +14,7 @@ from app.ui import forms
 from app.ui.line import line, told
 from app.ui.panels import live
 from app.ui.wiring import QUIET, on_change
-from mole.config.fields import coerce
+from mole.config import coerce
 from mole.core.errors import InputError, MoleError
 from mole.data import columns
 from mole.data.columns import Layout

@@ -8,8 +8,7 @@ from typing import Any
 import gradio as gr
 
 from app.views.steering import steering_view
-from mole.config.fields import spec_of
-from mole.config.schema import ROUTERS, AdapterConfig
+from mole.config import ROUTERS, AdapterConfig, spec_of
 from mole.core.errors import MoleError
 from mole.mixture.steering import Steering, describe, plain, steerable
 

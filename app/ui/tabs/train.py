@@ -17,7 +17,7 @@ from app.ui.panels.preflight import Preflight
 from app.ui.panels.queue import Queue
 from app.ui.wiring import QUIET, on_change
 from mole import runs
-from mole.config.schema import ROUTERS, AdapterConfig
+from mole.config import ROUTERS, AdapterConfig
 from mole.core.errors import InputError, MoleError
 from mole.runs.store import Run
 

@@ -17,7 +17,7 @@ from mole import runs
 from mole.analysis import compare, tables
 from mole.analysis.run_metrics import Point, Points, course_of
 from mole.cli import parser
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.runs.store import Run
 

@@ -12,7 +12,7 @@ import pytest
 from mole import runs
 from mole.analysis import health
 from mole.analysis.health import COLLAPSED, DEAD, FLAT, WINDOW, alarms
-from mole.config.schema import ROUTERS, RunConfig, apply_overrides
+from mole.config import ROUTERS, RunConfig, apply_overrides
 
 EXPERTS = 4
 

@@ -12,7 +12,7 @@ from app.services import charts
 from app.services.charts import Cursor
 from mole import runs
 from mole.analysis.history import STEP_COLUMNS, Histories
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.runs.store import Run
 
 ROUTING = {

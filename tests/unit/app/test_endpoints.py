@@ -13,7 +13,7 @@ from gradio_client import utils
 from app import main
 from app.services import endpoints
 from mole import runs
-from mole.config.schema import ModelConfig, RunConfig
+from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint
 
 

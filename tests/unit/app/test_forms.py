@@ -12,7 +12,7 @@ import pytest
 from app.ui import forms
 from app.ui.tabs import train
 from mole.cli import commands, parser
-from mole.config.schema import ROUTERS, SECTIONS, RunConfig
+from mole.config import ROUTERS, SECTIONS, RunConfig
 from mole.core.errors import InputError
 
 

@@ -14,7 +14,7 @@ import pytest
 from app.services import listing
 from app.services.listing import Cursor, Listing
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import locks
 from mole.evaluation import job as evaluation_job
 from mole.runs.store import Run

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mole.chat.generate import ChatSettings, TokenTexts, generate, prompt_ids, reply, stop_ids, stream
-from mole.config.schema import ModelConfig
+from mole.config import ModelConfig
 from mole.core.errors import ConfigError, InputError
 from mole.models.loading import Loaded, load_target
 

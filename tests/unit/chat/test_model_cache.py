@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from mole import record_routing
 from mole.chat.model_cache import Shelf
-from mole.config.schema import ModelConfig
+from mole.config import ModelConfig
 from mole.core.errors import MoleError
 from mole.models import sizes
 from mole.models.loading import load_base, load_target

@@ -13,8 +13,7 @@ import pytest
 
 from mole import runs
 from mole.cli import commands, parser
-from mole.config.fields import spec_of
-from mole.config.schema import SECTIONS, RunConfig
+from mole.config import SECTIONS, RunConfig, spec_of
 from mole.core import checkpoint
 
 ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("yes", "no", "maybe", "never", "often", "once")]

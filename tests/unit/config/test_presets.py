@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from mole.config import presets
+from mole.config import ROUTERS, RunConfig, presets
 from mole.config.presets import PRESETS
-from mole.config.schema import ROUTERS, RunConfig
 from mole.core.errors import InputError, RunError
 
 FFN = ["gate_proj", "up_proj", "down_proj"]

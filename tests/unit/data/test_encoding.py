@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mole.config.schema import DataConfig
+from mole.config import DataConfig
 from mole.core.errors import DataError
 from mole.data.encoding import (
     PLAIN_TEMPLATE,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mole.chat.generate import prompt_ids, stop_ids
-from mole.config.schema import ModelConfig
+from mole.config import ModelConfig
 from mole.core.errors import DataError
 from mole.data.encoding import encode, read_examples
 from mole.evaluation import evaluate as module

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mole import runs
-from mole.config.schema import ModelConfig, RunConfig
+from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import ConfigError, DataError, RunError
 from mole.evaluation import job as evaluation_job

@@ -12,7 +12,7 @@ from adapting import TOKENS, adapt, layers_of, padded
 from torch import Tensor, nn
 
 from mole import MoleConfig, auxiliary_loss
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 from mole.core.errors import MoleError
 from mole.data.encoding import by_length
 from mole.mixture.routing_log import one_batch

@@ -11,7 +11,7 @@ from adapting import TOKENS, adapt, logits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mole import record_routing
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 
 
 @pytest.fixture(autouse=True)

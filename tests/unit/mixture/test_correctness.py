@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from mole import MoleConfig, record_routing
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 
 Make = Callable[..., Any]
 ROUTED = [name for name in ROUTERS if name != "lora"]

@@ -19,7 +19,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mole import auxiliary_loss, record_routing
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 from mole.core.errors import InputError, MoleError
 from mole.mixture.routing_log import find_log
 

@@ -13,7 +13,7 @@ from adapting import layers_of
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from mole import MoleConfig
-from mole.config.schema import ROUTERS, AdapterConfig
+from mole.config import ROUTERS, AdapterConfig
 from mole.core.errors import ConfigError, InputError
 from mole.mixture.model import mole_config
 

@@ -12,7 +12,7 @@ from adapting import TOKENS, adapt, layers_of, padded
 from torch import Tensor
 
 from mole import auxiliary_loss, record_routing
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 from mole.mixture.routing_log import find_log, layer_index, layer_statistics, one_batch
 
 Make = Callable[..., Any]

@@ -11,7 +11,7 @@ import torch
 from adapting import adapt, layers_of, logits
 
 from mole import record_routing
-from mole.config.schema import ROUTERS
+from mole.config import ROUTERS
 from mole.core.errors import ConfigError, InputError
 from mole.mixture.steering import STEERABLE, Steering, describe, steer, steerable
 

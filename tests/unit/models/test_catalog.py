@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mole.config.schema import ModelConfig
+from mole.config import ModelConfig
 from mole.core.errors import ModelError
 from mole.models import catalog, sizes
 from mole.models.catalog import Device, Entry

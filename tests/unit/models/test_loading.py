@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mole import models
-from mole.config.schema import ModelConfig, RunConfig
+from mole.config import ModelConfig, RunConfig
 from mole.core.errors import CheckpointError, ConfigError, ModelError, RunError
 from mole.models import gguf
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mole import runs
 from mole.cli import parser
-from mole.config.schema import ROUTERS, AdapterConfig, ModelConfig, RunConfig
+from mole.config import ROUTERS, AdapterConfig, ModelConfig, RunConfig
 from mole.core import locks
 from mole.core.errors import ConfigError, InputError
 from mole.mixture.model import mole_config

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core.errors import DataError, ModelError
 from mole.data import columns
 from mole.data.encoding import build_datasets

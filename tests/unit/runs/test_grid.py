@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core.errors import BusyError, InputError, RunError
 from mole.runs import grid
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mole import runs
-from mole.config.schema import RunConfig
+from mole.config import RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import BusyError, CheckpointError, RunError
 from mole.runs.store import Run

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mole import runs
-from mole.config.schema import RunConfig, apply_overrides
+from mole.config import RunConfig, apply_overrides
 from mole.core.errors import CheckpointError, TrainingError
 from mole.models.logits import only_positions
 from mole.training.trainer import train
