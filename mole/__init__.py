@@ -39,6 +39,7 @@ __getattr__ = lazy_exports(
 
 register_post_import_hook(lambda _: importlib.import_module("mole.mixture.model"), "peft")
 
-# PEFT imports bitsandbytes, which on a CPU with AVX512-BF16 warns that an optional kernel is not installed. Python prints
-# a record that no handler takes, here in the middle of a command's output; handlers of the application still get it.
+# PEFT imports bitsandbytes, which on a CPU with AVX512-BF16 warns that an optional kernel is not installed. Without a
+# handler, Python would print the record to stderr in the middle of a command's output; handlers of the application
+# still receive it.
 logging.getLogger("bitsandbytes").addHandler(logging.NullHandler())
