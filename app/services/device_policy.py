@@ -18,8 +18,6 @@ WAIT, CPU, GPU = "wait", "cpu", "gpu"
 CHOICES = [("On the CPU, slower", CPU), ("Wait until the run has ended", WAIT), ("On the GPU anyway", GPU)]
 BYTES_A_WEIGHT = 2
 """Models are loaded in 16 bits on a GPU."""
-MARGIN = 1.25
-"""What must be free, as a multiple of the weights: attention caches and buffers need room too."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,11 @@ def fitting(situation: Situation) -> str:
     """What fits beside the training."""
     if situation.free is None or not situation.need:
         return "Whether this model fits beside it cannot be told."
-    sizes = f"this model needs about {gigabytes(situation.need * MARGIN)}, {gigabytes(situation.free)} are free"
-    if situation.free >= situation.need * MARGIN:
-        return f"Now it would fit beside it ({sizes}), but the training may need more later."
-    return f"It does not fit beside it ({sizes})."
+    required = situation.need * sizes.HEADROOM
+    figures = f"this model needs about {gigabytes(required)}, {gigabytes(situation.free)} are free"
+    if situation.free >= required:
+        return f"Now it would fit beside it ({figures}), but the training may need more later."
+    return f"It does not fit beside it ({figures})."
 
 
 def gigabytes(size: float) -> str:

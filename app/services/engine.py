@@ -23,7 +23,7 @@ from mole.mixture.steering import AS_TRAINED, Steering
 from mole.models.loading import IMPORTING, import_ahead
 
 if TYPE_CHECKING:
-    from mole.chat.model_cache import Shelf
+    from mole.chat.model_cache import ModelCache
     from mole.mixture.trace import Trace
 
 WATCH_SECONDS = 1.0
@@ -64,31 +64,31 @@ class Engine:
     def __init__(self) -> None:
         # Not an RLock: a reply is a generator whose steps the server runs in any of its threads.
         self._using = Lock()
-        self._shelf: Shelf | None = None
+        self._cache: ModelCache | None = None
         self._watcher: Thread | None = None
         self._insists = False
         """Whether the last reply was to be on the GPU although a run trained there."""
 
     @property
-    def shelf(self) -> Shelf:
+    def cache(self) -> ModelCache:
         """What is in memory."""
-        if self._shelf is None:
+        if self._cache is None:
             with IMPORTING:
-                from mole.chat.model_cache import Shelf
+                from mole.chat.model_cache import ModelCache
 
             leave_a_core()
-            self._shelf = Shelf()
-        return self._shelf
+            self._cache = ModelCache()
+        return self._cache
 
     def holds(self, target: str, device: str = "auto") -> bool:
         """Whether the target is in memory, as it is on disk now. Raises `MoleError` when there is no such target."""
-        return self.shelf.holds(target, ModelConfig(device=device))
+        return self.cache.holds(target, ModelConfig(device=device))
 
     def unload(self) -> None:
         """Give the memory back, once the reply that is being written is done."""
         with self._using:
-            if self._shelf is not None:
-                self._shelf.clear()
+            if self._cache is not None:
+                self._cache.clear()
 
     def warm_up(self) -> None:
         """Import what a first reply needs, in the background, while the message is being typed."""
@@ -134,7 +134,7 @@ class Engine:
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
-            self.shelf.clear()
+            self.cache.clear()
             raise ModelError(
                 "There is not enough memory for this reply. Shorten the conversation, compare fewer models, or wait "
                 "until a run that trains has ended."
@@ -151,7 +151,7 @@ class Engine:
             from mole.mixture.aot_compile import prepare
 
         chosen = ChatSettings(**settings)
-        with self.shelf.use(target, ModelConfig(device=device)) as loaded:
+        with self.cache.use(target, ModelConfig(device=device)) as loaded:
             if loaded.model.device.type == "cuda":
                 self._watch()
             reel: Reel | None = None
@@ -177,7 +177,7 @@ class Engine:
             self._watcher.start()
 
     def _yield_gpu(self) -> None:
-        while self.shelf.on("cuda"):
+        while self.cache.uses_device("cuda"):
             time.sleep(WATCH_SECONDS)
             if (
                 not self._insists
@@ -185,7 +185,7 @@ class Engine:
                 and self._using.acquire(blocking=False)
             ):
                 try:
-                    self.shelf.clear("cuda")
+                    self.cache.clear("cuda")
                 finally:
                     self._using.release()
 

@@ -1,4 +1,4 @@
-"""Streaming generation, token by token, with the routing of every token."""
+"""Streams replies token by token, with the routing of every token."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from mole.mixture.trace import RoutingDelta, Trace, record_routing
 from mole.models.loading import Loaded
 
 GREEDY = 1e-4
-"""Below this temperature the most likely token is certain, and dividing by it would leave no numbers."""
+"""Temperatures below this are greedy: the most likely token is certain, and dividing by them would overflow."""
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How to choose the next token.
+    """How the next token is chosen.
 
     Attributes:
-        max_new_tokens: the reply's length at most, in tokens.
-        temperature: 0 takes the most likely token (greedy); above, tokens are drawn, the flatter the higher.
-        top_p: draw among the fewest tokens that have this probability together.
-        seed: of the drawing.
+        max_new_tokens: maximum length of the reply, in tokens.
+        temperature: 0 takes the most likely token (greedy); larger values sample from a flatter distribution.
+        top_p: nucleus sampling: sample from the smallest set of tokens with at least this total probability.
+        seed: seed of the sampling.
+
+    Raises `ConfigError` for a value out of range.
     """
 
     max_new_tokens: int = 256
@@ -53,13 +55,13 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass added: first the whole prompt, then one token of the reply at a time, last the end.
+    """What one forward pass added: the first step is the whole prompt, each later one a token, the last one the end.
 
     Attributes:
-        text: the whole reply so far, only complete characters.
-        tokens: (id, text) of the tokens the model has just read; their texts put together give all text read.
-        routing: the routing of just these tokens; None when not recorded, no layers where the model does not route.
-        trace: the routing of all tokens so far; None when not recorded.
+        text: the reply so far, complete characters only.
+        tokens: (id, text) of the tokens the model has just read; joined, the texts of all steps are all text read.
+        routing: the routing of these tokens only; None if not recorded, without layers if the model has no router.
+        trace: the routing of all tokens so far; None if not recorded.
         prompt_tokens: length of the prompt.
         finished: whether this is the last step.
     """
@@ -80,32 +82,32 @@ def stream(
     should_stop: Callable[[], bool] | None = None,
     steering: Steering = AS_TRAINED,
 ) -> Iterator[Step]:
-    """Answer a conversation, a `Step` a token.
+    """Generate the reply to a conversation, one `Step` per token.
 
-    A token is shown once the model has read it, so that its routing comes with it. One stream at a time on one model:
+    A token is yielded after the model has read it, so that its routing is known. Run one stream at a time on a model:
     two would record each other's tokens.
 
     Args:
         loaded: model, tokenizer and adapter.
-        messages: the conversation, `role` and `content` each, the user's message last.
-        settings: length and choice of tokens.
+        messages: the conversation, each with `role` and `content`, the user's message last.
+        settings: how tokens are chosen, and how many.
         record: whether to record the routing.
-        should_stop: asked before every token; true ends the reply.
-        steering: what is different in the routing of this reply; the model is as before when it ends.
+        should_stop: called before every token; returning true ends the reply.
+        steering: routing overrides for this reply; the model is restored when it ends.
 
-    Raises `InputError` when the conversation leaves the model no room to answer, or the steering does not fit it.
+    Raises `InputError` when the conversation fills the model's context, or the steering does not fit the model.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     prompt = prompt_ids(messages, tokenizer)
-    room = context_length(model) - len(prompt)
-    if room < 1:
+    context_left = context_length(model) - len(prompt)
+    if context_left < 1:
         raise InputError(
             f"The conversation has {len(prompt)} tokens, and {loaded.base} takes {context_length(model)} with its "
             "answer: start a new conversation, or shorten it."
         )
     texts, reply, text, seen = TokenTexts(tokenizer), list[int](), "", 0
     with steer(model, steering), record_routing(model) if record else contextlib.nullcontext() as trace:
-        for read in generate(model, prompt, settings, stop_ids(model, tokenizer), room, read_last=record):
+        for read in generate(model, prompt, settings, stop_ids(model, tokenizer), context_left, read_last=record):
             if seen:
                 reply += read
                 text = tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -117,36 +119,24 @@ def stream(
         yield Step(text, [], trace.since(seen) if trace is not None else None, trace, len(prompt), finished=True)
 
 
-def reply(
-    loaded: Loaded,
-    messages: Sequence[Message],
-    settings: ChatSettings = ChatSettings(),
-    record: bool = True,
-    steering: Steering = AS_TRAINED,
-) -> tuple[str, Trace | None, list[str], int]:
-    """The whole answer of `stream` → its text, the trace, the texts of all tokens, and how many are the prompt's."""
-    steps = list(stream(loaded, messages, settings, record, steering=steering))
-    return steps[-1].text, steps[-1].trace, [text for step in steps for _, text in step.tokens], steps[-1].prompt_tokens
-
-
 def generate(
-    model: Any, prompt: list[int], settings: ChatSettings, stop: set[int], room: int, read_last: bool = False
+    model: Any, prompt: list[int], settings: ChatSettings, stop: set[int], context_left: int, read_last: bool = False
 ) -> Iterator[list[int]]:
-    """Continue a prompt; yields the ids each forward pass has read: the prompt, then every new token on its own.
+    """Continue a prompt; yields the ids that each forward pass has read: the prompt, then one new token at a time.
 
-    Greedy generation is that of transformers' `generate` without penalties.
+    Greedy generation equals transformers' `generate` without penalties.
 
     Args:
         model: a causal language model in eval mode.
         prompt: token ids.
-        settings: length and choice of tokens.
+        settings: how tokens are chosen, and how many.
         stop: ids that end the reply; they are not yielded.
-        room: the most new tokens the model's context has left.
-        read_last: let the model read the last token too, though nothing follows: its routing is wanted.
+        context_left: tokens that still fit the model's context.
+        read_last: run the model on the last token too, to record its routing, although no token follows.
     """
-    choose = Chooser(settings, model.device)
-    options = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
-    length = min(settings.max_new_tokens, room)
+    choose = TokenSampler(settings, model.device)
+    options = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
+    length = min(settings.max_new_tokens, context_left)
     read, cache = prompt, None
     output: Any = None
     for count in range(length + 1):
@@ -164,8 +154,8 @@ def generate(
         read = [token]
 
 
-class Chooser:
-    """Chooses the next token from logits `(vocabulary,)`, with a random generator of its own."""
+class TokenSampler:
+    """Chooses the next token from logits `(vocabulary,)`, with its own random generator."""
 
     def __init__(self, settings: ChatSettings, device: torch.device) -> None:
         self.greedy = settings.temperature < GREEDY
@@ -184,13 +174,13 @@ class Chooser:
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """The token ids of a conversation up to the assistant's next answer, as training saw them."""
+    """The token ids of a conversation up to the assistant's next answer, encoded as in training."""
     ids: list[int] = tokenizer(render_prompt(messages, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer: the model's and the tokenizer's, and the one training put behind answers."""
+    """The ids that end an answer: the model's and tokenizer's end tokens, and the one training appends to answers."""
     given = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
     turn = Example(messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
@@ -205,24 +195,24 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def context_length(model: Any) -> int:
-    """The most tokens a model takes; as good as endless for one that does not say."""
+    """The model's maximum number of tokens; practically unlimited if its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
-def takes_logits_to_keep(model: Any) -> bool:
-    """Whether the model can leave out the logits of all but the last tokens."""
+def supports_logits_to_keep(model: Any) -> bool:
+    """Whether the model can compute the logits of the last tokens only."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return bool(base._supports_logits_to_keep())
 
 
 class TokenTexts:
-    """Gives every token its piece of the text; a character made of several tokens goes to the last of them."""
+    """Maps token ids to pieces of text; a character made of several tokens belongs to the last of them."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
         self.done = 0
-        """How many of `ids` have been given out as text; those before serve as context of spaces."""
+        """How many of `ids` have been returned as text; they stay as context, because it decides about spaces."""
 
     def push(self, ids: Sequence[int]) -> list[tuple[int, str]]:
         """The new tokens with their texts."""

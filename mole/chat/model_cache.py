@@ -1,7 +1,7 @@
-"""Several chat targets in memory at once: a base model is loaded once, adapters of ours share it.
+"""Chat models in memory: each base model is loaded once and shared by its MoLE adapters.
 
-Adapters of other PEFT methods get a base of their own. When memory runs short the target that was used longest ago goes
-first. Whoever uses a shelf lets one target answer at a time: the adapters of one base are switched.
+Adapters of other PEFT methods get a base model of their own. When memory runs short, the least recently used target is
+unloaded first. Use one target of a cache at a time: the adapters of a base model are switched, not copied.
 """
 
 from __future__ import annotations
@@ -23,149 +23,145 @@ from mole.models import sizes
 from mole.models.adapter_files import WEIGHTS, our_type, read_adapter_config
 from mole.models.loading import Base, Loaded, attach, load_base, locate, pick_device, pick_dtype
 
-MARGIN = 1.25
-"""What must be free, as a multiple of a model's weights: attention caches and buffers need room too."""
+Key = tuple[Any, ...]
 
 
 @dataclass
-class Home:
-    """A base model in memory and the PEFT model around it, once it has an adapter."""
+class LoadedBase:
+    """A base model in memory, the PEFT model around it once it has an adapter, and PEFT's name of each adapter."""
 
     base: Base
     peft: Any = None
-    names: dict[tuple[Any, ...], str] = field(default_factory=dict)
-    """PEFT's name of each target's adapter; None of them for the base alone."""
-    made: int = 0
+    adapters: dict[Key, str] = field(default_factory=dict)
+    adapters_loaded: int = 0
+    """Counts up, so that an adapter's name is never used twice."""
 
-    def add(self, key: tuple[Any, ...], folder: Path | None, target: str) -> Loaded:
-        """Load a target's adapter, if it has one."""
+    def add(self, key: Key, folder: Path | None, target: str) -> Loaded:
+        """Load a target's adapter; `folder` is None for the base model alone."""
         if folder is None:
             return Loaded(self.base.model, self.base.tokenizer, target, self.base.name)
-        self.made += 1
-        name = f"adapter{self.made}"
+        self.adapters_loaded += 1
+        name = f"adapter{self.adapters_loaded}"
         loaded = attach(self.base, folder, target, onto=self.peft, adapter=name)
-        self.peft, self.names[key] = loaded.model, name
+        self.peft, self.adapters[key] = loaded.model, name
         return loaded
 
-    def remove(self, key: tuple[Any, ...]) -> None:
-        """Give a target's adapter back."""
-        name = self.names.pop(key, None)
-        if name and self.names:
+    def remove(self, key: Key) -> None:
+        """Unload a target's adapter, if it has one."""
+        name = self.adapters.pop(key, None)
+        if name and self.adapters:
             self.peft.delete_adapter(name)
-        elif name:  # PEFT wants an adapter as long as there is a PEFT model
+        elif name:  # a PEFT model needs at least one adapter
             self.base.model, self.peft = self.peft.unload(), None
 
-    def choose(self, key: tuple[Any, ...]) -> AbstractContextManager[Any]:
-        """Let this target's adapter act, or none, inside the `with` block."""
-        if key in self.names:
-            self.peft.set_adapter(self.names[key], inference_mode=True)
+    def activate(self, key: Key) -> AbstractContextManager[Any]:
+        """Make a target's adapter, or none, the active one inside the `with` block."""
+        if key in self.adapters:
+            self.peft.set_adapter(self.adapters[key], inference_mode=True)
             return nullcontext()
         return self.peft.disable_adapter() if self.peft is not None else nullcontext()
 
 
-class Shelf:
-    """The targets in memory, the one used longest ago first.
+class ModelCache:
+    """The targets in memory, least recently used first.
 
     Args:
-        free: bytes free on a device, None when that cannot be told.
+        free: returns the bytes free on a device, None if unknown.
     """
 
     def __init__(self, free: Callable[[torch.device], int | None] = sizes.free) -> None:
         self._free = free
-        self._homes: dict[tuple[Any, ...], Home] = {}
-        self._targets: OrderedDict[tuple[Any, ...], tuple[tuple[Any, ...], Loaded]] = OrderedDict()
+        self._bases: dict[Key, LoadedBase] = {}
+        self._targets: OrderedDict[Key, tuple[Key, Loaded]] = OrderedDict()
+        """Target's key → its base model's key, and the model."""
 
     def __len__(self) -> int:
         return len(self._targets)
 
-    @property
-    def bases(self) -> int:
-        """How many base models are in memory."""
-        return len(self._homes)
-
     def holds(self, target: str, config: ModelConfig | None = None) -> bool:
-        """Whether the target is in memory, as it is on disk now. Raises `MoleError` when there is no such target."""
-        return places_of(target, config or ModelConfig())[0] in self._targets
+        """Whether the target is in memory in its current version. Raises `MoleError` if it does not exist."""
+        return cache_keys(target, config or ModelConfig())[0] in self._targets
 
-    def on(self, device: str) -> bool:
-        """Whether anything is on a kind of device (`cuda`, `cpu`)."""
-        return any(home.base.device.type == device for home in list(self._homes.values()))
+    def uses_device(self, kind: str) -> bool:
+        """Whether a model is on this kind of device (`cuda`, `cpu`)."""
+        return any(loaded.base.device.type == kind for loaded in list(self._bases.values()))
 
     @contextmanager
     def use(self, target: str, config: ModelConfig | None = None) -> Iterator[Loaded]:
-        """The target, loaded first where needed, with its adapter the active one inside the `with` block.
+        """Load the target if needed and make its adapter the active one inside the `with` block.
 
-        `config` says dtype and device; its name is not looked at. Raises what `mole.models.loading.load_target` raises.
+        `config` sets dtype and device; its name is ignored. Raises what `mole.models.loading.load_target` raises.
         """
         config = config or ModelConfig()
-        key, place = places_of(target, config)
+        key, base_key = cache_keys(target, config)
         if key not in self._targets:
-            self._targets[key] = (place, self._load(target, config, key, place))
+            self._targets[key] = (base_key, self._load(target, config, key, base_key))
         self._targets.move_to_end(key)
-        with self._homes[place].choose(key):
+        with self._bases[base_key].activate(key):
             yield self._targets[key][1]
 
-    def clear(self, device: str = "") -> None:
-        """Give back what is on a kind of device (`cuda`, `cpu`), or everything."""
-        for key, (place, _) in list(self._targets.items()):
-            if self._homes[place].base.device.type.startswith(device):
-                self._drop(key)
-        empty_caches()
+    def clear(self, kind: str = "") -> None:
+        """Unload everything on a kind of device (`cuda`, `cpu`), or on all devices."""
+        for key, (base_key, _) in list(self._targets.items()):
+            if self._bases[base_key].base.device.type.startswith(kind):
+                self._unload(key)
+        release_memory()
 
-    def _load(self, target: str, config: ModelConfig, key: tuple[Any, ...], place: tuple[Any, ...]) -> Loaded:
+    def _load(self, target: str, config: ModelConfig, key: Key, base_key: Key) -> Loaded:
         base_name, folder = locate(target)
         named = dataclasses.replace(config, name=base_name)
-        home = self._homes.get(place)
-        self._make_room(pick_device(config.device), needed(named, folder, with_base=home is None), place)
-        home = self._homes.get(place) or Home(load_base(named))
+        required = weight_bytes(named, folder, with_base=base_key not in self._bases)
+        self._make_room(pick_device(config.device), required, base_key)
+        base = self._bases.get(base_key) or LoadedBase(load_base(named))
         try:
-            loaded = home.add(key, folder, target)
+            loaded = base.add(key, folder, target)
         except MoleError:
-            for other in [other for other, (standing, _) in self._targets.items() if standing == place]:
-                self._drop(other)  # it may have got halfway into the base, which is loaded afresh next time
+            # a failed adapter may have changed parts of the base: unload it, so that it is loaded again next time
+            for other in [other for other, (own_base, _) in self._targets.items() if own_base == base_key]:
+                self._unload(other)
             raise
-        self._homes[place] = home
+        self._bases[base_key] = base
         return loaded
 
-    def _make_room(self, device: torch.device, need: int, keep: tuple[Any, ...]) -> None:
-        """Drop targets, other bases' first and the one used longest ago first, until `need` bytes are free."""
-        others = [key for key, (place, _) in self._targets.items() if place != keep]
-        same = [key for key, (place, _) in self._targets.items() if place == keep]
-        for key in [*others, *same[:-1]]:
+    def _make_room(self, device: torch.device, required: int, keep: Key) -> None:
+        """Unload the least recently used targets, those of other base models first, until `required` bytes fit."""
+        others = [key for key, (base_key, _) in self._targets.items() if base_key != keep]
+        same = [key for key, (base_key, _) in self._targets.items() if base_key == keep]
+        for key in [*others, *same[:-1]]:  # the last one keeps the base model in memory
             free = self._free(device)
-            if free is None or free >= need * MARGIN:
+            if free is None or free >= required * sizes.HEADROOM:
                 return
-            self._drop(key)
-            empty_caches()
+            self._unload(key)
+            release_memory()
 
-    def _drop(self, key: tuple[Any, ...]) -> None:
-        place, _ = self._targets.pop(key)
-        self._homes[place].remove(key)
-        if all(other != place for other, _ in self._targets.values()):
-            del self._homes[place]
+    def _unload(self, key: Key) -> None:
+        base_key, _ = self._targets.pop(key)
+        self._bases[base_key].remove(key)
+        if all(other != base_key for other, _ in self._targets.values()):
+            del self._bases[base_key]
 
 
-def places_of(target: str, config: ModelConfig) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Keys of a target as it is on disk now, and of the base it stands on; a run trained anew has another one."""
+def cache_keys(target: str, config: ModelConfig) -> tuple[Key, Key]:
+    """The keys of a target and of its base model; a run that was trained again gets another key."""
     base, folder = locate(target)
     device = pick_device(config.device)
-    place: tuple[Any, ...] = (base, str(pick_dtype(config.dtype, device)), str(device))
+    base_key: Key = (base, str(pick_dtype(config.dtype, device)), str(device))
     if folder is None:
-        return place, place
-    stamp = (str(folder), (folder / "adapter_config.json").stat().st_mtime_ns)
-    ours = read_adapter_config(folder).get("peft_type") == our_type()
-    return (*place, *stamp), place if ours else (*place, *stamp)
+        return base_key, base_key
+    version = (str(folder), (folder / "adapter_config.json").stat().st_mtime_ns)
+    shares_base = read_adapter_config(folder).get("peft_type") == our_type()
+    return (*base_key, *version), base_key if shares_base else (*base_key, *version)
 
 
-def needed(config: ModelConfig, folder: Path | None, with_base: bool) -> int:
-    """Bytes that the weights of a base model and an adapter take; 0 for what is not on this machine yet."""
+def weight_bytes(config: ModelConfig, folder: Path | None, with_base: bool) -> int:
+    """Bytes of the weights of a base model and an adapter; 0 for a model that is not on this machine yet."""
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     weights = sizes.parameters(sizes.files_of(config.name)) * dtype.itemsize if with_base else 0
     return weights + (sizes.parameters([folder / WEIGHTS]) * 4 if folder else 0)
 
 
-def empty_caches() -> None:
-    """Give freed memory back to the system and the device."""
+def release_memory() -> None:
+    """Return freed memory to the system and the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 CGROUP = Path("/sys/fs/cgroup")
+HEADROOM = 1.25
+"""Free memory needed to load a model, as a multiple of its weights: attention caches and buffers need room too."""
 
 
 def files_of(model: str) -> list[Path]:

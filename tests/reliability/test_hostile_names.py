@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from app.services import endpoints
 from mole import models, runs
-from mole.chat.generate import ChatSettings, Chooser
+from mole.chat.generate import ChatSettings, TokenSampler
 from mole.config import ROUTERS, RunConfig, presets
 from mole.core.errors import InputError, MoleError
 from mole.mixture.steering import Steering, changed, describe
@@ -171,7 +171,7 @@ def test_any_chat_settings_draw_a_token_or_are_refused(values: Any) -> None:
         return
     made = answer(lambda: ChatSettings(**real(values)))
     if isinstance(made, ChatSettings):
-        token = Chooser(made, torch.device("cpu"))(torch.tensor([1.0, 9.0, -1e30, 1e30]))
+        token = TokenSampler(made, torch.device("cpu"))(torch.tensor([1.0, 9.0, -1e30, 1e30]))
         assert 0 <= token < 4
         for_the_page([made.max_new_tokens, made.seed])
 

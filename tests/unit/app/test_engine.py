@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from app.services.engine import Engine, Stops
+from mole.config import ModelConfig
 from mole.core.errors import InputError, ModelError
 from mole.mixture.steering import Steering
 
@@ -33,7 +34,12 @@ def test_base_and_adapter_in_turn_on_one_base(engine: Engine, tiny_adapter: Path
     base, adapter = f"base:{tiny_folder}", str(tiny_adapter)
     first = [said(engine, target).text for target in (base, adapter)]
     assert first == [said(engine, target).text for target in (base, adapter)] and first[0] != first[1]
-    assert engine.holds(base, "cpu") and engine.holds(adapter, "cpu") and engine.shelf.bases == 1
+    assert engine.holds(base, "cpu") and engine.holds(adapter, "cpu")
+    embeddings = set()
+    for target in (base, adapter):
+        with engine.cache.use(target, ModelConfig(device="cpu")) as loaded:
+            embeddings.add(id(loaded.model.get_input_embeddings()))
+    assert len(embeddings) == 1, "both share one base model"
     engine.unload()
     assert not engine.holds(base, "cpu") and first[1] == said(engine, adapter).text
 
@@ -96,7 +102,7 @@ def test_too_little_memory_is_said_in_one_line(
     monkeypatch.setattr("mole.chat.generate.generate", full)
     with pytest.raises(ModelError, match="not enough memory for this reply"):
         said(engine, str(tiny_adapter))
-    assert len(engine.shelf) == 0, "what was there is given back"
+    assert len(engine.cache) == 0, "what was there is given back"
     monkeypatch.undo()
 
 
@@ -115,7 +121,7 @@ def test_a_message_and_a_preview_while_the_libraries_are_still_being_imported(ti
     """transformers resolves its names lazily, and would fail with "cannot import name AutoModel" here."""
     code = f"""
 import threading, time
-from app.engine import ENGINE
+from app.services.engine import ENGINE
 from mole.models import load_tokenizer
 ENGINE.warm_up()
 time.sleep({pause})
@@ -131,7 +137,7 @@ preview.join()
 def test_a_first_reply_after_the_warm_up_imports_next_to_nothing(tiny_adapter: Path, home: Path) -> None:
     code = f"""
 import sys, threading
-from app.engine import Engine
+from app.services.engine import Engine
 engine = Engine()
 engine.warm_up()
 [thread.join() for thread in threading.enumerate() if thread.name == "warm-up"]

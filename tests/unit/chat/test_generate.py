@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mole.chat.generate import ChatSettings, TokenTexts, generate, prompt_ids, reply, stop_ids, stream
+from mole.chat.generate import ChatSettings, TokenTexts, generate, prompt_ids, stop_ids, stream
 from mole.config import ModelConfig
 from mole.core.errors import ConfigError, InputError
 from mole.models.loading import Loaded, load_target
@@ -82,9 +82,9 @@ def test_routing_covers_exactly_the_tokens_it_comes_with(routed: Loaded) -> None
 
 
 def test_a_token_has_the_routing_it_has_when_all_is_read_at_once(routed: Loaded) -> None:
-    _, trace, tokens, prompt_tokens = reply(routed, HELLO, ChatSettings(8))
-    assert trace is not None and len(trace) == len(tokens) == prompt_tokens + 8
-    ids = [token for step in stream(routed, HELLO, ChatSettings(8)) for token, _ in step.tokens]
+    steps = list(stream(routed, HELLO, ChatSettings(8)))
+    trace, ids = steps[-1].trace, [token for step in steps for token, _ in step.tokens]
+    assert trace is not None and len(trace) == len(ids) == steps[-1].prompt_tokens + 8
     from mole import record_routing
 
     with record_routing(routed.model) as whole, torch.no_grad():
@@ -93,10 +93,11 @@ def test_a_token_has_the_routing_it_has_when_all_is_read_at_once(routed: Loaded)
 
 
 def test_a_base_model_has_no_routing_but_answers(base: Loaded) -> None:
-    text, trace, tokens, prompt_tokens = reply(base, HELLO, ChatSettings(4))
+    steps = list(stream(base, HELLO, ChatSettings(4)))
+    trace, tokens = steps[-1].trace, [text for step in steps for _, text in step.tokens]
     assert trace is not None and trace.router == "none" and trace.layers == 0
-    assert text == "".join(tokens[prompt_tokens:])
-    assert reply(base, HELLO, ChatSettings(4), record=False)[1] is None
+    assert steps[-1].text == "".join(tokens[steps[-1].prompt_tokens :])
+    assert all(step.trace is None for step in stream(base, HELLO, ChatSettings(4), record=False))
 
 
 def test_the_reply_ends_at_the_end_token_which_is_not_shown(base: Loaded) -> None:
@@ -145,7 +146,7 @@ def test_an_abandoned_stream_stops_recording(routed: Loaded) -> None:
     going.close()
     assert trace is not None
     before = len(trace)
-    reply(routed, HELLO, ChatSettings(2))
+    ours(routed, ChatSettings(2), record=True)
     assert len(trace) == before
 
 
@@ -198,12 +199,12 @@ def test_generate_does_not_read_the_last_token_unless_asked(base: Loaded) -> Non
     base.model.register_forward_hook(lambda *_: calls.append(1))
     for read_last, passes in ((False, 3), (True, 4)):
         calls.clear()
-        list(generate(base.model, [5, 6, 7], ChatSettings(3), set(), room=100, read_last=read_last))
+        list(generate(base.model, [5, 6, 7], ChatSettings(3), set(), context_left=100, read_last=read_last))
         assert len(calls) == passes
 
 
 @pytest.mark.model
 def test_the_embedded_model_answers_sensibly(embedded: Any) -> None:
     loaded = Loaded(embedded.model, embedded.tokenizer, "base:smollm2-135m", "smollm2-135m")
-    text, *_ = reply(loaded, [{"role": "user", "content": "What is the capital of France?"}], ChatSettings(16))
-    assert text == "The capital of France is Paris."
+    *_, last = stream(loaded, [{"role": "user", "content": "What is the capital of France?"}], ChatSettings(16))
+    assert last.text == "The capital of France is Paris."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from adapting import adapt, logits
 from peft import LoraConfig, get_peft_model
 
 from mole import record_routing
-from mole.chat.model_cache import Shelf
+from mole.chat.model_cache import ModelCache
 from mole.config import ModelConfig
 from mole.core.errors import MoleError
 from mole.models import sizes
@@ -54,18 +55,19 @@ def test_switching_gives_the_very_logits_of_each_loaded_alone(targets: dict[str,
     config = ModelConfig(device="cpu", dtype=dtype)
     alone = {name: logits(load_target(target, config).model) for name, target in targets.items()}
     assert len({values.sum().item() for values in alone.values()}) == len(alone), "they do differ"
-    shelf = Shelf(plenty)
+    cache, embeddings = ModelCache(plenty), set()
     for name in ("base", "dynmole", "base", "few", "lora", "foreign", "dynmole", "base", "few", "foreign", "lora"):
-        with shelf.use(targets[name], config) as loaded:
+        with cache.use(targets[name], config) as loaded:
             assert torch.equal(logits(loaded.model), alone[name]), name
-    assert len(shelf) == 5 and shelf.bases == 2, "ours share one base; the other method has its own"
+            embeddings.add(loaded.model.get_input_embeddings().weight.data_ptr())
+    assert len(cache) == 5 and len(embeddings) == 2, "ours share one base; the other method has its own"
 
 
 def test_each_target_has_its_own_template_and_only_its_own_routing(targets: dict[str, str]) -> None:
-    shelf = Shelf(plenty)
+    cache = ModelCache(plenty)
     seen = {}
     for name in ("dynmole", "base", "few", "lora", "base"):
-        with shelf.use(targets[name], CPU) as loaded, record_routing(loaded.model) as trace:
+        with cache.use(targets[name], CPU) as loaded, record_routing(loaded.model) as trace:
             logits(loaded.model)
             seen[name] = (loaded.tokenizer.chat_template.split()[-1], trace.router, trace.experts, len(trace.modules))
     assert seen["dynmole"] == ("dynmole:", "dynmole", 4, 14)
@@ -75,80 +77,83 @@ def test_each_target_has_its_own_template_and_only_its_own_routing(targets: dict
 
 
 def test_a_run_trained_anew_is_loaded_anew(targets: dict[str, str]) -> None:
-    shelf = Shelf(plenty)
-    with shelf.use(targets["dynmole"], CPU) as loaded:
+    cache = ModelCache(plenty)
+    with cache.use(targets["dynmole"], CPU) as loaded:
         before = logits(loaded.model)
     shutil.copy(Path(targets["lora"]) / "adapter_config.json", Path(targets["dynmole"]) / "adapter_config.json")
     shutil.copy(Path(targets["lora"]) / "adapter_model.safetensors", Path(targets["dynmole"]))
     os.utime(Path(targets["dynmole"]) / "adapter_config.json", ns=(1, 1))
-    assert not shelf.holds(targets["dynmole"], CPU)
-    with shelf.use(targets["dynmole"], CPU) as loaded:
+    assert not cache.holds(targets["dynmole"], CPU)
+    with cache.use(targets["dynmole"], CPU) as loaded:
         assert loaded.router == "lora" and not torch.equal(logits(loaded.model), before)
 
 
 def test_the_target_used_longest_ago_goes_when_memory_runs_short(targets: dict[str, str]) -> None:
     left = {"bytes": 1 << 60}
-    shelf = Shelf(lambda device: left["bytes"])
+    cache = ModelCache(lambda device: left["bytes"])
+    base: dict[str, weakref.ref[Any]] = {}
     for name in ("base", "foreign", "dynmole", "lora", "dynmole"):
-        with shelf.use(targets[name], CPU):
-            pass
+        with cache.use(targets[name], CPU) as loaded:
+            base[name] = weakref.ref(loaded.model.get_input_embeddings())
+    del loaded
     left["bytes"] = 0
-    with shelf.use(targets["few"], CPU):
-        pass
-    there = [name for name, target in targets.items() if shelf.holds(target, CPU)]
-    assert there == ["dynmole", "few"] and shelf.bases == 1, "the base they stand on stays, with the newest"
+    with cache.use(targets["few"], CPU) as loaded:
+        assert loaded.model.get_input_embeddings() is base["dynmole"](), "the base they share stays, with the newest"
+    assert [name for name, target in targets.items() if cache.holds(target, CPU)] == ["dynmole", "few"]
+    assert base["foreign"]() is None, "the other method's base is given back"
 
 
 def test_what_fits_stays(targets: dict[str, str], tiny_folder: Path) -> None:
     base = sizes.parameters(sizes.files_of(str(tiny_folder))) * 4
     model = load_base(ModelConfig(name=str(tiny_folder), device="cpu", dtype="float32")).model
     assert base == sum(weight.numel() for weight in model.parameters()) * 4
-    shelf = Shelf(lambda device: base * 2)  # always room for one more, adapter and margin included
+    cache = ModelCache(lambda device: base * 2)  # always room for one more, adapter and margin included
     for target in targets.values():
-        with shelf.use(target, CPU):
+        with cache.use(target, CPU):
             pass
-    assert len(shelf) == len(targets)
+    assert len(cache) == len(targets)
 
 
 def test_after_the_last_adapter_has_left_the_base_answers_as_before(targets: dict[str, str]) -> None:
     left = {"bytes": 1 << 60}
-    shelf = Shelf(lambda device: left["bytes"])
+    cache = ModelCache(lambda device: left["bytes"])
     alone = logits(load_target(targets["few"], CPU).model)
-    with shelf.use(targets["base"], CPU) as loaded:
+    with cache.use(targets["base"], CPU) as loaded:
         before = logits(loaded.model)
-    with shelf.use(targets["dynmole"], CPU):
+    with cache.use(targets["dynmole"], CPU):
         pass
-    with shelf.use(targets["base"], CPU):
+    with cache.use(targets["base"], CPU):
         pass
     left["bytes"] = 0  # drops dynmole, the only adapter, and keeps the base, the newest
-    with shelf.use(targets["few"], CPU) as loaded:
+    with cache.use(targets["few"], CPU) as loaded:
         assert torch.equal(logits(loaded.model), alone)
-    assert not shelf.holds(targets["dynmole"], CPU)
-    with shelf.use(targets["base"], CPU) as loaded:
+    assert not cache.holds(targets["dynmole"], CPU)
+    with cache.use(targets["base"], CPU) as loaded:
         assert torch.equal(logits(loaded.model), before)
 
 
 def test_an_adapter_that_does_not_load_leaves_no_trace(targets: dict[str, str], tmp_path: Path) -> None:
-    shelf = Shelf(plenty)
-    with shelf.use(targets["base"], CPU) as loaded:
+    cache = ModelCache(plenty)
+    with cache.use(targets["base"], CPU) as loaded:
         before = logits(loaded.model)
     broken = Path(shutil.copytree(targets["dynmole"], tmp_path / "broken"))
     values = json.loads((broken / "adapter_config.json").read_text())
     (broken / "adapter_config.json").write_text(json.dumps({**values, "r": 3}))
-    with pytest.raises(MoleError, match="does not load on"), shelf.use(str(broken), CPU):
+    with pytest.raises(MoleError, match="does not load on"), cache.use(str(broken), CPU):
         pass
-    with shelf.use(targets["base"], CPU) as loaded:
+    with cache.use(targets["base"], CPU) as loaded:
         assert torch.equal(logits(loaded.model), before)
 
 
 def test_clearing_gives_the_memory_back(targets: dict[str, str]) -> None:
-    shelf = Shelf(plenty)
-    with shelf.use(targets["dynmole"], CPU):
-        pass
-    shelf.clear("cuda")
-    assert len(shelf) == 1
-    shelf.clear()
-    assert len(shelf) == shelf.bases == 0
+    cache = ModelCache(plenty)
+    with cache.use(targets["dynmole"], CPU) as loaded:
+        base = weakref.ref(loaded.model.get_base_model())
+    del loaded
+    cache.clear("cuda")
+    assert len(cache) == 1
+    cache.clear()
+    assert len(cache) == 0 and base() is None
 
 
 def test_free_memory_is_the_containers_where_that_is_less(tmp_path: Path) -> None:
