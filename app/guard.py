@@ -23,9 +23,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
 from app import settings
+from app.services.messages import short_message
 from mole.cli.auth import is_loopback
 from mole.core import limits
-from mole.core.redaction import redacted
 
 CLIENT: ContextVar[str] = ContextVar("client", default="")
 """The address the present request came from."""
@@ -138,7 +138,7 @@ def bounded(receive: Any, most: int) -> Any:
 
 def report(error: BaseException, where: str) -> None:
     """Tell the studio's log in one line what went wrong; with `--debug` where."""
-    text = redacted(" ".join(str(error).split()))[:300]
+    text = short_message(str(error), 300)
     print(f"mole studio: {where[:80]!r}: {type(error).__name__}: {text}", file=sys.stderr, flush=True)
     if settings.debug():
         traceback.print_exception(error)

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from app import settings
 from app.guard import Doors, Guard, Login, hostname
+from app.page import build
 from app.ui import theme
-from app.ui.page import build
 from mole import runs
 from mole.cli.auth import is_loopback
 from mole.core import limits

@@ -13,7 +13,7 @@ from app.services import device_policy
 from app.services.conversation import Turn, aligned, messages, parse, render
 from app.services.engine import ENGINE, Saying
 from app.services.listing import LISTING
-from app.ui.panels import steering as panel
+from app.services.steering_options import steering_text
 from mole import runs
 from mole.analysis.tables import escaped
 from mole.config import ModelConfig
@@ -148,7 +148,7 @@ def answer_all(lanes: list[Lane], question: Question, last: dict[str, list[str]]
 
 def asked(lane: Lane) -> Turn:
     """The last turn, without an answer, and with what is different for it."""
-    words = panel.words_of(lane.steering, lane.target) if lane.steering else ""
+    words = steering_text(lane.steering, lane.target)
     return Turn(lane.turns[-1].user, note=words and f"Under your hand: {words}")
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import gradio as gr
 
 from app import settings
-from app.services import answering, device_policy
+from app.services import answering, device_policy, run_control
 from app.services.conversation import Turn, messages
 from app.services.engine import ENGINE
-from app.ui.panels import live
-from app.ui.tabs import train
+from app.services.messages import short_message
 from mole import runs
 from mole.analysis.compare import flat
 from mole.config import RunConfig, coerce
 from mole.core.errors import MoleError
 from mole.mixture.steering import Steering
+
+T = TypeVar("T")
 
 
 def build() -> None:
@@ -55,18 +57,18 @@ def not_a_file(event: dict[str, Any]) -> dict[str, Any]:
 
 def start_run(config: dict[str, Any]) -> dict[str, Any]:
     """Start a run with a config as in `run.yaml`; returns its status at once."""
-    return answered(lambda: runs.get(train.begin_run(lambda: RunConfig.from_dict(config))).status(), training=True)
+    return answered(lambda: run_control.start_new_run(lambda: RunConfig.from_dict(config)).status())
 
 
 def stop_run(name: str) -> dict[str, Any]:
     """Ask a run to save and stop; returns its status."""
-    answered(lambda: runs.stop(runs.get(name)), training=True)
+    answered(lambda: run_control.stop_training(name))
     return show_run(name)
 
 
 def resume_run(name: str) -> dict[str, Any]:
     """Go on with a run that was stopped or failed, from its last checkpoint; returns its status at once."""
-    answered(lambda: runs.start(runs.get(name), resume=True), training=True)
+    answered(lambda: run_control.resume_training(name))
     return show_run(name)
 
 
@@ -103,11 +105,9 @@ def reply(
     return answered(say)
 
 
-def answered(action: Any, training: bool = False) -> Any:
+def answered(action: Callable[[], T]) -> T:
     """Do it; an error of ours becomes Gradio's, with its one line."""
     try:
-        if training:
-            settings.forbid_on_space()
         return action()
     except MoleError as error:
-        raise gr.Error(live.shortened(str(error)), print_exception=False) from None
+        raise gr.Error(short_message(str(error)), print_exception=False) from None

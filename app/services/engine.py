@@ -15,8 +15,8 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from app.services import device_policy
+from app.services.routing_records import Reel
 from app.services.routing_stream import film, new_reel
-from app.views.routing import Reel
 from mole.config import ModelConfig
 from mole.core.errors import ModelError
 from mole.mixture.steering import AS_TRAINED, Steering

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.views.routing import REELS, Reel
+from app.services.routing_records import REELS, Reel
 from mole.config import AdapterConfig
 
 if TYPE_CHECKING:

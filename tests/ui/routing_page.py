@@ -11,7 +11,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.views.routing import REELS, Reel, routing_view
+from app.services.routing_records import REELS, Reel
+from app.views.routing import routing_view
 
 import gradio as gr  # isort: skip
 

@@ -10,17 +10,16 @@ import gradio as gr
 
 from app import settings
 from app.services import charts
+from app.services.messages import short_message
+from app.services.run_control import resume_training, stop_training
 from app.ui.wiring import QUIET
 from app.views.run import run_view
 from mole import runs
 from mole.core.errors import MoleError, RunError
-from mole.core.redaction import redacted
 
 TICK = 1.0
 TICK_READING = 0.3
 """Seconds between two looks at a run, and while its past is still being read."""
-LONGEST = 600
-"""Characters of a message that comes up."""
 ALIVE = ("queued", "running")
 
 
@@ -112,14 +111,12 @@ def tick(name: str, seen: Seen) -> list[Any]:
 
 def press_stop(name: str) -> None:
     """Ask the run to save and stop."""
-    settings.forbid_on_space()
-    told(lambda: runs.stop(runs.get(name)))
+    told(lambda: stop_training(name))
 
 
 def press_resume(name: str) -> None:
     """Go on with a stopped run from its last checkpoint."""
-    settings.forbid_on_space()
-    told(lambda: runs.start(runs.get(name), resume=True))
+    told(lambda: resume_training(name))
 
 
 def told(action: Any) -> Any:
@@ -133,10 +130,4 @@ def told(action: Any) -> Any:
 
 def harmless(text: str) -> str:
     """Text for a message that comes up on the page, which would be taken for HTML."""
-    return html.escape(shortened(text), quote=False)
-
-
-def shortened(text: str) -> str:
-    """A message in one line of bounded length, without tokens."""
-    text = " ".join(redacted(text).split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    return html.escape(short_message(text), quote=False)

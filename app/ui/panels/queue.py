@@ -9,6 +9,7 @@ import gradio as gr
 
 from app import settings
 from app.services.listing import LISTING
+from app.services.run_control import move_in_queue, stop_training
 from app.ui.panels.live import ALIVE, Live, show, told
 from app.ui.wiring import QUIET
 from app.views.queue import queue_view
@@ -102,16 +103,8 @@ def chosen(event: gr.EventData) -> str:
 
 def press(event: gr.EventData) -> None:
     """Move a run up or down, or take it out."""
-    settings.forbid_on_space()
-    told(lambda: act(str(event._data["name"]), str(event._data["action"])))
-
-
-def act(name: str, action: str) -> None:
-    """Do it. Raises `MoleError` when the run does not wait any more."""
-    run = runs.get(name)
+    name, action = str(event._data["name"]), str(event._data["action"])
     if action == "cancel":
-        runs.stop(run)
-        return
-    line = [other.name for other in runs.queue(runs.place_of(run)[0])]
-    place = line.index(name) + 1 if name in line else 0
-    runs.move(run, place - 1 if action == "up" else place + 1)
+        told(lambda: stop_training(name))
+    else:
+        told(lambda: move_in_queue(name, -1 if action == "up" else 1))

@@ -14,6 +14,7 @@ from app.services import device_policy
 from app.services.answering import BASE, LANES, Moment, Question, answer_all, lanes_of, name_of, targets
 from app.services.conversation import parse, render, said, turn_at
 from app.services.engine import ENGINE, STOPS
+from app.services.steering_options import chosen_steering
 from app.ui.panels import steering as panel
 from app.ui.panels.steering import SteeringPanel
 from app.ui.wiring import QUIET, on_change
@@ -340,7 +341,7 @@ def respond(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
     system, length, temperature, top_p, seed = options
     chosen = {"max_new_tokens": int(length), "temperature": temperature, "top_p": top_p, "seed": int(seed or 0)}
     try:
-        lanes = lanes_of(target, compare, panel.steering_of(steering), list(histories))
+        lanes = lanes_of(target, compare, chosen_steering(steering), list(histories))
         question = Question(chosen, system or "", where, should_stop)
         for moment in answer_all(lanes, question, reels):
             yield outputs(moment, len(lanes) > 1)

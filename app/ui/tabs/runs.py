@@ -13,6 +13,7 @@ import gradio as gr
 
 from app import settings
 from app.services.listing import LISTING, Cursor, stamp
+from app.services.run_control import delete_for_good
 from app.ui.panels import evaluation, live
 from app.ui.panels.evaluation import EvaluationPanel
 from app.ui.panels.live import Live
@@ -275,9 +276,8 @@ def log_tail(name: str) -> str:
 
 def delete_run(name: str) -> tuple[str, Any]:
     """Delete it, for good; the name that is chosen then, and the question put away."""
-    settings.forbid_on_space()
     try:
-        runs.delete(runs.get(name))
+        delete_for_good(name)
     except MoleError as error:
         gr.Warning(live.harmless(str(error)), title="Not deleted")
         return name, gr.Row(visible=False)

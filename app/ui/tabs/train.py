@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from app import settings
+from app.services.run_control import start_new_run
 from app.ui import forms, problem
 from app.ui.panels import grid, live, preflight, presets, preview, queue, sources
 from app.ui.panels.live import Live
@@ -199,10 +199,9 @@ def wire_start(form: forms.RunForm, start: Start, view: Live, waiting: Queue) ->
             return [form.told(values, error), gr.skip()]
 
     def begin(*values: Any) -> list[Any]:
-        settings.forbid_on_space()
         try:
-            name = begin_run(lambda: form.config(values))
-            return [problem.told(), began([runs.get(name)]), name]
+            run = start_new_run(lambda: form.config(values))
+            return [problem.told(), began([run]), run.name]
         except MoleError as error:
             return [form.told(values, error, reveal=True), "", gr.skip()]
 
@@ -231,16 +230,6 @@ def show_after(started: Any, view: Live, waiting: Queue) -> None:
     started.then(live.show, view.name, view.shown, **QUIET).then(
         queue.refresh_now, waiting.known, waiting.shown, queue=False, **QUIET
     )
-
-
-def begin_run(config: Callable[[], Any]) -> str:
-    """Check the settings, the model and the data; make the run, start it in the background and return its name."""
-    checked = config()
-    runs.check_inputs(checked)
-    runs.check_room()
-    run = runs.create(checked)
-    runs.start(run)
-    return run.name
 
 
 def began(made: list[Run]) -> str:

@@ -11,10 +11,8 @@ from typing import Any
 
 import gradio as gr
 
-from app.services.routing_records import REELS, Reel, projections, routing
+from app.services.routing_records import projections, routing
 from app.views.component import component
-
-__all__ = ["REELS", "Reel", "routing_view"]
 
 HERE = Path(__file__).parent
 PARTS = ("data", "routing", "timeline", "layer", "table", "hands")

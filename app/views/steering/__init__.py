@@ -13,5 +13,5 @@ HERE = Path(__file__).parent
 
 
 def steering_view(**given: Any) -> gr.HTML:
-    """The component; its value is what `app.ui.panels.steering.offered` gives, and holds what the person chose."""
+    """The component; its value is what `app.services.steering_options` gives, and holds what the person chose."""
     return component(HERE, "steering", **given)

@@ -1,0 +1,50 @@
+"""What the page and programs may do to runs; nothing of it is allowed on a Space. All raise `MoleError`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from app import settings
+from mole import runs
+from mole.config import RunConfig
+from mole.runs.store import Run
+
+
+def start_new_run(config: Callable[[], RunConfig]) -> Run:
+    """Check the settings, the model and the data, then create the run and start it in the background.
+
+    `config` is called after the Space rule is checked, so that a visitor's settings are never looked into.
+    """
+    settings.forbid_on_space()
+    checked = config()
+    runs.check_inputs(checked)
+    runs.check_room()
+    run = runs.create(checked)
+    runs.start(run)
+    return run
+
+
+def stop_training(name: str) -> None:
+    """Ask a run to save and stop; a queued one leaves the queue."""
+    settings.forbid_on_space()
+    runs.stop(runs.get(name))
+
+
+def resume_training(name: str) -> None:
+    """Continue a stopped, interrupted or failed run from its last checkpoint."""
+    settings.forbid_on_space()
+    runs.start(runs.get(name), resume=True)
+
+
+def delete_for_good(name: str) -> None:
+    """Delete a run with its checkpoints and its adapter."""
+    settings.forbid_on_space()
+    runs.delete(runs.get(name))
+
+
+def move_in_queue(name: str, by: int) -> None:
+    """Move a waiting run by so many places; −1 is one place nearer to its start."""
+    settings.forbid_on_space()
+    run = runs.get(name)
+    line = [other.name for other in runs.queue(runs.place_of(run)[0])]
+    runs.move(run, (line.index(name) + 1 if name in line else 0) + by)
