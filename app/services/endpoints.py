@@ -13,7 +13,7 @@ from app.services.conversation import Turn, messages
 from app.services.engine import ENGINE
 from app.services.messages import short_message
 from mole import runs
-from mole.analysis.compare import flat
+from mole.analysis.compare import flatten
 from mole.config import RunConfig, coerce
 from mole.core.errors import MoleError
 from mole.mixture.steering import Steering
@@ -41,7 +41,7 @@ def list_runs() -> list[dict[str, Any]]:
 def show_run(name: str) -> dict[str, Any]:
     """A run's status with its config by dotted name (`"training.seed": 0`), its metrics and error."""
     details = answered(lambda: runs.get(name).details())
-    return {**details, "config": flat(details["config"])}
+    return {**details, "config": flatten(details["config"])}
 
 
 def read_events(name: str, offset: int = 0) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Runs side by side: the settings that differ, what came out, and mean and deviation over the seeds of a group.
+"""Compares runs: settings that differ, final metrics, and their mean and standard deviation over seeds.
 
-Numbers only; `mole.analysis.tables` makes the tables of them. No torch.
+This module computes numbers; `mole.analysis.tables` formats them as tables. Does not import torch.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from itertools import takewhile
 from pathlib import PurePath
 from typing import Any
 
-from mole.analysis.run_metrics import Course, Point, Points, course_of, thinned
+from mole.analysis.run_metrics import LossCurve, LossPoint, RunMetrics, evenly_spaced, read_metrics
 from mole.core.errors import InputError, RunError
 from mole.evaluation import job as evaluation_job
 from mole.runs.run import number, numbers
 from mole.runs.store import Run, get
 
-MOST = 8
-"""Runs drawn at once: more lines cannot be told apart."""
+MAX_DRAWN = 8
+"""Maximum number of runs in one chart: more lines cannot be distinguished."""
 SEED, DEVICE = "training.seed", "model.device"
 NOT_A_SETTING = ("name", "group")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number a run ends with: its key, title with unit, which way is better, and the factor to that unit."""
+    """A final number of a run: its key, its title with the unit, and the factor that converts to that unit."""
 
     key: str
     title: str
     better: str = ""
-    """`low`, `high`, or empty where neither is better."""
+    """Which values are better: `low`, `high`, or empty for neither."""
     factor: float = 1.0
 
 
@@ -52,16 +52,16 @@ RATES = {"exact_match": "Exact match", "accuracy": "Accuracy"}
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One run of a comparison, read once."""
+class ComparedRun:
+    """One run of a comparison, as it was when it was read."""
 
     run: Run
     status: Mapping[str, Any]
     settings: Mapping[str, Any]
     """Dotted name → value; empty when `run.yaml` cannot be read."""
-    course: Course
-    evaluated: Mapping[str, float] = field(default_factory=dict)
-    """Results of evaluations, as `evaluated` gives them."""
+    metrics: RunMetrics
+    evaluations: Mapping[str, float] = field(default_factory=dict)
+    """See `evaluation_results`."""
 
     @property
     def name(self) -> str:
@@ -77,13 +77,13 @@ class Compared:
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """The metrics this run has, by key."""
-        return {**metrics(self.course), **self.evaluated}
+        """The metrics that are known of this run, by key."""
+        return {**final_metrics(self.metrics), **self.evaluations}
 
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean and sample standard deviation (n − 1) over n runs; no deviation for one run."""
+    """Mean and sample standard deviation (n − 1) over n runs; `sd` is None for one run."""
 
     mean: float
     sd: float | None
@@ -91,15 +91,15 @@ class Stat:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Runs that are the same but for seed and name."""
+class SeedGroup:
+    """Runs that differ only in seed and name."""
 
     label: str
-    runs: tuple[Compared, ...]
+    runs: tuple[ComparedRun, ...]
 
     @property
-    def counted(self) -> tuple[Compared, ...]:
-        """The runs the means are taken over: the finished ones, or all while none has finished."""
+    def counted(self) -> tuple[ComparedRun, ...]:
+        """The runs that count for the means: the finished ones, or all if none has finished."""
         return tuple(run for run in self.runs if run.finished) or self.runs
 
     @property
@@ -108,68 +108,68 @@ class Cell:
 
     @cached_property
     def stats(self) -> dict[str, Stat]:
-        """Mean and deviation of every metric, over the runs that have it."""
+        """Mean and standard deviation of each metric, over the runs that have it."""
         keys = dict.fromkeys(key for run in self.counted for key in run.values)
-        return {key: stat([run.values[key] for run in self.counted if key in run.values]) for key in keys}
+        return {key: mean_and_sd([run.values[key] for run in self.counted if key in run.values]) for key in keys}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two or more runs side by side."""
+    """Several runs, their groups and their differences."""
 
-    runs: tuple[Compared, ...]
-    cells: tuple[Cell, ...]
+    runs: tuple[ComparedRun, ...]
+    groups: tuple[SeedGroup, ...]
     differences: Mapping[str, Mapping[str, Any]]
-    """Setting → run → value, only where they differ; a run without the setting is not in it."""
+    """Setting → run → value, for settings that differ; runs without the setting are missing."""
     notes: tuple[str, ...] = field(default=())
 
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
-        """The metrics at least one run has: the fixed ones, then those of the evaluations by file."""
+        """The metrics that at least one run has: the fixed ones, then those of evaluations, by file."""
         found = {key for run in self.runs for key in run.values}
         extra = dict.fromkeys(key for run in self.runs for key in run.values if key.startswith("eval:"))
         if all(run.values.get("best_eval_loss") == run.values.get("eval_loss") for run in self.runs):
-            found.discard("best_eval_loss")  # the last was the best, or the only one
+            found.discard("best_eval_loss")  # the last evaluation was the best, or the only one
         fixed = tuple(metric for metric in METRICS if metric.key in found)
         return fixed + tuple(evaluation_metric(key) for key in extra)
 
     def best(self, metric: Metric) -> frozenset[str]:
-        """Labels of the cells with the best mean among those that have finished; none when fewer than two have it."""
-        means = {cell.label: cell.stats[metric.key].mean for cell in self.cells
-                 if cell.finished and metric.key in cell.stats}  # fmt: skip
+        """Labels of the finished groups with the best mean; empty when fewer than two groups have the metric."""
+        means = {group.label: group.stats[metric.key].mean for group in self.groups
+                 if group.finished and metric.key in group.stats}  # fmt: skip
         if not metric.better or len(means) < 2 or len(set(means.values())) < 2:
             return frozenset()
         top = min(means.values()) if metric.better == "low" else max(means.values())
         return frozenset(label for label, mean in means.items() if mean == top)
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers as JSON."""
+        """The comparison as JSON values."""
         return {
             "runs": [{**run.status, "seed": run.seed, "metrics": run.values} for run in self.runs],
             "differences": {name: dict(values) for name, values in self.differences.items()},
             "groups": [
                 {
-                    "label": cell.label,
-                    "runs": [run.name for run in cell.runs],
-                    "counted": [run.name for run in cell.counted],
-                    "metrics": {key: {"mean": s.mean, "sd": s.sd, "n": s.n} for key, s in cell.stats.items()},
+                    "label": group.label,
+                    "runs": [run.name for run in group.runs],
+                    "counted": [run.name for run in group.counted],
+                    "metrics": {key: {"mean": s.mean, "sd": s.sd, "n": s.n} for key, s in group.stats.items()},
                 }
-                for cell in self.cells
+                for group in self.groups
             ],
             "notes": list(self.notes),
         }
 
 
 def compare(names: Sequence[str], most: int | None = None) -> Comparison:
-    """Read and compare the runs of these names, at most the first `most` of them.
+    """Read and compare runs by name, at most the first `most` of them.
 
-    What cannot be compared is told in `notes`: a run that is gone, one that has not finished.
+    Missing and unfinished runs, and those above `most`, are named in `notes`.
     """
-    found: list[Compared] = []
+    found: list[ComparedRun] = []
     notes: list[str] = []
     for name in dict.fromkeys(names):
         try:
-            found.append(read(get(name)))
+            found.append(read_run(get(name)))
         except (RunError, OSError):
             notes.append(f"There is no run {name} any more.")
     if most is not None and len(found) > most:
@@ -181,60 +181,60 @@ def compare(names: Sequence[str], most: int | None = None) -> Comparison:
         if not run.finished:
             state, step = run.status["state"], run.status["step"]
             notes.append(f"{run.name} is {state} at step {step}: its numbers are not final.")
-    differing = differences({run.name: run.settings for run in found})
-    facts = differences({run.name: run.course.facts for run in found}, lacking=False)
-    return Comparison(tuple(found), grouped(found), {**differing, **facts}, tuple(notes))
+    settings = differing({run.name: run.settings for run in found})
+    facts = differing({run.name: run.metrics.facts for run in found}, missing_differs=False)
+    return Comparison(tuple(found), group_by_seed(found), {**settings, **facts}, tuple(notes))
 
 
-def read(run: Run) -> Compared:
-    """Everything a comparison needs of a run."""
+def read_run(run: Run) -> ComparedRun:
+    """Read the settings, state, metrics and evaluations of a run."""
     try:
-        settings = flat(run.config.to_dict())
+        settings = flatten(run.config.to_dict())
     except InputError:
         settings = {}
-    return Compared(run, run.status(), settings, course_of(run), evaluated(run))
+    return ComparedRun(run, run.status(), settings, read_metrics(run), evaluation_results(run))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name, without the run's own names."""
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name, without the run's `name` and `group`."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if not prefix and key in NOT_A_SETTING:
             continue
         if isinstance(value, Mapping):
-            result.update(flat(value, f"{prefix}{key}."))
+            result.update(flatten(value, f"{prefix}{key}."))
         else:
             result[f"{prefix}{key}"] = value
     return result
 
 
-def differences(configs: Mapping[str, Mapping[str, Any]], lacking: bool = True) -> dict[str, dict[str, Any]]:
-    """Setting → run → value of the settings that are not the same in all; a run without the setting is not in it.
+def differing(configs: Mapping[str, Mapping[str, Any]], missing_differs: bool = True) -> dict[str, dict[str, Any]]:
+    """Setting → run → value, for the settings that differ; runs without the setting are missing.
 
-    Runs of which nothing is known differ in nothing; nor does a run in a setting it lacks, unless `lacking`.
+    Runs with an empty config are ignored. Whether a run without a setting differs in it is for `missing_differs`.
     """
     known = {run: config for run, config in configs.items() if config}
     names = dict.fromkeys(name for config in known.values() for name in config)
     rows = {name: {run: config[name] for run, config in known.items() if name in config} for name in names}
     return {
         name: row for name, row in rows.items()
-        if (lacking and len(row) < len(known)) or len({canonical(value) for value in row.values()}) > 1
+        if (missing_differs and len(row) < len(known)) or len({canonical(value) for value in row.values()}) > 1
     }  # fmt: skip
 
 
 def canonical(value: Any) -> str:
-    """Equal for equal values: 16 and 16.0 are, True and 1 are not."""
+    """A text that is equal for equal values: 16 and 16.0 are equal, True and 1 are not."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def shortened(values: Iterable[Any]) -> dict[str, str]:
-    """Paths → their shortest ends that still tell them apart; what is no path stays as it is."""
+def short_paths(values: Iterable[Any]) -> dict[str, str]:
+    """Absolute path → its shortest ending that is still unique among the values; other strings map to themselves."""
     texts = sorted({value for value in values if isinstance(value, str)})
     result = {}
     for text in texts:
@@ -250,20 +250,20 @@ def shortened(values: Iterable[Any]) -> dict[str, str]:
 # Metrics
 
 
-def metrics(course: Course) -> dict[str, float]:
-    """What a training came to: the numbers there are, by the keys of `METRICS`.
+def final_metrics(metrics: RunMetrics) -> dict[str, float]:
+    """The known values of `METRICS` by key.
 
-    The training loss is the mean over the last tenth of the logged steps: a single step's is mostly noise.
+    The training loss is the mean over the last tenth of the logged steps, because that of a single step is noisy.
     """
-    held_out, losses = course.evals.losses, course.train.losses
+    held_out, losses = metrics.evals.losses, metrics.train.losses
     values: dict[str, float | None] = {
         "eval_loss": held_out[-1] if held_out else None,
         "best_eval_loss": min(held_out, default=None),
         "train_loss": statistics.fmean(losses[-math.ceil(len(losses) / 10) :]) if losses else None,
-        "seconds": course.seconds,
-        "tokens_per_second": course.tokens_per_second,
-        "memory_mb": course.memory_mb,
-        "trainable_parameters": course.trainable_parameters,
+        "seconds": metrics.seconds,
+        "tokens_per_second": metrics.tokens_per_second,
+        "memory_mb": metrics.memory_mb,
+        "trainable_parameters": metrics.trainable_parameters,
     }
     return {key: value for key, value in values.items() if value is not None}
 
@@ -277,8 +277,8 @@ def evaluation_metric(key: str) -> Metric:
     return Metric(key, f"{name.replace('_', ' ').capitalize()}, {where}", "low" if name == "perplexity" else "")
 
 
-def evaluated(run: Run) -> dict[str, float]:
-    """What evaluations of the finished adapter measured, by `eval:METRIC:ROWS:CONTENT:FILE`; of equal ones the last."""
+def evaluation_results(run: Run) -> dict[str, float]:
+    """Metrics of the final adapter's evaluations by `eval:METRIC:ROWS:CONTENT:FILE`; the newest one per key."""
     values: dict[str, float] = {}
     for evaluation in reversed(evaluation_job.find(run)):
         record = evaluation.record()
@@ -295,38 +295,38 @@ def evaluated(run: Run) -> dict[str, float]:
 # Groups
 
 
-def grouped(runs: Sequence[Compared]) -> tuple[Cell, ...]:
-    """Cells of runs that are the same but for seed and name, trained on the same content; in the order of the runs."""
-    cells: list[list[Compared]] = []
+def group_by_seed(runs: Sequence[ComparedRun]) -> tuple[SeedGroup, ...]:
+    """Group runs that differ only in seed and name and were trained on the same data, in the order of the runs."""
+    groups: list[list[ComparedRun]] = []
     for run in runs:
-        for members in cells:
-            if run.settings and all(same(run, member) for member in members):
+        for members in groups:
+            if run.settings and all(differ_in_seed_only(run, member) for member in members):
                 members.append(run)
                 break
         else:
-            cells.append([run])
-    labels = [label(members) for members in cells]
+            groups.append([run])
+    labels = [group_label(members) for members in groups]
     return tuple(
-        Cell(text if labels.count(text) == 1 else ", ".join(run.name for run in members), tuple(members))
-        for text, members in zip(labels, cells, strict=True)
+        SeedGroup(text if labels.count(text) == 1 else ", ".join(run.name for run in members), tuple(members))
+        for text, members in zip(labels, groups, strict=True)
     )
 
 
-def same(one: Compared, other: Compared) -> bool:
-    """Whether two runs differ in their seed at most; what is not known yet of a run that waits does not count.
+def differ_in_seed_only(one: ComparedRun, other: ComparedRun) -> bool:
+    """Whether two runs differ at most in their seed; facts that a queued run does not have yet are ignored.
 
-    Which GPU it was does not matter: what kind of device it was, is among the facts.
+    The device's number is ignored too: the kind of device is one of the facts.
     """
     mine, theirs = (
         {name: canonical(value) for name, value in run.settings.items() if name not in (SEED, DEVICE)}
         for run in (one, other)
     )
-    shared = one.course.facts.keys() & other.course.facts.keys()
-    return mine == theirs and all(one.course.facts[key] == other.course.facts[key] for key in shared)
+    shared = one.metrics.facts.keys() & other.metrics.facts.keys()
+    return mine == theirs and all(one.metrics.facts[key] == other.metrics.facts[key] for key in shared)
 
 
-def label(members: Sequence[Compared]) -> str:
-    """What to call the runs of a cell: a run's name, or what all their names begin with, or their router."""
+def group_label(members: Sequence[ComparedRun]) -> str:
+    """A name for a group: the name of its only run, the prefix its runs' names share, or else their router."""
     names = [run.name for run in members]
     if len(names) == 1:
         return names[0]
@@ -337,14 +337,16 @@ def label(members: Sequence[Compared]) -> str:
     )
 
 
-def stat(values: Sequence[float]) -> Stat:
+def mean_and_sd(values: Sequence[float]) -> Stat:
     """Mean and sample standard deviation, exactly rounded. Raises `StatisticsError` for no values."""
     return Stat(float(statistics.mean(values)), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def mean_curve(curves: Sequence[Points], most: int) -> list[Point]:
-    """The mean of several curves at the steps that all of them have, at `most` of these."""
+def mean_curve(curves: Sequence[LossCurve], most: int) -> list[LossPoint]:
+    """The mean of several curves at the steps that all of them have, thinned to at most `most` steps."""
     places = [{step: place for place, step in enumerate(points.steps)} for points in curves]
     shared = sorted(set(places[0]).intersection(*places[1:])) if places else []
-    rows = ([points[at[step]] for points, at in zip(curves, places, strict=True)] for step in thinned(shared, most))
-    return [Point(row[0].step, *map(statistics.fmean, list(zip(*row, strict=True))[1:])) for row in rows]
+    rows = (
+        [points[at[step]] for points, at in zip(curves, places, strict=True)] for step in evenly_spaced(shared, most)
+    )
+    return [LossPoint(row[0].step, *map(statistics.fmean, list(zip(*row, strict=True))[1:])) for row in rows]

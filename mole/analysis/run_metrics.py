@@ -1,7 +1,7 @@
-"""The course of a run as its events tell it: every loss by step, time and tokens, and what the training took.
+"""The metrics of a run, read from its events: every loss by step, time and tokens, and the training's speed and memory.
 
-Where `history` keeps thinned curves to be polled, this keeps every loss exactly, in a few bytes, for the numbers
-of a comparison. No torch.
+`history` keeps thinned curves for the live view; this module keeps every loss exactly, for comparisons. Does not import
+torch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ FACTS = {
     "started": {"device": "device used", "dtype": "number format used"},
     "data": {"fingerprint": "data content (sha256)"},
 }
-"""Event → field → what a comparison calls it: things that can differ though the settings are the same."""
-T = TypeVar("T")
-KEPT = 16
-"""Runs whose events are remembered, so that the next look reads only what is new."""
+"""Event → field → its name in a comparison: what can differ between runs with the same settings."""
+Value = TypeVar("Value")
+CACHED_READERS = 16
+"""Runs whose metrics are kept, so that the next read parses only new events."""
 
 
-class Point(NamedTuple):
-    """A loss, and when it was: its step, and the seconds and tokens of training up to it."""
+class LossPoint(NamedTuple):
+    """A loss with its step, and the seconds and tokens of training up to that step."""
 
     step: int
     seconds: float
@@ -37,18 +37,18 @@ class Point(NamedTuple):
     loss: float
 
 
-class Points:
-    """Points by ascending step, 32 bytes each."""
+class LossCurve:
+    """Loss points by ascending step, 32 bytes each."""
 
-    def __init__(self, points: Iterable[Point] = ()) -> None:
+    def __init__(self, points: Iterable[LossPoint] = ()) -> None:
         self._flat = array("d", [value for point in points for value in point])
 
     def __len__(self) -> int:
         return len(self._flat) // 4
 
-    def __getitem__(self, place: int) -> Point:
+    def __getitem__(self, place: int) -> LossPoint:
         step, *rest = self._flat[4 * place : 4 * place + 4]
-        return Point(int(step), *rest)
+        return LossPoint(int(step), *rest)
 
     @property
     def steps(self) -> array[float]:
@@ -58,45 +58,45 @@ class Points:
     def losses(self) -> array[float]:
         return self._flat[3::4]
 
-    def add(self, point: Point) -> None:
-        """Add a point at the end."""
+    def add(self, point: LossPoint) -> None:
+        """Append a point."""
         self._flat.extend(point)
 
     def cut(self, step: int) -> None:
-        """Forget the points after `step`."""
+        """Remove the points after `step`."""
         while self._flat and self._flat[-4] > step:
             del self._flat[-4:]
 
-    def copy(self) -> Points:
-        """The points there are now."""
-        other = Points()
+    def copy(self) -> LossCurve:
+        """A copy that later points are not added to."""
+        other = LossCurve()
         other._flat = self._flat[:]
         return other
 
-    def thinned(self, most: int) -> list[Point]:
-        """At most `most` points, evenly taken, the last one always among them."""
-        return [self[place] for place in thinned(range(len(self)), most)]
+    def thinned(self, most: int) -> list[LossPoint]:
+        """At most `most` evenly spaced points, including the last."""
+        return [self[place] for place in evenly_spaced(range(len(self)), most)]
 
 
-def thinned(values: Sequence[T], most: int) -> Sequence[T]:
-    """At most `most` of the values, evenly taken, the last one always among them."""
+def evenly_spaced(values: Sequence[Value], most: int) -> Sequence[Value]:
+    """At most `most` evenly spaced values, including the last."""
     return values[::-1][:: max(1, -(-len(values) // most))][::-1]
 
 
 @dataclass
-class Course:
-    """What the events of a run say of its training; of what a resumed run did twice, the later.
+class RunMetrics:
+    """The metrics of a run; for steps that a resumed run repeated, the later ones.
 
     Attributes:
         train, evals: training and held-out losses.
-        seconds: training time, over all its sessions.
-        memory_mb: the most memory a logged step held.
-        routing: the last routing statistics, with the `step` they are of; None without a router.
-        facts: what was found when it started (`FACTS`), by the words of a comparison.
+        seconds: training time, summed over all sessions.
+        memory_mb: peak memory of the logged steps, in MiB.
+        routing: the last routing statistics with their `step`; None without a router.
+        facts: device, dtype and data of the run, by the names in `FACTS`.
     """
 
-    train: Points = field(default_factory=Points)
-    evals: Points = field(default_factory=Points)
+    train: LossCurve = field(default_factory=LossCurve)
+    evals: LossCurve = field(default_factory=LossCurve)
     seconds: float | None = None
     tokens_per_second: float | None = None
     memory_mb: float | None = None
@@ -105,23 +105,23 @@ class Course:
     facts: dict[str, str] = field(default_factory=dict)
 
 
-class Reader:
-    """Reads a run's events once, from where it stopped the last time."""
+class MetricsReader:
+    """Reads the events of a run incrementally: each event is parsed once."""
 
     def __init__(self) -> None:
         self._file: tuple[int, int] | None = None
         self._start_over()
 
     def _start_over(self) -> None:
-        self.course = Course()
+        self.metrics = RunMetrics()
         self._offset = self._sessions = 0
         self._clock, self._tokens = 0.0, 0.0
         self._mark: float | None = None
-        """When the time that is not counted yet began."""
+        """Time of the last counted event; training time since then is not counted yet."""
         self._routed = b""
 
-    def read(self, run: Run) -> Course:
-        """The course up to the last complete line of the events."""
+    def read(self, run: Run) -> RunMetrics:
+        """The metrics up to the last complete line of the events."""
         try:
             with run.events_path.open("rb") as file:
                 about = os.fstat(file.fileno())
@@ -138,27 +138,27 @@ class Reader:
             self._start_over()
         last = parse_event(self._routed) if self._routed else None
         if last is not None and (routing := routing_of(last)):
-            self.course.routing = {**routing, "step": last["step"]}
+            self.metrics.routing = {**routing, "step": last["step"]}
         self._routed = b""
-        return replace(self.course, train=self.course.train.copy(), evals=self.course.evals.copy())
+        return replace(self.metrics, train=self.metrics.train.copy(), evals=self.metrics.evals.copy())
 
     def _take(self, line: bytes) -> None:
         event, routed = parse_head(line)
         if event is None:
             return
         if routed:
-            self._routed = line  # most of the bytes are routing: only the last one is parsed
+            self._routed = line  # routing is most of the bytes, so only the last one is parsed
         if reader := self.READERS.get(event["type"]):
             reader(self, event)
         for key, name in FACTS.get(event["type"], {}).items():
             if event.get(key):
-                self.course.facts[name] = str(event[key])[:12]
+                self.metrics.facts[name] = str(event[key])[:12]
 
     def _started(self, event: Mapping[str, Any]) -> None:
         self._sessions, self._mark = self._sessions + 1, event["time"]
-        self.course.train.cut(event["step"])
-        self.course.evals.cut(event["step"])
-        self.course.trainable_parameters = number(event.get("trainable_parameters"))
+        self.metrics.train.cut(event["step"])
+        self.metrics.evals.cut(event["step"])
+        self.metrics.trainable_parameters = number(event.get("trainable_parameters"))
 
     def _data(self, event: Mapping[str, Any]) -> None:
         self._mark = event["time"]
@@ -169,36 +169,36 @@ class Reader:
         self._clock += seconds
         self._tokens += seconds * (number(event.get("tokens_per_second")) or 0.0)
         if self._clock:
-            self.course.seconds, self.course.tokens_per_second = self._clock, self._tokens / self._clock
+            self.metrics.seconds, self.metrics.tokens_per_second = self._clock, self._tokens / self._clock
         if (memory := number(event.get("memory_mb"))) is not None:
-            self.course.memory_mb = max(memory, self.course.memory_mb or 0.0)
-        self._add(self.course.train, event, "loss")
+            self.metrics.memory_mb = max(memory, self.metrics.memory_mb or 0.0)
+        self._add(self.metrics.train, event, "loss")
 
     def _eval(self, event: Mapping[str, Any]) -> None:
-        self._add(self.course.evals, event, "eval_loss")
+        self._add(self.metrics.evals, event, "eval_loss")
 
     def _finished(self, event: Mapping[str, Any]) -> None:
-        if self._sessions == 1:  # then it has measured the whole itself
+        if self._sessions == 1:  # a single session has measured the whole training itself
             told = numbers(event.get("metrics"))
-            self.course.seconds = told.get("seconds") or self.course.seconds
-            self.course.tokens_per_second = told.get("tokens_per_second") or self.course.tokens_per_second
+            self.metrics.seconds = told.get("seconds") or self.metrics.seconds
+            self.metrics.tokens_per_second = told.get("tokens_per_second") or self.metrics.tokens_per_second
 
-    def _add(self, points: Points, event: Mapping[str, Any], key: str) -> None:
+    def _add(self, points: LossCurve, event: Mapping[str, Any], key: str) -> None:
         if (loss := number(event.get(key))) is not None:
-            points.add(Point(event["step"], self._clock, self._tokens, loss))
+            points.add(LossPoint(event["step"], self._clock, self._tokens, loss))
 
     READERS = {"started": _started, "data": _data, "step": _step, "eval": _eval, "finished": _finished}
 
 
-_READERS: OrderedDict[str, Reader] = OrderedDict()
+_READERS: OrderedDict[str, MetricsReader] = OrderedDict()
 _LOCK = Lock()
 
 
-def course_of(run: Run) -> Course:
-    """The course of a run, as far as it has come."""
+def read_metrics(run: Run) -> RunMetrics:
+    """The current metrics of a run."""
     with _LOCK:
-        reader = _READERS.pop(str(run.path), None) or Reader()
+        reader = _READERS.pop(str(run.path), None) or MetricsReader()
         _READERS[str(run.path)] = reader
-        while len(_READERS) > KEPT:
+        while len(_READERS) > CACHED_READERS:
             _READERS.popitem(last=False)
         return reader.read(run)

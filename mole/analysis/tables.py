@@ -1,4 +1,4 @@
-"""A comparison of runs as tables of text: for the terminal, for a paper in Markdown, and for the page. No torch."""
+"""Formats a comparison of runs as tables: for the terminal, as Markdown, and for the page. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mole.analysis.compare import Cell, Compared, Comparison, Metric, Stat, shortened
+from mole.analysis.compare import ComparedRun, Comparison, Metric, SeedGroup, Stat, short_paths
 
 ABSENT = "–"
 LEGEND = (
@@ -19,7 +19,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: its cells, the columns whose value is the best, and whether it is a seed of the row above."""
+    """A row of a table: its cells, the columns with a best value, and whether it is one run of the group above."""
 
     cells: tuple[str, ...]
     best: frozenset[int] = frozenset()
@@ -28,30 +28,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its heads, and its rows with as many cells."""
+    """A table: the column titles, and rows with as many cells."""
 
     head: tuple[str, ...]
     rows: tuple[Row, ...]
 
 
 def settings_table(comparison: Comparison) -> Table:
-    """The settings that differ, a column a group; a group has several values in nothing but its seeds."""
+    """The settings that differ, one column per group; a group has several values for its seed only."""
     rows = []
     for name, values in comparison.differences.items():
-        short = shortened(values.values())
-        texts = [setting_text([values[run.name] for run in cell.runs if run.name in values], short)
-                 for cell in comparison.cells]  # fmt: skip
+        short = short_paths(values.values())
+        texts = [setting_text([values[run.name] for run in group.runs if run.name in values], short)
+                 for group in comparison.groups]  # fmt: skip
         rows.append(Row((name, *texts)))
-    return Table(("Setting", *(cell.label for cell in comparison.cells)), tuple(rows))
+    return Table(("Setting", *(group.label for group in comparison.groups)), tuple(rows))
 
 
 def setting_text(values: Sequence[Any], short: Mapping[str, str]) -> str:
-    """The values of a setting in words, each once."""
+    """The distinct values of a setting as text."""
     return ", ".join(dict.fromkeys(value_text(value, short) for value in values)) or ABSENT
 
 
 def value_text(value: Any, short: Mapping[str, str]) -> str:
-    """A setting's value as people write it."""
+    """One value of a setting as text."""
     if value is None:
         return "not set"
     if isinstance(value, bool):
@@ -64,63 +64,63 @@ def value_text(value: Any, short: Mapping[str, str]) -> str:
 
 
 def metrics_table(comparison: Comparison) -> Table:
-    """What came out: a row a group with mean ± deviation, beneath it a row a seed; a group of one run is that run."""
+    """The metrics: a row per group with mean ± standard deviation, followed by a row per run if it has several."""
     columns = comparison.metrics
     best = [comparison.best(metric) for metric in columns]
     rows = []
-    for cell in comparison.cells:
-        texts = tuple(stat_text(cell.stats.get(metric.key), metric) for metric in columns)
-        marks = frozenset(place for place, labels in enumerate(best, 1) if cell.label in labels)
-        rows.append(Row((cell_title(cell), *texts), marks))
-        if len(cell.runs) > 1:
-            rows += [Row((run_title(run), *run_texts(run, columns)), inner=True) for run in cell.runs]
+    for group in comparison.groups:
+        texts = tuple(stat_text(group.stats.get(metric.key), metric) for metric in columns)
+        marks = frozenset(place for place, labels in enumerate(best, 1) if group.label in labels)
+        rows.append(Row((group_title(group), *texts), marks))
+        if len(group.runs) > 1:
+            rows += [Row((run_title(run), *run_texts(run, columns)), inner=True) for run in group.runs]
     return Table(("Run", *(metric.title for metric in columns)), tuple(rows))
 
 
-def cell_title(cell: Cell) -> str:
-    """A group's label with how many runs are counted; of a run that has not finished, its state."""
-    if len(cell.runs) == 1:
-        return cell.label + unfinished(cell.runs[0])
-    left_out = len(cell.runs) - len(cell.counted)
-    return f"{cell.label} (n = {len(cell.counted)}{f', {left_out} unfinished left out' if left_out else ''})"
+def group_title(group: SeedGroup) -> str:
+    """A group's label with the number of runs that count, or the state of its only run if that has not finished."""
+    if len(group.runs) == 1:
+        return group.label + state_text(group.runs[0])
+    left_out = len(group.runs) - len(group.counted)
+    return f"{group.label} (n = {len(group.counted)}{f', {left_out} unfinished left out' if left_out else ''})"
 
 
-def run_title(run: Compared) -> str:
-    """A run with its seed."""
-    return f"{run.name}{f' (seed {run.seed})' if run.seed is not None else ''}{unfinished(run)}"
+def run_title(run: ComparedRun) -> str:
+    """A run's name, seed and state."""
+    return f"{run.name}{f' (seed {run.seed})' if run.seed is not None else ''}{state_text(run)}"
 
 
-def unfinished(run: Compared) -> str:
-    """Its state, unless it has finished."""
+def state_text(run: ComparedRun) -> str:
+    """A run's state in brackets; empty for a finished run."""
     return "" if run.finished else f" [{run.status['state']}]"
 
 
-def run_texts(run: Compared, columns: Sequence[Metric]) -> tuple[str, ...]:
-    """A run's metrics in words."""
-    return tuple(figure(run.values[m.key] * m.factor) if m.key in run.values else ABSENT for m in columns)
+def run_texts(run: ComparedRun, columns: Sequence[Metric]) -> tuple[str, ...]:
+    """A run's metrics as text, one per column."""
+    return tuple(number_text(run.values[m.key] * m.factor) if m.key in run.values else ABSENT for m in columns)
 
 
 def stat_text(stat: Stat | None, metric: Metric) -> str:
-    """`0.0472 ± 0.0013`: the deviation with two significant digits, the mean as exact as it."""
+    """`0.0472 ± 0.0013`: the deviation has two significant digits, the mean as many decimals."""
     if stat is None:
         return ABSENT
     mean = stat.mean * metric.factor
     if stat.sd is None or (not stat.sd and not metric.better):
-        return figure(mean)
+        return number_text(mean)
     sd = stat.sd * metric.factor
-    if sd <= 1e-9 * abs(mean):  # the same number but for its rounding
-        return f"{figure(mean)} ± 0"
+    if sd <= 1e-9 * abs(mean):  # equal up to rounding
+        return f"{number_text(mean)} ± 0"
     decimals = max(0, 1 - math.floor(math.log10(sd)))
     return f"{mean:,.{decimals}f} ± {sd:,.{decimals}f}"
 
 
-def figure(value: float) -> str:
-    """A number with four significant digits, thousands in full."""
+def number_text(value: float) -> str:
+    """A number with four significant digits, without decimals from 1000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def markdown(comparison: Comparison) -> str:
-    """Both tables and the notes in Markdown; the best values are bold."""
+    """Both tables and the notes as Markdown, with the best values in bold."""
     results, settings = metrics_table(comparison), settings_table(comparison)
     parts = [table_markdown(results), LEGEND, *(escaped(note) for note in comparison.notes)]
     if settings.rows:
@@ -129,7 +129,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def table_markdown(table: Table) -> str:
-    """A table in Markdown, numbers to the right."""
+    """A table as Markdown, with all columns but the first aligned right."""
 
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cells)} |"
@@ -142,12 +142,12 @@ def table_markdown(table: Table) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that means nothing in Markdown or HTML, in one line."""
+    """Escape Markdown and HTML in a text, and join its lines."""
     return re.sub(r"([\\`*<>\[\]|~])", r"\\\1", " ".join(text.split()))
 
 
 def terminal(comparison: Comparison) -> list[tuple[list[str], list[list[str]]]]:
-    """The tables as heads and rows for a terminal; an asterisk marks the best value, seeds are set in."""
+    """The tables as titles and rows for the terminal; best values end in an asterisk, runs of a group are indented."""
     results, settings = metrics_table(comparison), settings_table(comparison)
     rows = [
         [("  " if row.inner else "") + row.cells[0],

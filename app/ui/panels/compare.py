@@ -61,7 +61,7 @@ def tick(names: Sequence[str], seen: tuple[Any, ...] | None) -> list[Any]:
     marks = tuple(mark(name) for name in names)
     if marks == seen:
         return [gr.skip(), gr.skip(), gr.skip()]
-    comparison = compare.compare(names if len(names) > 1 else [], compare.MOST)
+    comparison = compare.compare(names if len(names) > 1 else [], compare.MAX_DRAWN)
     if len(comparison.runs) < 2:
         return [{"names": []}, marks, gr.Timer(active=False)]
     alive = any(run.status["state"] in ALIVE for run in comparison.runs)

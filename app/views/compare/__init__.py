@@ -10,14 +10,14 @@ import gradio as gr
 
 from app.views.component import component
 from mole.analysis import tables
-from mole.analysis.compare import Cell, Compared, Comparison, mean_curve
-from mole.analysis.run_metrics import Point, Points
+from mole.analysis.compare import ComparedRun, Comparison, SeedGroup, mean_curve
+from mole.analysis.run_metrics import LossCurve, LossPoint
 from mole.analysis.tables import Table
 from mole.core.errors import InputError
 
 HERE = Path(__file__).parent
 POINTS = 600
-"""Points of a curve that are sent and drawn; a screen has few more pixels for it."""
+"""LossCurve of a curve that are sent and drawn; a screen has few more pixels for it."""
 
 
 def compare_view(**given: Any) -> gr.HTML:
@@ -34,7 +34,7 @@ def shown(comparison: Comparison) -> dict[str, Any]:
         "metrics": table(tables.metrics_table(comparison)),
         "settings": table(tables.settings_table(comparison)),
         "markdown": tables.markdown(comparison),
-        "cells": [cell_shown(cell) for cell in comparison.cells],
+        "cells": [cell_shown(group) for group in comparison.groups],
     }
 
 
@@ -44,7 +44,7 @@ def table(made: Table) -> dict[str, Any]:
     return {"head": list(made.head), "rows": rows}
 
 
-def cell_shown(cell: Cell) -> dict[str, Any]:
+def cell_shown(cell: SeedGroup) -> dict[str, Any]:
     """A group: the curves of its runs, their mean when they are several, and the routing of each."""
     several = len(cell.counted) > 1
     return {
@@ -52,36 +52,36 @@ def cell_shown(cell: Cell) -> dict[str, Any]:
         "runs": [run_shown(run) for run in cell.runs],
         "counted": len(cell.counted),
         "mean": {
-            "train": rows(mean_curve([run.course.train for run in cell.counted], POINTS)),
-            "evals": rows(mean_curve([run.course.evals for run in cell.counted], POINTS)),
+            "train": rows(mean_curve([run.metrics.train for run in cell.counted], POINTS)),
+            "evals": rows(mean_curve([run.metrics.evals for run in cell.counted], POINTS)),
         } if several else None,
     }  # fmt: skip
 
 
-def run_shown(run: Compared) -> dict[str, Any]:
+def run_shown(run: ComparedRun) -> dict[str, Any]:
     """A run: its curves and its last routing."""
     return {
         "name": run.name,
         "seed": run.seed,
-        "train": thinned(run.course.train),
-        "evals": thinned(run.course.evals),
+        "train": thinned(run.metrics.train),
+        "evals": thinned(run.metrics.evals),
         "routing": routing(run),
         "no_routing": why_no_routing(run),
     }
 
 
-def thinned(points: Points) -> list[list[float]]:
+def thinned(points: LossCurve) -> list[list[float]]:
     return rows(points.thinned(POINTS))
 
 
-def rows(points: list[Point]) -> list[list[float]]:
+def rows(points: list[LossPoint]) -> list[list[float]]:
     """`[step, seconds, tokens, loss]` of every point."""
     return [[at.step, round(at.seconds, 1), round(at.tokens, 0), round(at.loss, 6)] for at in points]
 
 
-def routing(run: Compared) -> dict[str, Any] | None:
+def routing(run: ComparedRun) -> dict[str, Any] | None:
     """The last routing statistics with the experts of each layer (`counts`); None when there is nothing to see."""
-    last = run.course.routing
+    last = run.metrics.routing
     if last is None or last["experts"] < 2:
         return None
     try:
@@ -91,10 +91,10 @@ def routing(run: Compared) -> dict[str, Any] | None:
     return {**last, "counts": adapter.experts_by_layer(last["layers"])}
 
 
-def why_no_routing(run: Compared) -> str:
+def why_no_routing(run: ComparedRun) -> str:
     """What stands where the routing would."""
     if run.settings.get("adapter.router", run.status["router"]) == "lora":
         return "LoRA has one expert and no router: there is no routing."
-    if run.course.routing is not None:
+    if run.metrics.routing is not None:
         return "It has one expert a layer: there is nothing to route."
     return "No routing has been logged yet."

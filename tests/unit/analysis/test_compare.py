@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mole import runs
 from mole.analysis import compare, tables
-from mole.analysis.run_metrics import Point, Points, course_of
+from mole.analysis.run_metrics import LossCurve, LossPoint, read_metrics
 from mole.cli import parser
 from mole.config import RunConfig
 from mole.core import checkpoint
@@ -88,7 +88,7 @@ def test_only_the_settings_that_differ_are_listed(make: Make) -> None:
 
 def test_a_flag_is_no_number_and_a_whole_float_is() -> None:
     configs = {"a": {"x": 1, "y": 1, "z": [2, 4]}, "b": {"x": True, "y": 1.0, "z": [2, 4]}}
-    assert compare.differences(configs) == {"x": {"a": 1, "b": True}}
+    assert compare.differing(configs) == {"x": {"a": 1, "b": True}}
 
 
 def test_a_run_without_readable_settings_hides_no_difference_and_is_told(make: Make) -> None:
@@ -97,7 +97,7 @@ def test_a_run_without_readable_settings_hides_no_difference_and_is_told(make: M
     make("c", [1.0]).config_path.write_text("training: {max_steps: -1}")
     comparison = compare.compare(["a", "b", "c"])
     assert comparison.differences == {"training.seed": {"a": 0, "b": 1}}
-    assert [len(cell.runs) for cell in comparison.cells] == [2, 1]
+    assert [len(cell.runs) for cell in comparison.groups] == [2, 1]
     assert "The settings of c cannot be read." in comparison.notes
 
 
@@ -111,7 +111,7 @@ def test_a_run_without_readable_settings_hides_no_difference_and_is_told(make: M
     ],
 )
 def test_paths_are_as_short_as_still_tells_them_apart(paths: list[str], short: list[str]) -> None:
-    assert [compare.shortened([*paths, None, 3])[path] for path in paths] == short
+    assert [compare.short_paths([*paths, None, 3])[path] for path in paths] == short
 
 
 # What came out
@@ -119,7 +119,7 @@ def test_paths_are_as_short_as_still_tells_them_apart(paths: list[str], short: l
 
 def test_metrics_of_a_run(make: Make) -> None:
     run = make("a", [9.0] * 27 + [3.0, 2.0, 1.0], evals=[0.5, 0.7])
-    values = compare.metrics(course_of(run))
+    values = compare.final_metrics(read_metrics(run))
     assert values["eval_loss"] == 0.7 and values["best_eval_loss"] == 0.5
     assert values["train_loss"] == 2.0  # the mean of the last 3 of 30
     assert values["seconds"] == 30.0 and values["tokens_per_second"] == 100.0
@@ -131,7 +131,7 @@ def test_missing_metrics_are_missing_and_no_error(home: Path) -> None:
     runs.create(RunConfig.from_dict({"name": "newer", "data": {"path": "x"}, "training": {"seed": 1}}))
     comparison = compare.compare(["new", "newer", "gone"])
     assert [run.values for run in comparison.runs] == [{}, {}]
-    assert comparison.metrics == () and comparison.cells[0].stats == {}
+    assert comparison.metrics == () and comparison.groups[0].stats == {}
     assert [row.cells for row in tables.metrics_table(comparison).rows] == [
         ("dynmole (n = 2)",),
         ("new (seed 0) [queued]",),
@@ -144,28 +144,28 @@ def test_what_a_resumed_run_did_twice_counts_once_and_its_break_not_at_all(make:
     run = make("a", [4.0, 3.0, 2.0], evals=[9.0], finished=False)
     write(run, "started", 2, time=9000.0, trainable_parameters=5)
     write(run, "step", 3, time=9002.0, loss=1.0, tokens_per_second=10.0)
-    course = course_of(run)
-    assert [(point.step, point.loss) for point in map(course.train.__getitem__, range(3))] == [(1, 4), (2, 3), (3, 1)]
-    assert len(course.evals) == 0
-    assert course.seconds == 5.0 and course.tokens_per_second == 320 / 5
+    metrics = read_metrics(run)
+    assert [(point.step, point.loss) for point in map(metrics.train.__getitem__, range(3))] == [(1, 4), (2, 3), (3, 1)]
+    assert len(metrics.evals) == 0
+    assert metrics.seconds == 5.0 and metrics.tokens_per_second == 320 / 5
 
 
 def test_events_are_read_on_from_where_they_were_and_half_lines_wait(make: Make) -> None:
     run = make("a", [4.0, 3.0], finished=False)
-    before = course_of(run)
+    before = read_metrics(run)
     with run.events_path.open("ab") as file:
         file.write(b'{"type": "step", "step": 3, "time": 1003, "lo')
-    assert len(course_of(run).train) == 2
+    assert len(read_metrics(run).train) == 2
     with run.events_path.open("ab") as file:
         file.write(b'ss": 1.0}\nnot an event\n')
-    assert len(course_of(run).train) == 3 and len(before.train) == 2, "what was given out stays as it was"
+    assert len(read_metrics(run).train) == 3 and len(before.train) == 2, "what was given out stays as it was"
     run.events_path.write_text("")  # another run took the name
-    assert len(course_of(run).train) == 0
+    assert len(read_metrics(run).train) == 0
 
 
 def test_the_last_routing_is_kept_with_its_step(make: Make) -> None:
     run = make("a", [1.0] * 7)
-    last = course_of(run).routing
+    last = read_metrics(run).routing
     assert last is not None and last["step"] == 7 and last["entropy"] == [0.007]
 
 
@@ -196,8 +196,8 @@ def test_runs_that_differ_in_seed_alone_form_a_group(make: Make) -> None:
         make(f"sweep-topk-s{seed}", [1.0], evals=[loss], adapter=TOPK, training={"seed": seed})
     make("other", [1.0], evals=[0.25], adapter={**TOPK, "top_k": 2})
     comparison = compare.compare(["sweep-topk-s0", "other", "sweep-topk-s1", "sweep-topk-s2"])
-    assert [(cell.label, len(cell.runs)) for cell in comparison.cells] == [("sweep-topk", 3), ("other", 1)]
-    group, single = (cell.stats["eval_loss"] for cell in comparison.cells)
+    assert [(cell.label, len(cell.runs)) for cell in comparison.groups] == [("sweep-topk", 3), ("other", 1)]
+    group, single = (cell.stats["eval_loss"] for cell in comparison.groups)
     assert group.n == 3 and group.mean == pytest.approx(0.3, abs=1e-15)
     assert group.sd == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2), abs=1e-15)
     assert (single.mean, single.sd, single.n) == (0.25, None, 1)
@@ -222,10 +222,10 @@ def test_an_unfinished_run_is_flagged_and_left_out_of_the_mean(make: Make) -> No
     make("a-2", [1.0], evals=[5.0], training={"seed": 2}, finished=False)
     make("b", [1.0], evals=[0.01], adapter=TOPK, finished=False)
     comparison = compare.compare(["a-0", "a-1", "a-2", "b"])
-    group, unfinished = comparison.cells
+    group, unfinished = comparison.groups
     assert group.stats["eval_loss"].n == 2 and group.stats["eval_loss"].mean == pytest.approx(0.2)
-    assert tables.cell_title(group) == "a (n = 2, 1 unfinished left out)"
-    assert tables.cell_title(unfinished) == "b [interrupted]"
+    assert tables.group_title(group) == "a (n = 2, 1 unfinished left out)"
+    assert tables.group_title(unfinished) == "b [interrupted]"
     assert not comparison.best(compare.METRICS[0]), "an unfinished run is no winner, and one alone has not won"
     assert sum("are not final" in note for note in comparison.notes) == 2
 
@@ -235,7 +235,7 @@ def test_runs_on_changed_data_are_not_averaged(make: Make) -> None:
     changed = make("a-1", [1.0], training={"seed": 1}, finished=False)
     write(changed, "data", 0, time=2000.0, fingerprint="0" * 64)
     comparison = compare.compare(["a-0", "a-1"])
-    assert len(comparison.cells) == 2
+    assert len(comparison.groups) == 2
     assert comparison.differences["data content (sha256)"] == {"a-0": "f" * 12, "a-1": "0" * 12}
 
 
@@ -243,12 +243,12 @@ def test_a_run_that_still_waits_joins_its_group(make: Make) -> None:
     make("a-0", [1.0])
     runs.create(dataclasses.replace(runs.get("a-0").config, name="a-1"))
     comparison = compare.compare(["a-0", "a-1"])
-    assert [len(cell.runs) for cell in comparison.cells] == [2] and comparison.differences == {}
+    assert [len(cell.runs) for cell in comparison.groups] == [2] and comparison.differences == {}
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=9))
 def test_mean_and_deviation_are_those_of_the_formulas(values: list[float]) -> None:
-    found = compare.stat(values)
+    found = compare.mean_and_sd(values)
     mean = math.fsum(values) / len(values)
     assert found.n == len(values) and math.isclose(found.mean, mean, rel_tol=1e-12, abs_tol=1e-9)
     if len(values) == 1:
@@ -260,14 +260,14 @@ def test_mean_and_deviation_are_those_of_the_formulas(values: list[float]) -> No
 
 
 def test_a_mean_curve_has_the_steps_all_have() -> None:
-    one = Points([Point(1, 1.0, 10, 4.0), Point(2, 2.0, 20, 2.0), Point(3, 3.0, 30, 1.0)])
-    two = Points([Point(2, 4.0, 40, 4.0), Point(3, 5.0, 50, 5.0), Point(4, 9.0, 60, 9.0)])
-    assert compare.mean_curve([one, two], 10) == [Point(2, 3.0, 30, 3.0), Point(3, 4.0, 40, 3.0)]
+    one = LossCurve([LossPoint(1, 1.0, 10, 4.0), LossPoint(2, 2.0, 20, 2.0), LossPoint(3, 3.0, 30, 1.0)])
+    two = LossCurve([LossPoint(2, 4.0, 40, 4.0), LossPoint(3, 5.0, 50, 5.0), LossPoint(4, 9.0, 60, 9.0)])
+    assert compare.mean_curve([one, two], 10) == [LossPoint(2, 3.0, 30, 3.0), LossPoint(3, 4.0, 40, 3.0)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 599, 600, 601, 100_000])
 def test_a_curve_is_bounded_and_ends_where_it_ends(count: int) -> None:
-    thin = Points(Point(step, step, step, 1.0) for step in range(count)).thinned(600)
+    thin = LossCurve(LossPoint(step, step, step, 1.0) for step in range(count)).thinned(600)
     assert min(count, 300) <= len(thin) <= 600
     assert not count or thin[-1].step == count - 1
 
