@@ -30,6 +30,7 @@ def make_run(home: Path, tiny_folder: Path, tmp_path: Path) -> Any:
         settings = {
             "model.name": str(tiny_folder),
             "model.device": "cpu",
+            "model.dtype": "float32",
             "data.path": str(data),
             "data.eval_fraction": 0.1,
             "adapter.num_experts": 3,
@@ -56,13 +57,16 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(runs.Run, "stop_requested", lambda run: run.step >= step)
 
 
-@pytest.mark.parametrize("router", ["dynmole", "adamole", "sparsegen", "lora"])
+@pytest.mark.parametrize(
+    ("router", "dtype"),
+    [*((name, "float32") for name in ("dynmole", "adamole", "sparsegen", "lora")), ("dynmole", "bfloat16")],
+)
 def test_a_stopped_and_resumed_run_ends_with_the_same_weights_bit_for_bit(
-    make_run: Any, monkeypatch: pytest.MonkeyPatch, router: str
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, router: str, dtype: str
 ) -> None:
-    whole = make_run("whole", **{"adapter.router": router, "training.gradient_accumulation_steps": 2})
+    settings = {"adapter.router": router, "model.dtype": dtype, "training.gradient_accumulation_steps": 2}
+    whole, parts = make_run("whole", **settings), make_run("parts", **settings)
     train(whole)
-    parts = make_run("parts", **{"adapter.router": router, "training.gradient_accumulation_steps": 2})
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         train(parts)
@@ -111,13 +115,18 @@ def test_checkpoints_hold_no_pickle(make_run: Any) -> None:
     assert kinds <= {".safetensors", ".json", ".jsonl", ".jinja", ".md", ".yaml", ".log", ""}
 
 
-def test_micro_batches_add_up_to_one_big_batch(make_run: Any) -> None:
-    """Means over tokens (cross-entropy, entropy and z-loss) give the same first step however the batch is cut."""
+@pytest.mark.parametrize(("dtype", "loss", "grad_norm"), [("float32", 1e-5, 1e-5), ("bfloat16", 1e-3, 3e-3)])
+def test_micro_batches_add_up_to_one_big_batch(make_run: Any, dtype: str, loss: float, grad_norm: float) -> None:
+    """Means over tokens (cross-entropy, entropy and z-loss) give the same first step however the batch is cut.
+
+    In float64 the gradients agree to 4e-16 of their norm, in float32 to 4e-7, in bfloat16 (8 bits) to 2e-3.
+    """
     adapters = []
     for name, batch, parts in (("one", 8, 1), ("four", 2, 4)):
         run = make_run(
             name,
             **{
+                "model.dtype": dtype,
                 "training.max_steps": 1,
                 "training.per_device_train_batch_size": batch,
                 "training.gradient_accumulation_steps": parts,
@@ -132,9 +141,9 @@ def test_micro_batches_add_up_to_one_big_batch(make_run: Any) -> None:
         step = next(event for event in run.events() if event["type"] == "step")
         adapters.append((step, load_file(run.adapter_dir / "adapter_model.safetensors")))
     (one, first), (four, second) = adapters
-    assert one["loss"] == pytest.approx(four["loss"], abs=1e-5)
-    assert one["aux_loss"] == pytest.approx(four["aux_loss"], abs=1e-5)
-    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-4)
+    assert one["loss"] == pytest.approx(four["loss"], abs=loss)
+    assert one["aux_loss"] == pytest.approx(four["aux_loss"], abs=loss)
+    assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=grad_norm)
     assert first.keys() == second.keys()
 
 
@@ -180,8 +189,12 @@ def test_logits_only_at_labels_are_those_of_the_whole_forward(tiny_model: Any) -
     torch.testing.assert_close(part, whole[positions])
 
 
-def test_gradient_checkpointing_changes_the_memory_not_the_weights(make_run: Any) -> None:
-    plain, saving = make_run("plain"), make_run("saving", **{"training.gradient_checkpointing": True})
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_checkpointing_changes_the_memory_not_the_weights(make_run: Any, dtype: str) -> None:
+    plain, saving = (
+        make_run(name, **{"model.dtype": dtype, "training.gradient_checkpointing": on})
+        for name, on in (("plain", False), ("saving", True))
+    )
     for run in (plain, saving):
         train(run)
     assert weights(plain) == weights(saving)
