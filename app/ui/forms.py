@@ -18,7 +18,7 @@ import yaml
 from gradio.components import Component
 
 from app.ui import problem
-from mole.config import ROUTERS, SECTIONS, AdapterConfig, RunConfig, options_of, spec_of
+from mole.config import ROUTERS, SECTIONS, AdapterConfig, RunConfig, spec_of, union_members
 from mole.core.errors import DataError, ModelError, MoleError
 
 WORDS = {
@@ -40,7 +40,7 @@ def label_of(item: dataclasses.Field[Any]) -> str:
 def help_of(item: dataclasses.Field[Any]) -> str:
     """A setting's help, with its default where that is the paper's."""
     spec = spec_of(item)
-    return f"{spec.help} Paper: {spelled(default_of(item))}." if spec.papers else spec.help
+    return f"{spec.help} Paper: {spelled(default_of(item))}." if spec.from_paper else spec.help
 
 
 def element_id(dotted: str, router: str = "") -> str:
@@ -62,7 +62,7 @@ def component(owner: type, item: dataclasses.Field[Any], **given: Any) -> Compon
     other numbers a number box, and everything else (text, lists, mappings) a text box as on the command line.
     """
     spec, default = spec_of(item), default_of(item)
-    kinds = options_of(typing.get_type_hints(owner)[item.name])
+    kinds = union_members(typing.get_type_hints(owner)[item.name])
     shown: dict[str, Any] = {"label": label_of(item), "info": help_of(item), "value": default, **given}
     if "choices" in given:
         return gr.Dropdown(**shown)

@@ -93,7 +93,7 @@ def train_settings(options: argparse.Namespace) -> dict[str, Any]:
         if key in SECTIONS and value is None:
             values[key] = {}
     if options.preset:
-        values = presets.over(presets.find(options.preset), values)
+        values = presets.merge_preset(presets.find_preset(options.preset), values)
     overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
     for entry in options.settings:
         key, separator, value = entry.partition("=")
@@ -107,7 +107,7 @@ def train_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def list_presets(options: argparse.Namespace) -> None:
     """`mole presets`"""
-    found = [*presets.BUILT_IN, *presets.saved()]
+    found = presets.all_presets()
     table(["NAME", "TITLE", "WHAT IT SETS"], [[preset.name, preset.title, preset.summary] for preset in found])
 
 

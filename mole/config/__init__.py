@@ -6,7 +6,17 @@ configurations. The command line, the form in the browser, `MoleConfig` and the 
 torch.
 """
 
-from mole.config.fields import LARGEST, Spec, build, check, coerce, options_of, setting, spec_of, unknown_setting
+from mole.config.fields import (
+    MAX_INTEGER,
+    Spec,
+    build_settings,
+    check_settings,
+    coerce,
+    setting,
+    spec_of,
+    union_members,
+    unknown_setting,
+)
 from mole.config.router_params import (
     ROUTERS,
     AdaMoLEParams,
@@ -18,8 +28,8 @@ from mole.config.router_params import (
     ThresholdParams,
     TopKParams,
     TopPParams,
+    params_class,
     router_field_names,
-    router_params,
 )
 from mole.config.schema import (
     SECTIONS,
@@ -31,12 +41,12 @@ from mole.config.schema import (
     apply_overrides,
     check_sections,
 )
-from mole.config.yaml_loader import PlainSettings, parse_yaml, read_yaml
+from mole.config.yaml_loader import TextLoader, parse_yaml, read_yaml
 
 __all__ = [
-    "LARGEST", "ROUTERS", "SECTIONS", "AdaMoLEParams", "AdapterConfig", "DataConfig", "DenseParams", "DynMoLEParams",
-    "LoraParams", "ModelConfig", "PlainSettings", "RouterParams", "RunConfig", "SparsegenParams", "Spec",
-    "ThresholdParams", "TopKParams", "TopPParams", "TrainingConfig", "apply_overrides", "build", "check",
-    "check_sections", "coerce", "options_of", "parse_yaml", "read_yaml", "router_field_names", "router_params",
-    "setting", "spec_of", "unknown_setting",
+    "MAX_INTEGER", "ROUTERS", "SECTIONS", "AdaMoLEParams", "AdapterConfig", "DataConfig", "DenseParams",
+    "DynMoLEParams", "LoraParams", "ModelConfig", "RouterParams", "RunConfig", "SparsegenParams", "Spec",
+    "TextLoader", "ThresholdParams", "TopKParams", "TopPParams", "TrainingConfig", "apply_overrides",
+    "build_settings", "check_sections", "check_settings", "coerce", "params_class", "parse_yaml", "read_yaml",
+    "router_field_names", "setting", "spec_of", "union_members", "unknown_setting",
 ]  # fmt: skip

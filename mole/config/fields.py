@@ -18,7 +18,7 @@ import yaml
 from mole.config.yaml_loader import parse_yaml
 from mole.core.errors import ConfigError, InputError, brief
 
-LARGEST = 2**63 - 1
+MAX_INTEGER = 2**63 - 1
 """The largest whole number that the libraries under us can take."""
 
 
@@ -34,7 +34,7 @@ class Spec:
     label: str | None = None
     flag: str | None = None
     """The command line's short flag for it, e.g. `--rank`; every setting also answers to `--set section.name=`."""
-    papers: bool = False
+    from_paper: bool = False
     """Whether the default is the method's paper's (or its authors' code's), which the form then says."""
 
     def range_text(self) -> str:
@@ -68,7 +68,7 @@ def unknown_setting(section: str, key: Any, known: set[str]) -> InputError:
     return InputError(f"{shown or repr(shown)} is not a setting; there is: {', '.join(sorted(known))}.", field=dotted)
 
 
-def build(section_class: Any, values: Mapping[str, Any], section: str) -> Any:
+def build_settings(section_class: Any, values: Mapping[str, Any], section: str) -> Any:
     """Make a section from a mapping, text turned into the field's type. Raises `ConfigError` or `InputError`."""
     hints = typing.get_type_hints(section_class)
     known = {item.name for item in fields(section_class)}
@@ -78,7 +78,7 @@ def build(section_class: Any, values: Mapping[str, Any], section: str) -> Any:
     return section_class(**{key: coerce(hints[key], value, f"{section}.{key}") for key, value in values.items()})
 
 
-def check(section: Any, prefix: str) -> None:
+def check_settings(section: Any, prefix: str) -> None:
     """Hold every setting of a section against its type, bounds and choices. Raises `ConfigError`."""
     hints = typing.get_type_hints(type(section))
     for item in fields(section):
@@ -96,10 +96,10 @@ def check(section: Any, prefix: str) -> None:
                 or (spec.le is not None and value > spec.le)
             )
             if outside:
-                raise ConfigError(name, value, f"{kind_text(hints[item.name])} {spec.range_text()}")
+                raise ConfigError(name, value, f"{type_text(hints[item.name])} {spec.range_text()}")
 
 
-KINDS = {
+TYPE_WORDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -109,14 +109,14 @@ KINDS = {
 }
 
 
-def kind_text(hint: Any) -> str:
+def type_text(hint: Any) -> str:
     """A type hint in words, e.g. `"a whole number or a list"`."""
-    options = [option for option in options_of(hint) if option is not type(None)]
-    words = [KINDS.get(typing.get_origin(option) or option, "a value") for option in options]
-    return " or ".join(words) + (" or empty" if len(options) < len(options_of(hint)) else "")
+    options = [option for option in union_members(hint) if option is not type(None)]
+    words = [TYPE_WORDS.get(typing.get_origin(option) or option, "a value") for option in options]
+    return " or ".join(words) + (" or empty" if len(options) < len(union_members(hint)) else "")
 
 
-def options_of(hint: Any) -> tuple[Any, ...]:
+def union_members(hint: Any) -> tuple[Any, ...]:
     """The alternatives of a union, or the hint itself."""
     is_union = typing.get_origin(hint) in (Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
@@ -127,11 +127,11 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
 
     Raises `ConfigError` when it cannot be read so, also for numbers that are not finite.
     """
-    options = options_of(hint)
+    options = union_members(hint)
     if value is None or (value == "" and str not in options):
         if type(None) in options:
             return None
-        raise ConfigError(name, value, kind_text(hint))
+        raise ConfigError(name, value, type_text(hint))
     if isinstance(value, str) and ({bool, int, float} & set(options) or any(map(typing.get_origin, options))):
         value = parse_text(value, options)
     for option in options:
@@ -140,7 +140,7 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
             if abs(value) <= sys.float_info.max:
                 return float(value)
         elif origin is int and isinstance(value, (int, float)):
-            if not isinstance(value, bool) and abs(value) <= LARGEST and value == int(value):
+            if not isinstance(value, bool) and abs(value) <= MAX_INTEGER and value == int(value):
                 return int(value)
         elif origin is list and isinstance(value, (list, tuple)):
             (inner,) = typing.get_args(option)
@@ -151,7 +151,7 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
             if isinstance(value, str) and not value.isascii():
                 check_characters(value, name)
             return value
-    raise ConfigError(name, value, kind_text(hint))
+    raise ConfigError(name, value, type_text(hint))
 
 
 def check_characters(text: str, name: str) -> None:

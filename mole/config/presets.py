@@ -12,7 +12,7 @@ from mole.core import checkpoint, limits
 from mole.core.errors import InputError, RunError, writing
 from mole.runs.run import check_name, home
 
-KEPT = (
+KEPT_SETTINGS = (
     "model.name", "model.dtype", "model.quantization", "model.device",
     "data.path", "data.eval_path", "data.eval_fraction", "data.columns",
 )  # fmt: skip
@@ -31,17 +31,17 @@ class Preset:
     summary: str
     paper: str = ""
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    own: bool = False
+    user_saved: bool = False
     """Whether somebody saved it: then it is complete, model and data too."""
 
-    def over(self, values: Mapping[str, Any]) -> RunConfig:
+    def run_config(self, values: Mapping[str, Any]) -> RunConfig:
         """The run of this preset, with the model and the data of `values` (a nested form) where it has none.
 
         Raises `InputError` when those, or a preset of one's own, cannot be used.
         """
         check_sections(values)
         nested = {section: dict(self.overrides.get(section, {})) for section in SECTIONS}
-        for dotted in () if self.own else KEPT:
+        for dotted in () if self.user_saved else KEPT_SETTINGS:
             section, _, name = dotted.partition(".")
             if name in values.get(section, {}):
                 nested[section].setdefault(name, values[section][name])
@@ -53,7 +53,7 @@ def epochs(number: float, **more: Any) -> dict[str, Any]:
     return {"max_steps": 0, "num_train_epochs": number, **more}
 
 
-BUILT_IN = (
+BUILT_IN_PRESETS = (
     Preset(
         "cpu",
         "CPU, five minutes",
@@ -161,20 +161,24 @@ BUILT_IN = (
     ),
 )  # fmt: skip
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in BUILT_IN}
+
+def all_presets() -> list[Preset]:
+    """The built-in presets, then those the user saved, by name."""
+    return [*BUILT_IN_PRESETS, *saved_presets()]
 
 
-def find(name: str) -> Preset:
+def find_preset(name: str) -> Preset:
     """The preset of that name, built in or one's own. Raises `InputError` naming those there are."""
-    for preset in (*BUILT_IN, *saved()):
+    presets = all_presets()
+    for preset in presets:
         if preset.name == name:
             return preset
-    known = ", ".join([*PRESETS, *(preset.name for preset in saved())])
+    known = ", ".join(preset.name for preset in presets)
     raise InputError(f"There is no preset {name!r}; there is: {known}.", field="preset")
 
 
-def over(preset: Preset, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested form `values` (of a config file) laid over a preset's."""
+def merge_preset(preset: Preset, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's settings with those of `values` (the nested form, of a config file) over them."""
     flat = {
         f"{section}.{key}": value
         for section in SECTIONS
@@ -189,15 +193,15 @@ def over(preset: Preset, values: Mapping[str, Any]) -> dict[str, Any]:
 # One's own: `$MOLE_HOME/presets/NAME.yaml`, in the form of `run.yaml`
 
 
-def folder() -> Path:
+def presets_dir() -> Path:
     """Where one's own presets are."""
     return home() / "presets"
 
 
-def saved() -> list[Preset]:
+def saved_presets() -> list[Preset]:
     """One's own presets, by name; files that hold no settings are passed over."""
     found = []
-    for path in sorted(folder().glob("*.yaml")):
+    for path in sorted(presets_dir().glob("*.yaml")):
         try:
             values = read_yaml(path)
         except InputError:
@@ -205,37 +209,37 @@ def saved() -> list[Preset]:
         sections = {key: values[key] for key in SECTIONS if isinstance(values.get(key), Mapping)}
         adapter, model = sections.get("adapter", {}), sections.get("model", {})
         summary = f"Saved by you: {adapter.get('router', 'dynmole')} on {model.get('name', 'smollm2-135m')}."
-        found.append(Preset(path.stem, path.stem, summary, overrides=sections, own=True))
+        found.append(Preset(path.stem, path.stem, summary, overrides=sections, user_saved=True))
     return found
 
 
 @writing()
-def save(name: str, config: RunConfig) -> Preset:
+def save_preset(name: str, config: RunConfig) -> Preset:
     """Keep a config as a preset of one's own; one of that name is replaced. Raises `RunError` for a bad name."""
-    path, text = own_path(name), config.to_yaml()
+    path, text = preset_path(name), config.to_yaml()
     path.parent.mkdir(parents=True, exist_ok=True)
     if len(text.encode()) > limits.PRESET_BYTES:
         raise RunError(f"These settings take more than {limits.PRESET_BYTES >> 10} KB as a preset.", field="preset")
-    if not path.exists() and len(list(folder().glob("*.yaml"))) >= limits.PRESETS:
+    if not path.exists() and len(list(presets_dir().glob("*.yaml"))) >= limits.PRESETS:
         raise RunError(
             f"{limits.PRESETS} presets of yours are kept already, which is the most; delete one.", field="preset"
         )
     checkpoint.write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-    return find(name)
+    return find_preset(name)
 
 
 @writing()
-def delete(name: str) -> None:
+def delete_preset(name: str) -> None:
     """Delete a preset of one's own. Raises `RunError` when there is none."""
-    path = own_path(name)
+    path = preset_path(name)
     if not path.is_file():
         raise RunError(f"There is no preset of yours called {name!r}.", field="preset")
     path.unlink()
 
 
-def own_path(name: str) -> Path:
+def preset_path(name: str) -> Path:
     """The file of one's own preset. Raises `RunError` when it may not be called so."""
     check_name(name, "preset", "preset")
-    if name in PRESETS:
+    if any(preset.name == name for preset in BUILT_IN_PRESETS):
         raise RunError(f"{name!r} is a preset that is built in; choose another name.", field="preset")
-    return folder() / f"{name}.yaml"
+    return presets_dir() / f"{name}.yaml"

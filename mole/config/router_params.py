@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from mole.config.fields import check, setting
+from mole.config.fields import check_settings, setting
 from mole.core.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ class RouterParams:
     z_loss_coef: float = setting(0.0, "Weight of the router z-loss, mean (logsumexp of the logits)².", ge=0)
 
     def __post_init__(self) -> None:
-        check(self, "adapter")
+        check_settings(self, "adapter")
 
 
 @dataclass
@@ -44,8 +44,8 @@ class TopKParams(RouterParams):
     paper = "https://arxiv.org/abs/2402.08562"
     summary = "The k most probable experts, their probabilities renormalised to sum 1."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, papers=True)
-    top_k: int = setting(2, "Experts used per token (k).", ge=1, papers=True)
+    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, from_paper=True)
+    top_k: int = setting(2, "Experts used per token (k).", ge=1, from_paper=True)
 
 
 @dataclass
@@ -56,7 +56,7 @@ class TopPParams(RouterParams):
     summary = "The fewest experts whose probabilities reach top_p, renormalised to sum 1."
 
     balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0)
-    top_p: float = setting(0.8, "Probability the kept experts must reach together.", gt=0, le=1, papers=True)
+    top_p: float = setting(0.8, "Probability the kept experts must reach together.", gt=0, le=1, from_paper=True)
 
 
 @dataclass
@@ -87,7 +87,7 @@ class AdaMoLEParams(RouterParams):
     paper = "https://arxiv.org/abs/2405.00361"
     summary = "A threshold network sets, for each token, how probable an expert must be to take part."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, papers=True)
+    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, from_paper=True)
     max_threshold: float | None = setting(
         None, "Largest threshold τ_max the network can ask for; empty means 1/E, the paper's.", gt=0, le=1
     )
@@ -103,19 +103,19 @@ class DynMoLEParams(RouterParams):
     paper = "https://arxiv.org/abs/2504.00661"
     summary = "An unsure router (high Tsallis entropy) uses all experts; a sure one only its top-p."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, papers=True)
+    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, from_paper=True)
     entropy_loss_coef: float = setting(
-        1e-2, "Weight of the mean router entropy: it makes the router decide.", ge=0, papers=True
+        1e-2, "Weight of the mean router entropy: it makes the router decide.", ge=0, from_paper=True
     )
     entropy_threshold: float = setting(
-        0.9, "Normalised entropy above which a token uses all experts; 1 or more never does.", ge=0, papers=True
+        0.9, "Normalised entropy above which a token uses all experts; 1 or more never does.", ge=0, from_paper=True
     )
     entropy_index: float = setting(
-        1.1, "Index q of the entropy; 1 is Shannon's, larger stresses the likely experts.", gt=0, le=2, papers=True
+        1.1, "Index q of the entropy; 1 is Shannon's, larger stresses the likely experts.", gt=0, le=2, from_paper=True
     )
-    entropy_type: str = setting("tsallis", "Family of the entropy.", choices=("tsallis", "renyi"), papers=True)
-    keep_top_k: int = setting(2, "Experts a sure token keeps at least.", ge=1, papers=True)
-    top_p: float = setting(0.75, "Probability mass a sure token's experts may have.", gt=0, le=1, papers=True)
+    entropy_type: str = setting("tsallis", "Family of the entropy.", choices=("tsallis", "renyi"), from_paper=True)
+    keep_top_k: int = setting(2, "Experts a sure token keeps at least.", ge=1, from_paper=True)
+    top_p: float = setting(0.75, "Probability mass a sure token's experts may have.", gt=0, le=1, from_paper=True)
     inclusive_top_p: bool = setting(
         False, "Also keep the expert that crosses top_p (the usual nucleus; the authors' code drops it)."
     )
@@ -146,7 +146,7 @@ ROUTERS: dict[str, type[RouterParams]] = {
 }
 
 
-def router_params(router: str) -> type[RouterParams]:
+def params_class(router: str) -> type[RouterParams]:
     """The parameter dataclass of a router. Raises `ConfigError` for an unknown name."""
     if not isinstance(router, str) or router not in ROUTERS:
         raise ConfigError("adapter.router", router, f"one of: {', '.join(ROUTERS)}")

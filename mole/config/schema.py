@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from mole.config.fields import build, check, setting, unknown_setting
-from mole.config.router_params import DynMoLEParams, RouterParams, router_field_names, router_params
+from mole.config.fields import build_settings, check_settings, setting, unknown_setting
+from mole.config.router_params import DynMoLEParams, RouterParams, params_class, router_field_names
 from mole.config.yaml_loader import read_yaml
 from mole.core import limits
 from mole.core.errors import ConfigError, InputError, brief
@@ -46,7 +46,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self, "model")
+        check_settings(self, "model")
         if not self.name:
             raise ConfigError("model.name", self.name, "a hub id, a folder, a .gguf file or smollm2-135m")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
@@ -68,7 +68,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self, "data")
+        check_settings(self, "data")
 
 
 @dataclass
@@ -86,10 +86,10 @@ class AdapterConfig:
     params: RouterParams = field(default_factory=DynMoLEParams)
 
     def __post_init__(self) -> None:
-        expected = router_params(self.router)
+        expected = params_class(self.router)
         if type(self.params) is not expected:
             raise ConfigError("adapter.params", self.params, f"a {expected.__name__} for router {self.router!r}")
-        check(self, "adapter")
+        check_settings(self, "adapter")
         counts = self.expert_counts
         if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
             raise ConfigError(
@@ -126,8 +126,8 @@ class AdapterConfig:
         belongs to another router, naming those of this one.
         """
         router = values.get("router", "dynmole")
-        params_class = router_params(router)
-        own = {item.name for item in fields(params_class)}
+        params_type = params_class(router)
+        own = {item.name for item in fields(params_type)}
         shared = {item.name for item in fields(cls)} - {"params"}
         given = {key: value for key, value in values.items() if key not in shared and value is not None}
         for key in given:
@@ -140,9 +140,9 @@ class AdapterConfig:
                     field=f"adapter.{key}",
                 )
             raise unknown_setting("adapter", key, shared | own)
-        params = build(params_class, given, "adapter")
+        params = build_settings(params_type, given, "adapter")
         rest = {key: value for key, value in values.items() if key in shared}
-        return build(cls, {**rest, "params": params}, "adapter")
+        return build_settings(cls, {**rest, "params": params}, "adapter")
 
     def to_flat(self) -> dict[str, Any]:
         """The flat form, complete: every setting of the adapter and of its router."""
@@ -181,7 +181,7 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self, "training")
+        check_settings(self, "training")
 
 
 @dataclass
@@ -204,7 +204,9 @@ class RunConfig:
             if key not in {item.name for item in fields(cls)}:
                 raise unknown_setting("", key, {item.name for item in fields(cls)})
         sections: dict[str, Any] = {
-            key: build(section, values.get(key, {}), key) for key, section in SECTIONS.items() if key != "adapter"
+            key: build_settings(section, values.get(key, {}), key)
+            for key, section in SECTIONS.items()
+            if key != "adapter"
         }
         names: dict[str, Any] = {key: values.get(key) for key in ("name", "group")}
         for key, name in names.items():

@@ -15,7 +15,7 @@ MAX_YAML_DEPTH = 20
 """Deepest nesting of mappings and lists that is read."""
 
 
-class Settings(yaml.SafeLoader):
+class SettingsLoader(yaml.SafeLoader):
     """YAML as settings need it: plain values, every name once, no depth, and no aliases, which can grow without end."""
 
     depth = 0
@@ -40,14 +40,14 @@ class Settings(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class PlainSettings(Settings):
+class TextLoader(SettingsLoader):
     """The same with every value as text."""
 
 
-PlainSettings.yaml_implicit_resolvers = {}
+TextLoader.yaml_implicit_resolvers = {}
 
 
-def parse_yaml(text: str, loader: type[Settings] = Settings) -> Any:
+def parse_yaml(text: str, loader: type[SettingsLoader] = SettingsLoader) -> Any:
     """The value of YAML text. Raises `yaml.YAMLError`, whatever is wrong with it."""
     if len(text) > MAX_YAML_LENGTH:
         raise yaml.YAMLError(f"longer than {MAX_YAML_LENGTH:,} characters")

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mole.config import AdapterConfig, router_params
+from mole.config import AdapterConfig, params_class
 from mole.core import checkpoint, processes
 from mole.mixture import decode_kernel, experts, routers, shared_input
 from mole.mixture.decode_kernel import FUNCTIONS, OneToken, Recipe
@@ -166,7 +166,7 @@ def check(recipe: Recipe, function: Any) -> None:
 
 def example(recipe: Recipe) -> Stack:
     """Layers with adapters of a recipe and random weights."""
-    params = router_params(recipe.router)(**recipe.params)
+    params = params_class(recipe.router)(**recipe.params)
     adapter = AdapterConfig(
         router=recipe.router, num_experts=recipe.experts, r=recipe.rank, lora_alpha=recipe.scaling * recipe.rank,
         lora_dropout=0.0, params=params,

@@ -29,8 +29,8 @@ from mole.config import (
     ThresholdParams,
     TopKParams,
     TopPParams,
-    build,
-    router_params,
+    build_settings,
+    params_class,
 )
 from mole.core.errors import ConfigError
 
@@ -396,5 +396,5 @@ def build_router(name: str, in_features: int, num_experts: int, **params: Any) -
     """
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ConfigError("adapter.num_experts", num_experts, "a whole number of at least 1")
-    settings = build(router_params(name), params, "adapter")
+    settings = build_settings(params_class(name), params, "adapter")
     return ROUTERS[name](in_features, num_experts, settings)

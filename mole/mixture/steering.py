@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mole.config import LARGEST, ROUTERS, RouterParams, coerce, router_params, unknown_setting
+from mole.config import MAX_INTEGER, ROUTERS, RouterParams, coerce, params_class, unknown_setting
 from mole.core.errors import InputError, brief
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def check(steering: Steering, router: str, experts: int) -> None:
         return
     if router not in ROUTERS:
         raise InputError("There is no router to steer: this is no mixture of experts.", field="steering")
-    changed(router_params(router)(), steering.settings)
+    changed(params_class(router)(), steering.settings)
     for name in ("muted", "pinned"):
         if (last := max(getattr(steering, name), default=-1)) >= experts:
             raise InputError(
@@ -178,4 +178,4 @@ def plain(value: Any) -> str:
         return "1/E"  # AdaMoLE's default, the only setting that may be empty
     if isinstance(value, bool):
         return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, (int, float)) and abs(value) < LARGEST else brief(value)
+    return f"{value:g}" if isinstance(value, (int, float)) and abs(value) < MAX_INTEGER else brief(value)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mole.config import PlainSettings, RunConfig, apply_overrides, check_sections, parse_yaml
+from mole.config import RunConfig, TextLoader, apply_overrides, check_sections, parse_yaml
 from mole.core.errors import InputError, RunError
 from mole.runs import store
 from mole.runs.store import Run
@@ -110,7 +110,7 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
 def parse_values(text: str) -> list[Any]:
     """Values with commas between them, e.g. `0, 1, 2` or `8, [2,4,6,8]`; `null` is no value."""
     try:
-        found = parse_yaml(f"[{text}]", PlainSettings)  # plain text everywhere: the settings know their types
+        found = parse_yaml(f"[{text}]", TextLoader)  # plain text everywhere: the settings know their types
     except yaml.YAMLError:
         found = [part.strip() for part in text.split(",")]
     return [None if value in ("null", "~") else value for value in found if value != ""]

@@ -16,7 +16,7 @@ from test_layer import INPUTS, OUTPUTS, RANK, adapted, experts_of
 from test_shared_input import pair
 from torch import Tensor, nn
 
-from mole.config import ROUTERS, AdapterConfig, router_params
+from mole.config import ROUTERS, AdapterConfig, params_class
 from mole.mixture import aot_compile
 from mole.mixture.decode_kernel import FUNCTIONS
 
@@ -192,7 +192,7 @@ def test_two_adapters_at_once_are_added_up(functions: Path) -> None:
     model = pair("dynmole", torch.float32)[0].eval()
     x = tokens(torch.float32, model.q_proj.in_features)[0]
     calls = counted(compiled(model, x))
-    other = AdapterConfig(router="dense", num_experts=2, r=2, params=router_params("dense")())
+    other = AdapterConfig(router="dense", num_experts=2, r=2, params=params_class("dense")())
     for layer in (model.q_proj, model.k_proj, model.v_proj):
         layer.add_adapter("other", other, 2, inference_mode=True)
         layer.mole_studio_B["other"].weight.data.normal_()

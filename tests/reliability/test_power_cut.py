@@ -58,7 +58,7 @@ def make_run(config: dict[str, Any]) -> None:
 
 
 def save_preset(config: dict[str, Any]) -> None:
-    presets.save("mine", RunConfig.from_dict(config))
+    presets.save_preset("mine", RunConfig.from_dict(config))
 
 
 def keep_upload(config: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ def test_killed_before_any_of_its_operations_it_is_there_whole_or_not_at_all(
             assert run.config.training.max_steps == there.training.max_steps
             assert [event["type"] for event in run.events()] == ["created"]
         if act is save_preset:
-            assert all(preset.over({}).training == there.training for preset in presets.saved())
+            assert all(preset.run_config({}).training == there.training for preset in presets.saved_presets())
         if act is write_record:
             assert processes.read_record(home / "record.json") == config
     runs.delete(runs.get("there")) if (runs.runs_dir() / "there").exists() else runs.create(there)

@@ -46,8 +46,8 @@ def test_no_name_leads_out_of_its_folder(home: Path, name: str) -> None:
         lambda: runs.get(name),
         lambda: runs.create(RunConfig.from_dict({"name": name})),
         lambda: runs.create(RunConfig.from_dict({"name": "fine", "group": name})),
-        lambda: presets.save(name, RunConfig()),
-        lambda: presets.delete(name),
+        lambda: presets.save_preset(name, RunConfig()),
+        lambda: presets.delete_preset(name),
     ):
         with pytest.raises(RunError):
             attempt()

@@ -54,8 +54,8 @@ def test_the_size_of_a_run(section: str, values: dict[str, Any], field: str, mos
 
 
 def test_what_the_papers_use_is_far_below() -> None:
-    for preset in presets.BUILT_IN:
-        preset.over({})
+    for preset in presets.BUILT_IN_PRESETS:
+        preset.run_config({})
     config(adapter={"num_experts": 64, "r": 256}, data={"max_length": 32_768})
 
 
@@ -153,13 +153,13 @@ def test_the_queue_and_the_grid(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_presets_of_one_s_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "PRESETS", 3)
     for number in range(3):
-        presets.save(f"p{number}", RunConfig())
-    presets.save("p0", RunConfig())  # in place of itself
+        presets.save_preset(f"p{number}", RunConfig())
+    presets.save_preset("p0", RunConfig())  # in place of itself
     with pytest.raises(RunError, match="3 presets of yours are kept") as caught:
-        presets.save("p3", RunConfig())
+        presets.save_preset("p3", RunConfig())
     assert caught.value.field == "preset"
     with pytest.raises(RunError, match="64 KB"):
-        presets.save("p0", config(data={"columns": {"prompt": "x" * 100_000}}))
+        presets.save_preset("p0", config(data={"columns": {"prompt": "x" * 100_000}}))
     assert len(list((home / "presets").iterdir())) == 3
 
 

@@ -65,13 +65,13 @@ def build(form: forms.RunForm) -> Presets:
 
 def choices() -> list[tuple[str, str]]:
     """Every preset's title and name, one's own at the end."""
-    found = [DEFAULTS, *presets.BUILT_IN, *presets.saved()]
-    return [(f"Yours: {preset.title}" if preset.own else preset.title, preset.name) for preset in found]
+    found = [DEFAULTS, *presets.all_presets()]
+    return [(f"Yours: {preset.title}" if preset.user_saved else preset.title, preset.name) for preset in found]
 
 
 def words(preset: Preset) -> str:
     """A preset in one sentence, with its paper."""
-    summary = escaped(preset.summary) if preset.own else preset.summary
+    summary = escaped(preset.summary) if preset.user_saved else preset.summary
     return f"{summary} [Paper]({preset.paper})" if preset.paper else summary
 
 
@@ -81,12 +81,12 @@ def wire(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
     def choose(name: str, *values: Any) -> list[Any]:
         nested = form.nested(values)
         try:
-            preset = presets.find(name) if name else DEFAULTS
-            config = preset.over(nested)
+            preset = presets.find_preset(name) if name else DEFAULTS
+            config = preset.run_config(nested)
         except InputError as error:
             return [problem.told(str(error), "preset"), *[gr.skip()] * (2 + len(values))]
         config.name = nested.get("name")
-        return [problem.told(), words(preset), gr.Button(visible=preset.own), *form.fill(config)]
+        return [problem.told(), words(preset), gr.Button(visible=preset.user_saved), *form.fill(config)]
 
     def load(path: str) -> list[Any]:
         try:
@@ -116,7 +116,7 @@ def wire_own(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
     def keep(name: str, *values: Any) -> list[Any]:
         settings.forbid_on_space()
         try:
-            preset = presets.save(name.strip(), form.config(values))
+            preset = presets.save_preset(name.strip(), form.config(values))
         except MoleError as error:
             return [problem.told(str(error), "preset-name"), *[gr.skip()] * 4]
         chosen = gr.Dropdown(choices=choices(), value=preset.name)
@@ -124,7 +124,7 @@ def wire_own(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
 
     def delete(name: str) -> list[Any]:
         settings.forbid_on_space()
-        told(lambda: presets.delete(name))
+        told(lambda: presets.delete_preset(name))
         chosen = gr.Dropdown(choices=choices(), value=DEFAULTS.name)
         return [chosen, "The preset is deleted; the form is as it was.", gr.Button(visible=False)]
 

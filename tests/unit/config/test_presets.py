@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mole.config import ROUTERS, RunConfig, presets
-from mole.config.presets import PRESETS
+from mole.config.presets import find_preset
 from mole.core.errors import InputError, RunError
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -64,20 +64,20 @@ def setting(config: RunConfig, dotted: str) -> Any:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_papers_preset_has_the_papers_values(name: str) -> None:
-    config = PRESETS[name].over({})
+    config = find_preset(name).run_config({})
     assert {dotted: setting(config, dotted) for dotted in PAPERS[name]} == PAPERS[name]
-    assert PRESETS[name].paper == ROUTERS[config.adapter.router].paper
+    assert find_preset(name).paper == ROUTERS[config.adapter.router].paper
 
 
 def test_a_preset_keeps_model_and_data_and_puts_all_else_back() -> None:
-    config = PRESETS["mola"].over(MINE)
+    config = find_preset("mola").run_config(MINE)
     assert config.to_dict()["model"] == MINE["model"]
     assert {key: setting(config, f"data.{key}") for key in MINE["data"]} == MINE["data"]
     assert (config.adapter.r, config.training.seed) == (8, 0)
 
 
 def test_the_presets_of_a_machine_say_which_model() -> None:
-    small, large = PRESETS["cpu"].over(MINE), PRESETS["gpu-24gb"].over(MINE)
+    small, large = find_preset("cpu").run_config(MINE), find_preset("gpu-24gb").run_config(MINE)
     assert (small.model.name, small.model.device, small.data.path) == ("smollm2-135m", "cpu", "mine.jsonl")
     assert small.adapter == RunConfig().adapter
     assert (large.model.dtype, large.model.quantization, large.model.device) == ("bfloat16", "4bit", "cuda")
@@ -87,32 +87,32 @@ def test_the_presets_of_a_machine_say_which_model() -> None:
 
 def test_ones_own_come_back_as_they_were_saved(home: Path) -> None:
     config = RunConfig.from_dict(MINE)
-    presets.save("my-way", config)
-    found = presets.find("my-way")
-    assert found.own and "topp on some/model" in found.summary
-    assert found.over({"model": {"name": "another"}, "data": {"path": "other.jsonl"}}) == config
-    presets.save("my-way", RunConfig())
-    assert [preset.name for preset in presets.saved()] == ["my-way"]
-    assert presets.find("my-way").over({}) == RunConfig()
-    presets.delete("my-way")
-    assert presets.saved() == []
+    presets.save_preset("my-way", config)
+    found = find_preset("my-way")
+    assert found.user_saved and "topp on some/model" in found.summary
+    assert found.run_config({"model": {"name": "another"}, "data": {"path": "other.jsonl"}}) == config
+    presets.save_preset("my-way", RunConfig())
+    assert [preset.name for preset in presets.saved_presets()] == ["my-way"]
+    assert find_preset("my-way").run_config({}) == RunConfig()
+    presets.delete_preset("my-way")
+    assert presets.saved_presets() == []
     with pytest.raises(RunError, match="no preset of yours called 'my-way'"):
-        presets.delete("my-way")
+        presets.delete_preset("my-way")
 
 
 @pytest.mark.parametrize(("name", "reason"), [("mola", "built in"), ("../x", "not allowed"), ("", "not allowed")])
 def test_names_that_would_hide_or_leave_are_refused(home: Path, name: str, reason: str) -> None:
     with pytest.raises(RunError, match=reason):
-        presets.save(name, RunConfig())
-    assert not presets.folder().exists()
+        presets.save_preset(name, RunConfig())
+    assert not presets.presets_dir().exists()
 
 
 def test_a_damaged_file_is_passed_over_and_a_wrong_one_says_what_is_wrong(home: Path) -> None:
-    presets.folder().mkdir()
-    (presets.folder() / "damaged.yaml").write_text("a: [")
-    (presets.folder() / "odd.yaml").write_text("adapter: 5\nmodel: {device: tpu}")
-    assert [preset.name for preset in presets.saved()] == ["odd"]
+    presets.presets_dir().mkdir()
+    (presets.presets_dir() / "damaged.yaml").write_text("a: [")
+    (presets.presets_dir() / "odd.yaml").write_text("adapter: 5\nmodel: {device: tpu}")
+    assert [preset.name for preset in presets.saved_presets()] == ["odd"]
     with pytest.raises(InputError, match=r"model\.device"):
-        presets.find("odd").over({})
+        find_preset("odd").run_config({})
     with pytest.raises(InputError, match=r"no preset 'damaged'; there is: cpu, .*mola.*, odd\."):
-        presets.find("damaged")
+        find_preset("damaged")
