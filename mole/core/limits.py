@@ -41,3 +41,6 @@ LINE = 64
 """Requests in the server's line for each handler; more are refused."""
 SESSIONS = 500
 """Open pages whose state is remembered."""
+
+DEAD_SHARE = 0.01
+"""Share of an even load below which an expert counts as dead in its layer."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mole.core.errors import MoleError
+from mole.core.limits import DEAD_SHARE
 from mole.mixture.losses import columns, has_losses, masked_sum, means_of, mixture_loss
 from mole.mixture.routers import Router, Routing
 
@@ -236,9 +237,6 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------
 # Statistics for the event log
-
-DEAD_SHARE = 0.01
-"""An expert is dead in a layer when its load is below this share of an even one."""
 
 
 def layer_statistics(model: nn.Module) -> dict[str, Any] | None:

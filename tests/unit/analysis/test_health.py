@@ -11,8 +11,9 @@ import pytest
 
 from mole import runs
 from mole.analysis import health
-from mole.analysis.health import COLLAPSED, DEAD, FLAT, WINDOW, alarms
+from mole.analysis.health import COLLAPSED, FLAT, WINDOW, alarms
 from mole.config import ROUTERS, RunConfig, apply_overrides
+from mole.core.limits import DEAD_SHARE
 
 EXPERTS = 4
 
@@ -50,7 +51,7 @@ def test_an_even_load_is_healthy_for_every_router() -> None:
 
 
 def test_an_expert_is_dead_below_one_percent_of_an_even_share_and_not_at_it() -> None:
-    bound = DEAD / EXPERTS
+    bound = DEAD_SHARE / EXPERTS
     alive = [bound, 0.3, 0.3, 0.4 - bound]
     almost = [bound - 1e-4, 0.3, 0.3, 0.4 - bound + 1e-4]
     assert kinds(config(), steps(table(EVEN, alive))) == []
@@ -180,7 +181,7 @@ def test_lora_has_no_alarms_even_with_statistics() -> None:
 def test_layers_are_named_up_to_a_few() -> None:
     (alarm,) = alarms(config(), steps(table(*[[0.0, 0.4, 0.3, 0.3]] * 9)), 100)
     assert alarm.where.startswith("Layer 1 expert 1; layer 2 expert 1") and alarm.where.endswith("; and 3 more layers")
-    assert len(alarm.layers) == 9 and health.listed([0, 1, 2, 5]) == "1–3, 6"
+    assert len(alarm.layers) == 9 and health.ranges_text([0, 1, 2, 5]) == "1–3, 6"
 
 
 # Real trainings
