@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft  # noqa: F401 (first: it brings in mole.tuner, which needs mole.layer whole)
 import torch
@@ -37,6 +37,9 @@ from mole.mixture.layer import MoleLinear, features
 from mole.mixture.routers import entropy_of
 from mole.mixture.shared_input import Stack
 from mole.runs.run import home
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 NAME = "default"
 TRY_AGAIN_SECONDS = 24 * 3600.0
@@ -223,16 +226,21 @@ class Function(nn.Module):
         return torch.func.functional_call(self.layers[0], dict(zip(self.names, weights, strict=True)), (x,))
 
 
-def make(recipe: Recipe, path: Path) -> None:
-    """Compile the function of a recipe into a file."""
+def export(recipe: Recipe) -> ExportedProgram:
+    """The function of a recipe as a graph of operations, of any widths."""
+    from torch.export import Dim, export
+
     stack = example(recipe)
     inputs = OneToken(stack).inputs(torch.randn(1, 1, IN, dtype=getattr(torch, recipe.dtypes[0])))
-    from torch.export import Dim
-
     free = [{place: Dim.AUTO for place, size in enumerate(value.shape) if size in (IN, *OUTS)} for value in inputs]
+    with torch.no_grad():
+        return export(Function(stack).eval(), (inputs,), dynamic_shapes=(free,), strict=False)
+
+
+def make(recipe: Recipe, path: Path) -> None:
+    """Compile the function of a recipe into a file."""
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        program = torch.export.export(Function(stack).eval(), (inputs,), dynamic_shapes=(free,), strict=False)
-        made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/function.pt2")
+        made = torch._inductor.aoti_compile_and_package(export(recipe), package_path=f"{folder}/function.pt2")
         checkpoint.write_file(path, lambda aside: shutil.copyfile(made, aside))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from mole.config import ROUTERS, AdapterConfig, params_class
 from mole.mixture import aot_compile
-from mole.mixture.decode_kernel import FUNCTIONS
+from mole.mixture.decode_kernel import FUNCTIONS, Recipe
+
+Way = Callable[[Any, Tensor], list[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -28,17 +30,11 @@ def no_functions() -> Iterator[None]:
     FUNCTIONS.clear()
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the functions of this module are kept."""
-    return tmp_path_factory.mktemp("functions")
-
-
 @pytest.fixture
-def functions(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MOLE_HOME", str(made))
-    (made / "compiled").mkdir(exist_ok=True)
-    return made / "compiled"
+def functions(functions_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where compiled functions are kept."""
+    monkeypatch.setenv("MOLE_HOME", str(functions_home))
+    return functions_home / "compiled"
 
 
 class Packed(Tensor):
@@ -52,16 +48,30 @@ def tokens(dtype: torch.dtype, inputs: int) -> list[Tensor]:
     return [*drawn, torch.zeros(1, 1, inputs, dtype=dtype), drawn[0] * 1e4]
 
 
-def compiled(model: Any, x: Tensor) -> list[str]:
-    """Let the model compute with functions, as for `x` → their recipes."""
+def wanted(model: Any, x: Tensor) -> list[Recipe]:
+    """The recipes of the functions that the model has use for when it computes `x`."""
     with torch.no_grad():
         model(x)
-    wanted = aot_compile.recipes(model)
-    for recipe in wanted:
+    return aot_compile.recipes(model)
+
+
+def exported(model: Any, x: Tensor) -> list[str]:
+    """Let the model compute with functions, as for `x`, that are graphs of single operations → their recipes."""
+    recipes = wanted(model, x)
+    for recipe in recipes:
+        FUNCTIONS[recipe.text] = aot_compile.export(recipe).module()
+        aot_compile.check(recipe, FUNCTIONS[recipe.text])
+    return [recipe.text for recipe in recipes]
+
+
+def compiled(model: Any, x: Tensor) -> list[str]:
+    """Let the model compute with functions, as for `x`, as they are used → their recipes."""
+    recipes = wanted(model, x)
+    for recipe in recipes:
         if not aot_compile.file_of(recipe).exists():
             aot_compile.make(recipe, aot_compile.file_of(recipe))
         assert aot_compile.load(recipe)
-    return [recipe.text for recipe in wanted]
+    return [recipe.text for recipe in recipes]
 
 
 def counted(texts: list[str]) -> list[str]:
@@ -73,11 +83,12 @@ def counted(texts: list[str]) -> list[str]:
     return calls
 
 
+@pytest.mark.parametrize("way", [exported, pytest.param(compiled, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_function_equals_a_loop_over_experts(router: str, functions: Path) -> None:
+def test_a_function_equals_a_loop_over_experts(router: str, way: Way, functions: Path) -> None:
     net, layer = adapted(router)
     net.eval()
-    calls = counted(compiled(net, tokens(torch.float64, INPUTS)[0]))
+    calls = counted(way(net, tokens(torch.float64, INPUTS)[0]))
     a, b = (stack.tolist() for stack in experts_of(layer))
     for number, x in enumerate(tokens(torch.float64, INPUTS), 1):
         row, weights = x.reshape(-1).tolist(), expected(layer.routers["default"], x).weights.reshape(-1).tolist()

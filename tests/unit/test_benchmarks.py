@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mole import checkpoint, models
+from mole import models
+from mole.core import checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALLEST = {
