@@ -5,6 +5,7 @@ HOST ?= 127.0.0.1
 PORT ?= 7860
 # transformers comes along, because a newer one refuses the oldest PEFT
 OLDEST := peft==0.19.0 transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.16.0
+WITH_OLDEST := unit/mixture/test_model.py unit/mixture/test_mole_config.py parity/test_layer.py
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -56,7 +57,7 @@ test-unit: $(VENV)/.dev ## run the unit tests alone
 test-peft-oldest: $(VENV)/.dev ## run the adapter's tests with the oldest PEFT that is supported
 	$(PIP) install -q --no-deps --upgrade --target build/oldest $(OLDEST)
 	PYTHONPATH=build/oldest $(BIN)/python -c 'import peft; print("PEFT", peft.__version__)' | grep -F 0.19.0
-	PYTHONPATH=build/oldest $(PARALLEL) tests/unit/test_tuner.py tests/unit/test_mole_config.py tests/parity/test_layer.py
+	PYTHONPATH=build/oldest $(PARALLEL) $(addprefix tests/,$(WITH_OLDEST))
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check .

@@ -13,26 +13,29 @@ from common import Figure, figure, in_turns, main
 
 LOADING = """
 import time
-import mole.models, mole.config
-mole.models.loading.import_ahead()  # measured by itself
+from mole.config import ModelConfig
+from mole.models.loading import import_ahead, load_base
+import_ahead()  # measured by itself
 begun = time.perf_counter()
-mole.models.loading.load_base(mole.config.ModelConfig(device="cpu", dtype="float32"))
+load_base(ModelConfig(device="cpu", dtype="float32"))
 print(time.perf_counter() - begun)
 """
 TOKENISING = """
 import sys, time
-from mole import data, models
+from mole import models
 from mole.config import DataConfig
+from mole.data.encoding import build_datasets
 tokenizer = models.load_tokenizer(models.EMBEDDED)
 begun = time.perf_counter()
-found = data.build_datasets(DataConfig(path=sys.argv[1]), tokenizer, seed=0)
+found = build_datasets(DataConfig(path=sys.argv[1]), tokenizer, seed=0)
 print(time.perf_counter() - begun)
 """
 IMPORTING = """
 import time
 begun = time.perf_counter()
-import mole.trainer, mole.chat, mole.models
-mole.models.loading.import_ahead()
+import mole.training.trainer, mole.chat.generate
+from mole.models.loading import import_ahead
+import_ahead()
 print(time.perf_counter() - begun)
 """
 SAMPLE = Path(__file__).parents[1] / "assets" / "data" / "skills_train.jsonl"
