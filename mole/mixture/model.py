@@ -18,6 +18,7 @@ from torch import nn
 from mole.config import ROUTERS, AdapterConfig
 from mole.core.errors import ConfigError, MoleError
 from mole.mixture.layer import PREFIX, MoleLinear, features, supports
+from mole.mixture.quantised import limit_packing
 from mole.mixture.routing_log import install_log, layer_index
 from mole.mixture.shared_input import SIBLINGS, InputGroup
 
@@ -159,6 +160,7 @@ class MoleModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)  # a set's order differs from process to process
+        limit_packing(model, trains=not config.inference_mode)
         log = install_log(model)
         group_siblings(model)
         first_of_width: dict[int, MoleLinear] = {}

@@ -137,6 +137,8 @@ def load_base(config: ModelConfig) -> Base:
     """
     from transformers import AutoModelForCausalLM
 
+    from mole.mixture.quantised import limit_packing
+
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     source = resolve(config.name)
@@ -156,6 +158,8 @@ def load_base(config: ModelConfig) -> Base:
             )
         model, report = loaded
         model = (model if quantised else model.to(device)).eval()
+        if quantised:
+            limit_packing(model)
     except Exception as error:
         raise ModelError(f"The model {config.name} cannot be loaded: {reason(error)}.") from error
     if report["missing_keys"]:

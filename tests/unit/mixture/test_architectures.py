@@ -11,8 +11,11 @@ import torch
 from adapting import TOKENS, adapt, layers_of, logits
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mole import MoleConfig, auxiliary_loss, record_routing
+from mole.core.errors import MoleError
+from mole.mixture.quantised import limit_packing
 
 Make = Callable[..., Any]
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "phi"]
@@ -105,8 +108,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(arch: str, tiny_model: 
 # Quantised projections
 
 
-def quantised(model: Any, kind: str) -> Any:
-    """The model with its projections (not its head) in 4 or 8 bits, as bitsandbytes loads them."""
+def quantised(model: Any, kind: str, trains: bool = True) -> Any:
+    """The model with its projections (not its head) in 4 or 8 bits, as `load_base` loads them.
+
+    With `trains` it computes as under a trainable adapter, bit for bit, on a CPU with AVX512-BF16 too.
+    """
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):
@@ -121,7 +127,15 @@ def quantised(model: Any, kind: str) -> Any:
             new.weight = bnb.nn.Int8Params(module.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], new.to("cpu"))
+    limit_packing(model, trains)
     return model.eval()
+
+
+def gradients(model: Any) -> list[torch.Tensor]:
+    """Those of a pass in training mode."""
+    model.train().zero_grad()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    return [weight.grad.clone() for weight in model.parameters() if weight.requires_grad]
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
@@ -143,3 +157,35 @@ def test_a_quantised_base_trains_saves_loads_and_disables(kind: str, tiny_model:
 def test_a_fresh_adapter_leaves_a_quantised_base_bit_for_bit(kind: str, tiny_model: Make) -> None:
     model = get_peft_model(quantised(tiny_model(), kind), MoleConfig(router="topk", num_experts=4, r=2)).eval()
     assert torch.equal(logits(model), logits(quantised(tiny_model(), kind)))
+
+
+@pytest.fixture
+def model_of_64(tiny_tokenizer: Any) -> Any:
+    """A random 4-bit llama whose widths bitsandbytes packs on a CPU with AVX512-BF16: multiples of 64."""
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=64, intermediate_size=128, num_attention_heads=2,
+        num_hidden_layers=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return quantised(LlamaForCausalLM(config), "4bit", trains=False)
+
+
+def test_an_evaluation_in_mid_training_leaves_the_gradients_of_a_4bit_base_as_they_are(model_of_64: Any) -> None:
+    model = adapt(model_of_64)
+    before = gradients(model)
+    logits(model.eval())
+    assert all(map(torch.equal, before, gradients(model)))
+
+
+def test_a_4bit_base_that_is_packed_already_refuses_an_adapter_that_is_to_be_trained(model_of_64: Any) -> None:
+    for linear in (module for module in model_of_64.modules() if hasattr(module, "quant_state")):
+        linear.weight.quant_state.packing_format_for_cpu = True  # what a first pass in evaluation mode leaves
+    with pytest.raises(MoleError, match="Load the model again"):
+        adapt(model_of_64)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 33), (96, 32), (32, 32)])
+def test_a_4bit_projection_of_any_width_computes_in_evaluation_mode(inputs: int, outputs: int) -> None:
+    model = quantised(nn.Sequential(nn.Linear(inputs, outputs)), "4bit", trains=False)
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.randn(2, inputs))).all()
