@@ -17,7 +17,8 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import checkpoint, limits
 from mole.core.errors import ConfigError, DataError, InputError, ModelError, RunError
-from mole.data.readers import SUFFIXES, local_path
+from mole.core.paths import local_path
+from mole.data.readers import SUFFIXES
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "MoLE Studio"

@@ -9,8 +9,7 @@ from mole import runs
 from mole.analysis import health
 from mole.analysis.history import HISTORIES, STEP_COLUMNS, History
 from mole.core.errors import InputError, RunError
-from mole.runs.run import number, text_in
-from mole.runs.store import Run
+from mole.runs.run import Run, number, text_in
 
 LAST = ("loss", "tokens_per_second", "memory_mb", "eta_s", "learning_rate", "grad_norm")
 LOG_BYTES, LOG_LINES = 6_000, 14

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from mole import runs
 from mole.config import RunConfig
 from mole.core import locks
+from mole.core.devices import HEADROOM, free_on_gpu
 from mole.core.errors import MoleError
+from mole.core.text import bytes_text
 from mole.models import sizes
 
 WAIT, CPU, GPU = "wait", "cpu", "gpu"
@@ -61,16 +63,11 @@ def fitting(situation: Situation) -> str:
     """What fits beside the training."""
     if situation.free is None or not situation.need:
         return "Whether this model fits beside it cannot be told."
-    required = situation.need * sizes.HEADROOM
-    figures = f"this model needs about {gigabytes(required)}, {gigabytes(situation.free)} are free"
+    required = situation.need * HEADROOM
+    figures = f"this model needs about {bytes_text(required)}, {bytes_text(situation.free)} are free"
     if situation.free >= required:
         return f"Now it would fit beside it ({figures}), but the training may need more later."
     return f"It does not fit beside it ({figures})."
-
-
-def gigabytes(size: float) -> str:
-    """Bytes in words."""
-    return f"{size / 1e9:.1f} GB"
 
 
 def device() -> str:
@@ -91,12 +88,12 @@ def look(target: str) -> Situation:
     if not training or not place.startswith("cuda"):
         return Situation(place, training)
     try:
-        from mole.models.loading import locate
+        from mole.runs.targets import locate
 
         need = sizes.parameters(sizes.files_of(locate(target)[0])) * BYTES_A_WEIGHT
     except MoleError:
         need = 0
-    return Situation(place, training, need, sizes.free_on_gpu(place.partition(":")[2]))
+    return Situation(place, training, need, free_on_gpu(place.partition(":")[2]))
 
 
 def device_for(choice: str, training: str) -> str:

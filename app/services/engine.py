@@ -115,7 +115,7 @@ class Engine:
         """Answer a conversation, a `Saying` a token; none at all when stopped before its turn.
 
         Args:
-            target: what answers, see `mole.models.loading.locate`.
+            target: what answers, see `mole.models.runs.locate`.
             messages: the conversation.
             settings: those of `mole.chat.generate.ChatSettings`.
             should_stop: asked before every token; true ends the reply.

@@ -15,8 +15,7 @@ from mole import runs
 from mole.core import checkpoint, locks
 from mole.core.errors import RunError
 from mole.evaluation import job as evaluation_job
-from mole.runs.run import number, numbers, parse_event
-from mole.runs.store import Run
+from mole.runs.run import Run, number, numbers, parse_event
 
 FRESH_SECONDS = 0.5
 """Looks at the folders that are no older than this serve every page."""

@@ -30,7 +30,7 @@ def steering_options(target: str) -> dict[str, Any] | None:
 def trained_settings(target: str) -> dict[str, Any]:
     """The settings an adapter was trained with; empty for a base model and for a target that does not exist."""
     from mole.models.adapter_files import read_adapter_config
-    from mole.models.loading import locate
+    from mole.runs.targets import locate
 
     try:
         folder = locate(target)[1]

@@ -22,7 +22,7 @@ from mole.core import checkpoint
 from mole.core.errors import RunError
 from mole.evaluation.evaluate import evaluate
 from mole.models.adapter_files import WEIGHTS
-from mole.models.loading import load_target
+from mole.runs.targets import load_target
 from mole.training import worker
 
 HERE = Path(__file__).resolve().parent

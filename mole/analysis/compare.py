@@ -19,8 +19,8 @@ from typing import Any
 from mole.analysis.run_metrics import LossCurve, LossPoint, RunMetrics, evenly_spaced, read_metrics
 from mole.core.errors import InputError, RunError
 from mole.evaluation import job as evaluation_job
-from mole.runs.run import number, numbers
-from mole.runs.store import Run, get
+from mole.runs.run import Run, number, numbers
+from mole.runs.store import get
 
 MAX_DRAWN = 8
 """Maximum number of runs in one chart: more lines cannot be distinguished."""

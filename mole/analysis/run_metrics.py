@@ -15,8 +15,7 @@ from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 from mole.analysis.history import parse_head, routing_of
-from mole.runs.run import number, numbers, parse_event
-from mole.runs.store import Run
+from mole.runs.run import Run, number, numbers, parse_event
 
 FACTS = {
     "started": {"device": "device used", "dtype": "number format used"},

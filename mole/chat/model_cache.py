@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from mole.config import ModelConfig
+from mole.core.devices import HEADROOM, free_memory, pick_device, pick_dtype
 from mole.core.errors import MoleError
 from mole.models import sizes
 from mole.models.adapter_files import WEIGHTS, our_type, read_adapter_config
-from mole.models.loading import Base, Loaded, attach, load_base, locate, pick_device, pick_dtype
+from mole.models.loading import Base, Loaded, attach, load_base
+from mole.runs.targets import locate
 
 Key = tuple[Any, ...]
 
@@ -69,7 +71,7 @@ class ModelCache:
         free: returns the bytes free on a device, None if unknown.
     """
 
-    def __init__(self, free: Callable[[torch.device], int | None] = sizes.free) -> None:
+    def __init__(self, free: Callable[[torch.device], int | None] = free_memory) -> None:
         self._free = free
         self._bases: dict[Key, LoadedBase] = {}
         self._targets: OrderedDict[Key, tuple[Key, Loaded]] = OrderedDict()
@@ -90,7 +92,7 @@ class ModelCache:
     def use(self, target: str, config: ModelConfig | None = None) -> Iterator[Loaded]:
         """Load the target if needed and make its adapter the active one inside the `with` block.
 
-        `config` sets dtype and device; its name is ignored. Raises what `mole.models.loading.load_target` raises.
+        `config` sets dtype and device; its name is ignored. Raises what `load_target` raises.
         """
         config = config or ModelConfig()
         key, base_key = cache_keys(target, config)
@@ -129,7 +131,7 @@ class ModelCache:
         same = [key for key, (base_key, _) in self._targets.items() if base_key == keep]
         for key in [*others, *same[:-1]]:  # the last one keeps the base model in memory
             free = self._free(device)
-            if free is None or free >= required * sizes.HEADROOM:
+            if free is None or free >= required * HEADROOM:
                 return
             self._unload(key)
             release_memory()

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from mole import runs
 from mole.cli import auth
-from mole.cli.console import check_parent, megabytes, shown, steps, table, when, write_json
+from mole.cli.console import check_parent, shown, steps, table, when, write_json
 from mole.config import ROUTERS, SECTIONS, ModelConfig, RunConfig, apply_overrides, presets, read_yaml
 from mole.core.errors import InputError, RunError
-from mole.data.readers import local_path
+from mole.core.paths import local_path
+from mole.core.text import bytes_text
 from mole.runs import grid
 from mole.training import worker
 
@@ -158,7 +159,7 @@ def show_run(options: argparse.Namespace) -> None:
 
 def queue_runs(options: argparse.Namespace) -> None:
     """`mole runs queue`"""
-    print_queue(runs.queue())
+    print_queue(runs.waiting_runs())
 
 
 def move_run(options: argparse.Namespace) -> None:
@@ -326,7 +327,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def load(target: str) -> Loaded:
     """Load what is chatted with or evaluated, and tell what should be known about it."""
-    from mole.models.loading import load_target
+    from mole.runs.targets import load_target
 
     loaded = load_target(target, ModelConfig())
     if loaded.notice:
@@ -346,7 +347,10 @@ def list_models(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(rows, indent=1, default=str))
         return
-    cells = [[row["name"], row["kind"], megabytes(row["size"]), "yes" if row["cached"] else "no"] for row in rows]
+    cells = [
+        [row["name"], row["kind"], bytes_text(row["size"]) if row["size"] else "-", "yes" if row["cached"] else "no"]
+        for row in rows
+    ]
     table(["NAME", "KIND", "SIZE", "CACHED"], cells)
 
 

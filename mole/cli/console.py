@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from mole.core.errors import InputError
-from mole.data.readers import local_path
+from mole.core.paths import local_path
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
@@ -31,11 +31,6 @@ def when(status: dict[str, Any]) -> str:
 def shown(value: Any) -> str:
     """A metric for people."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def megabytes(size: int | None) -> str:
-    """Bytes as MB; `-` when not known."""
-    return f"{size / 1e6:,.0f} MB" if size else "-"
 
 
 def check_parent(path: str | None, flag: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mole.config import RunConfig
 from mole.core.errors import BusyError, InputError, MoleError
+from mole.core.text import bytes_text, duration_text
 from mole.preflight.job import FINAL, Check
 
 VERDICTS = {
@@ -71,17 +72,17 @@ def print_estimate(values: dict[str, Any]) -> None:
         ("Trainable parameters", f"{values['trainable_parameters']:,} of {values['total_parameters']:,} ({share:.2%})"),
         ("Steps", f"{values['total_steps']:,}, {values['epochs']:.2g} passes over {values['rows']:,} rows"),
         ("Longest row", f"{values['longest']} tokens (mean {values['typical']:.0f})"),
-        ("Time", time_text(values["seconds"]) if values["seconds"] else "measure to know"),
+        ("Time", duration_text(values["seconds"]) if values["seconds"] else "measure to know"),
     ]
     for label, text in rows:
         print(f"{label:<24}{text}")
     if values["memory"]:
         print(f"\nEstimated memory on {values['device']} ({values['dtype']}):")
         for part, size in values["memory"].items():
-            print(f"  {part:<22}{gigabytes(size):>10}")
-        print(f"  {'peak':<22}{gigabytes(values['peak']):>10}")
+            print(f"  {part:<22}{bytes_text(size):>10}")
+        print(f"  {'peak':<22}{bytes_text(values['peak']):>10}")
     if values["available"] is not None:
-        print(f"  {'free now':<22}{gigabytes(values['available']):>10}")
+        print(f"  {'free now':<22}{bytes_text(values['available']):>10}")
     print(f"\n{VERDICTS[values['fits']]} (an estimate; --measure takes real steps)")
     for note in values["notes"]:
         print(f"Note: {note}")
@@ -90,30 +91,18 @@ def print_estimate(values: dict[str, Any]) -> None:
     for way in values["ways"]:
         flags = " ".join(f"--set {name}={str(value).lower()}" for name, value in way["overrides"].items())
         mark = {"yes": "fits", "tight": "tight", "no": "not enough"}.get(way["fits"], "")
-        print(f"  {way['label']}: {gigabytes(way['peak'])}, {mark}. {way['effect']}\n    {flags}")
+        print(f"  {way['label']}: {bytes_text(way['peak'])}, {mark}. {way['effect']}\n    {flags}")
 
 
 def print_measurement(values: dict[str, Any]) -> None:
     """What the real steps took."""
     print(f"\nMeasured on {values['device']} ({values['dtype']}):")
     rows = [
-        ("peak memory", gigabytes(values["peak"])),
-        ("a step, longest rows", time_text(values["longest_seconds"])),
-        ("a step, usual rows", time_text(values["typical_seconds"])),
+        ("peak memory", bytes_text(values["peak"])),
+        ("a step, longest rows", duration_text(values["longest_seconds"])),
+        ("a step, usual rows", duration_text(values["typical_seconds"])),
         ("speed", f"{values['tokens_per_second']:,.0f} tokens/s"),
-        ("the whole run", f"{time_text(values['seconds'])} ({values['total_steps']:,} steps)"),
+        ("the whole run", f"{duration_text(values['seconds'])} ({values['total_steps']:,} steps)"),
     ]
     for label, text in rows:
         print(f"  {label:<22}{text}")
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as GB, in MB below one."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def time_text(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -10,7 +10,7 @@ from typing import Any
 from mole.config.schema import SECTIONS, RunConfig, apply_overrides, check_sections, read_yaml
 from mole.core import checkpoint, limits
 from mole.core.errors import InputError, RunError, writing
-from mole.runs.run import check_name, home
+from mole.core.paths import check_name, home
 
 KEPT_SETTINGS = (
     "model.name", "model.dtype", "model.quantization", "model.device",

@@ -14,8 +14,8 @@ from typing import Any
 
 from mole.core import checkpoint
 from mole.core.errors import MoleError
+from mole.core.paths import home
 from mole.core.redaction import child_environment, redacted
-from mole.runs.run import home
 
 
 def detach(module: str, *arguments: str, log: Path) -> None:

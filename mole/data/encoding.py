@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mole.config import DataConfig
 from mole.core.errors import DataError
+from mole.core.text import one_line
 from mole.data.examples import Example, Message, Rejected, Rows, none_left, read_examples
-from mole.data.readers import one_line
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from string import ascii_uppercase
 from typing import Any
 
 from mole.core.errors import DataError, brief
-from mole.data.readers import one_line, read_records
+from mole.core.text import one_line
+from mole.data.readers import read_records
 
 Message = dict[str, str]
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import re
 import threading
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
@@ -20,7 +19,8 @@ from typing import Any, NamedTuple
 
 from mole.core import limits
 from mole.core.errors import DataError
-from mole.core.redaction import redacted
+from mole.core.paths import local_path
+from mole.core.text import one_line
 
 SUFFIXES = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
@@ -252,14 +252,3 @@ def check_hub(name: str) -> None:
             f"There is no file {name}, and the Hugging Face hub cannot be reached ({why}); give a local file, or set "
             "HF_HUB_OFFLINE=1 to use a cached copy."
         )
-
-
-def local_path(text: str) -> Path:
-    """The path somebody wrote, `~` for the home folder; nobody's home stays as it is written."""
-    return Path(os.path.expanduser(text))
-
-
-def one_line(error: Exception) -> str:
-    """An exception's message on one line, cut to a readable length, without its final stop and without tokens."""
-    text = redacted(" ".join(str(error).split())) or type(error).__name__
-    return (text if len(text) <= 200 else text[:199] + "…").rstrip(".")

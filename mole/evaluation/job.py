@@ -21,9 +21,9 @@ from typing import Any
 from mole import runs
 from mole.core import locks, processes
 from mole.core.errors import BusyError, ConfigError, DataError, RunError
-from mole.data.readers import local_path
-from mole.runs.run import number
-from mole.runs.store import Run
+from mole.core.paths import local_path
+from mole.core.text import explain
+from mole.runs.run import Run, number
 from mole.training import worker
 
 FOLDER = "evaluations"
@@ -125,7 +125,7 @@ def start(target: str, data: str, limit: int | None = None) -> Evaluation:
     `limit` takes the first rows only. Raises `RunError` or `ModelError` for the target, `DataError` (field `data`) and
     `ConfigError` (field `limit`), all before anything starts.
     """
-    from mole.models.loading import locate
+    from mole.runs.targets import locate
 
     locate(target)
     run = run_of(target)
@@ -230,7 +230,7 @@ def work(evaluation: Evaluation) -> None:
         except Exception as error:
             if not evaluation.run.path.exists():
                 return  # the run was deleted; there is nobody to tell
-            evaluation.update(error=" ".join(filter(None, worker.explain(error))), note="")
+            evaluation.update(error=" ".join(filter(None, explain(error))), note="")
             raise
 
 
@@ -250,8 +250,8 @@ def measured(evaluation: Evaluation) -> dict[str, Any]:
     """The result: `rows`, `metrics` and `seconds`. Raises `MoleError`."""
     from mole.data.encoding import read_examples
     from mole.evaluation.evaluate import NOTHING, measure
-    from mole.models.loading import load_target
-    from mole.training.trainer import on_its_gpu
+    from mole.models.loading import on_its_gpu
+    from mole.runs.targets import load_target
 
     asked = evaluation.record()
     begun = time.monotonic()

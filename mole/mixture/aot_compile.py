@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from mole.config import AdapterConfig, params_class
 from mole.core import checkpoint, processes
+from mole.core.paths import home
 from mole.mixture import decode_kernel, experts, routers, shared_input
 from mole.mixture.decode_kernel import FUNCTIONS, OneToken, Recipe
 from mole.mixture.experts import in_dtype
 from mole.mixture.layer import MoleLinear, features
 from mole.mixture.routers import entropy_of
 from mole.mixture.shared_input import Stack
-from mole.runs.run import home
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -1,20 +1,12 @@
 """Base models and adapters: where they come from, what they take, and how they are loaded. No torch until they are."""
 
-from mole.models.gguf import EMBEDDED, convert_embedded, models_dir
-from mole.models.loading import (
-    Base,
-    Loaded,
-    attach,
-    load_base,
-    load_target,
-    load_tokenizer,
-    locate,
-    pick_device,
-    pick_dtype,
-)
+from mole.core.devices import pick_device, pick_dtype
+from mole.core.paths import models_dir
+from mole.models.gguf import EMBEDDED, convert_embedded
+from mole.models.loading import Base, Loaded, attach, load_base, load_tokenizer
 from mole.models.sources import Source, list_models, pull, resolve
 
 __all__ = [
-    "EMBEDDED", "Base", "Loaded", "Source", "attach", "convert_embedded", "list_models", "load_base", "load_target",
-    "load_tokenizer", "locate", "models_dir", "pick_device", "pick_dtype", "pull", "resolve",
+    "EMBEDDED", "Base", "Loaded", "Source", "attach", "convert_embedded", "list_models", "load_base",
+    "load_tokenizer", "models_dir", "pick_device", "pick_dtype", "pull", "resolve",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from mole.core import checkpoint
 from mole.core.errors import ModelError, brief
-from mole.data.readers import one_line
+from mole.core.text import one_line
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -6,20 +6,17 @@ this machine.
 
 from __future__ import annotations
 
-import functools
 import os
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
 from mole.config import ModelConfig
+from mole.core.devices import cpu_is_fast_at_bfloat16, gpu_named, total_on_cpu
 from mole.core.errors import ModelError
-from mole.data.readers import local_path
+from mole.core.paths import local_path, models_dir
+from mole.core.text import bytes_text, count_text
 from mole.models import sizes
-from mole.models.gguf import EMBEDDED, models_dir
-from mole.models.loading import cpu_is_fast_at_bfloat16
+from mole.models.gguf import EMBEDDED
 from mole.models.sources import HUB_ID, cached_from_hub, resolve
 
 RUNTIME = 1e9
@@ -180,42 +177,11 @@ def fits(entry: Entry, config: ModelConfig | None = None) -> Fit:
 
 def device_of(config: ModelConfig) -> Device:
     """The device a run would train on, as `mole.models.loading` picks it, told without torch."""
-    gpu = gpu_of(config.device)
+    gpu = gpu_named(config.device)
     if gpu:
         return Device(gpu[0], gpu[1], 4 if config.dtype == "float32" else 2)
     half = config.dtype in ("bfloat16", "float16") or (config.dtype == "auto" and cpu_is_fast_at_bfloat16())
-    return Device("this machine's CPU", memory_of_cpu(), 2 if half else 4)
-
-
-def memory_of_cpu() -> int:
-    """Bytes of RAM, or of what the container may take of it."""
-    total = int(psutil.virtual_memory().total)
-    try:
-        return min(total, int((sizes.CGROUP / "memory.max").read_text()))
-    except (OSError, ValueError):
-        return total
-
-
-def gpu_of(device: str) -> tuple[str, int] | None:
-    """Name and bytes of the NVIDIA GPU that `model.device` means; None when it means another device."""
-    if device in ("cpu", "mps") or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
-        return None
-    found = gpus()
-    number = int(device.partition(":")[2] or 0)
-    return found[number] if number < len(found) else None
-
-
-@functools.cache
-def gpus() -> list[tuple[str, int]]:
-    """Name and bytes of each NVIDIA GPU that this process may use, in its order."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
-    only = [f"--id={visible}"] if visible else []
-    query = ["nvidia-smi", *only, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
-        return [(name.strip(), int(size) << 20) for name, _, size in (line.rpartition(",") for line in lines)]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return []
+    return Device("this machine's CPU", total_on_cpu(), 2 if half else 4)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -252,21 +218,3 @@ def advice(entry: Entry) -> str:
         return f"Accept its terms at https://huggingface.co/{entry.name} and log in with `hf auth login` first."
     known_size = "It is downloaded when it is first used."
     return known_size if entry.size else "Not on this machine: the hub is asked for it when the run starts."
-
-
-def count_text(count: int) -> str:
-    """A number of parameters: `135 M`, `1.7 B`; empty for 0."""
-    if not count:
-        return ""
-    for unit, name in ((1e9, "B"), (1e6, "M")):
-        if count >= 0.9995 * unit:
-            return f"{count / unit:.{1 if name == 'B' else 0}f} {name}"
-    return f"{count:,}"
-
-
-def bytes_text(size: float) -> str:
-    """Bytes in the unit that suits them: `84 kB`, `270 MB`, `16.4 GB`."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size >= 0.9995 * unit:
-            return f"{size / unit:.{1 if name == 'GB' else 0}f} {name}"
-    return f"{size / 1e3:.0f} kB"

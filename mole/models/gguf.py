@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from mole.core import checkpoint, locks
 from mole.core.checkpoint import sha256
 from mole.core.errors import ModelError
-from mole.data.readers import one_line
-from mole.runs.run import home
+from mole.core.paths import models_dir
+from mole.core.text import one_line
 
 T = TypeVar("T")
 
@@ -33,11 +33,6 @@ EMBEDDED_REVISION = "ab810cf68114990406fdf996510dd3d3c6adbdf5"
 
 HUB_SECONDS = 5.0
 """How long the hub may take to answer."""
-
-
-def models_dir() -> Path:
-    """`$MOLE_HOME/models`, where converted models are kept."""
-    return home() / "models"
 
 
 def convert_embedded(folder: Path | None = None, progress: bool = False) -> Path:

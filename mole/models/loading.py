@@ -5,30 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
-import os
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from mole.config import ModelConfig, RunConfig
-from mole.core import checkpoint
-from mole.core.errors import ConfigError, ModelError, RunError
-from mole.data.readers import local_path, one_line
-from mole.models.adapter_files import AdapterFiles, read_adapter_config
-from mole.models.gguf import EMBEDDED, convert_embedded, models_dir, quiet
-from mole.models.sources import Source, list_models, local_folder, pull, resolve
+from mole.config import ModelConfig
+from mole.core.devices import pick_device, pick_dtype, restrict_to_gpu
+from mole.core.errors import ConfigError, ModelError
+from mole.core.text import one_line
+from mole.models.adapter_files import AdapterFiles
+from mole.models.gguf import quiet
+from mole.models.sources import local_folder, resolve
 
 if TYPE_CHECKING:
     import torch
 
-    from mole.runs.run import Run
-
-__all__ = [
-    "EMBEDDED", "Base", "Loaded", "Source", "attach", "convert_embedded", "list_models", "load_base", "load_target",
-    "load_tokenizer", "locate", "models_dir", "pick_device", "pick_dtype", "pull", "resolve",
-]  # fmt: skip
 
 TEMPLATE_FILE = "chat_template.jinja"
 IMPORTING = RLock()
@@ -81,52 +73,9 @@ class Loaded:
 # Base models
 
 
-def pick_device(device: str = "auto") -> torch.device:
-    """The device of that name; `auto` takes a GPU when there is one. Raises `ConfigError` when it is not there."""
-    import torch
-
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError("model.device", device, f"auto or a device that is there ({devices()})")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("model.device", device, f"auto or a device that is there ({devices()})")
-    return chosen
-
-
-def devices() -> str:
-    """The devices of this machine, as a phrase."""
-    import torch
-
-    names = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    return ", ".join([*names, "mps"] if torch.backends.mps.is_available() else names)
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; `auto` takes bfloat16 where the device is fast at it, float16 on other CUDA GPUs."""
-    import torch
-
-    if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and cpu_is_fast_at_bfloat16():
-        return torch.bfloat16
-    return torch.float32
-
-
-def cpu_is_fast_at_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU multiplies bfloat16 matrices in hardware (AMX, AVX512-BF16, Arm's BF16); False if unknown."""
-    fast = {"amx_bf16", "avx512_bf16"} if platform.machine() in ("x86_64", "AMD64") else {"bf16"}
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return bool(fast & set(flags.split()))
+def on_its_gpu(config: ModelConfig) -> ModelConfig:
+    """The settings for a process that sees no GPU but the one `cuda:N` names; call it before CUDA is initialised."""
+    return dataclasses.replace(config, device=restrict_to_gpu(config.device))
 
 
 def load_base(config: ModelConfig) -> Base:
@@ -216,86 +165,6 @@ def load_tokenizer(name: str, folder: Path | None = None) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Targets: a run's name, RUN@STEP for a checkpoint of it, an adapter folder, or base:MODEL
-
-
-def load_target(target: str, model: ModelConfig | None = None) -> Loaded:
-    """Load what a command's TARGET names: a run, a run's checkpoint, an adapter folder, or `base:MODEL`.
-
-    Args:
-        target: the run's name, `RUN@STEP`, the adapter's folder, or `base:` and a base model.
-        model: dtype and device to use; its name is not looked at.
-
-    Raises `RunError`, `ModelError`, `ConfigError`, or `CheckpointError` for an adapter whose files have changed.
-    """
-    base_name, adapter_dir = locate(target)
-    base = load_base(dataclasses.replace(model or ModelConfig(), name=base_name))
-    return attach(base, adapter_dir, target) if adapter_dir else Loaded(base.model, base.tokenizer, target, base_name)
-
-
-def locate(target: str) -> tuple[str, Path | None]:
-    """The base model's name and the adapter's folder (None for `base:MODEL`) of a target, without loading them.
-
-    Raises `RunError` or `ModelError` when there is no such run, checkpoint, folder, or finished adapter.
-    """
-    if target.startswith("base:"):
-        return target.removeprefix("base:") or EMBEDDED, None
-    from mole import runs
-
-    name, at, step = target.rpartition("@")
-    try:
-        run = runs.get(name if at else target)
-    except RunError as error:
-        folder = local_path(target)
-        if os.path.isfile(folder / "adapter_config.json"):
-            return base_of(folder), folder
-        if os.path.isfile(folder / "adapter" / "adapter_config.json"):
-            return base_of(folder / "adapter"), folder / "adapter"
-        if os.path.isdir(folder):
-            raise ModelError(f"The folder {target} holds no adapter: it has no adapter_config.json.") from None
-        known = ", ".join(run.name for run in runs.list_runs()[-5:]) or "none yet"
-        raise ModelError(
-            f"There is no run and no adapter folder {target!r}; runs: {known}. For a base model: base:{target}"
-            if "/" not in target and "\\" not in target
-            else f"There is no adapter folder {target}."
-        ) from error
-    if at:
-        return run.config.model.name, checkpoint_of(run, step)
-    if not (run.adapter_dir / "adapter_config.json").is_file():
-        advice = {
-            "queued": "it waits for its device",
-            "running": "wait until it has finished",
-            "failed": f"see `mole runs show {run.name}`",
-        }.get(run.state, f"go on with `mole runs resume {run.name}`")
-        kept = checkpoint.steps(run.checkpoints_dir)
-        instead = f", or take its newest checkpoint: {run.name}@{kept[-1][0]}" if kept else ""
-        raise RunError(f"The run {run.name} is {run.state} and has no adapter yet: {advice}{instead}.")
-    return run.config.model.name, run.adapter_dir
-
-
-def checkpoint_of(run: Run, step: str) -> Path:
-    """The folder of a run's checkpoint. Raises `RunError` that lists the steps there are."""
-    kept = {str(number): folder for number, folder in checkpoint.steps(run.checkpoints_dir)}
-    if step not in kept:
-        there = f"checkpoints: {', '.join(f'{run.name}@{number}' for number in kept)}" if kept else "it has none"
-        raise RunError(f"The run {run.name} has no checkpoint of step {step or '(empty)'}; {there}.", field="target")
-    checkpoint.read_manifest(kept[step])
-    return kept[step]
-
-
-def base_of(folder: Path) -> str:
-    """The base model of an adapter folder: its run's when it lies in one, else PEFT's note. Raises `ModelError`."""
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-    if (run / "run.yaml").is_file():
-        return RunConfig.load(run / "run.yaml").model.name
-    name = read_adapter_config(folder).get("base_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        raise ModelError(f"{folder}/adapter_config.json does not say its base model (base_model_name_or_path).")
-    # The embedded model is noted by its folder, which is another one on another machine.
-    return EMBEDDED if Path(name).name == EMBEDDED and not Path(name).is_dir() else str(name)
 
 
 def attach(base: Base, folder: Path, name: str | None = None, onto: Any = None, adapter: str = "default") -> Loaded:

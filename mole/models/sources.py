@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mole.core.errors import ModelError
-from mole.data.readers import local_path, one_line
-from mole.models.gguf import EMBEDDED, HUB_SECONDS, convert_embedded, convert_gguf, models_dir, within
+from mole.core.paths import local_path, models_dir
+from mole.core.text import one_line
+from mole.models.gguf import EMBEDDED, HUB_SECONDS, convert_embedded, convert_gguf, within
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")

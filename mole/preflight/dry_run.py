@@ -21,9 +21,9 @@ from transformers import TrainerCallback
 
 from mole.config import RunConfig
 from mole.data.encoding import Datasets, build_datasets
-from mole.models.loading import load_base
+from mole.models.loading import load_base, on_its_gpu
 from mole.runs.run import Run
-from mole.training.trainer import MoleTrainer, assemble, on_its_gpu
+from mole.training.trainer import MoleTrainer, assemble
 
 STEPS = ("warming up on the longest rows", "timing the longest rows", "timing usual rows")
 Row = dict[str, list[int]]

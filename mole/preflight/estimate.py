@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from mole import runs
 from mole.config import DataConfig, RunConfig
+from mole.core.devices import free_memory
 from mole.core.errors import ModelError
-from mole.data.readers import one_line
-from mole.models import sizes
+from mole.core.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -181,7 +181,7 @@ def verdict(peak: float, available: int | None) -> str:
 def free_on(device: torch.device) -> int | None:
     """Bytes free on a device; None when that cannot be told."""
     try:
-        return sizes.free(device)
+        return free_memory(device)
     except RuntimeError:  # a GPU so full, or so broken, that it cannot be asked
         return 0
 
@@ -211,9 +211,9 @@ class Planner:
         """Look the model and the data up. Raises `InputError`."""
         from transformers import AutoConfig
 
-        from mole.models.loading import load_tokenizer, pick_device, pick_dtype, reason
+        from mole.core.devices import pick_device, pick_dtype
+        from mole.models.loading import load_tokenizer, on_its_gpu, reason
         from mole.preflight import memory_profile
-        from mole.training.trainer import on_its_gpu
 
         model = on_its_gpu(config.model)
         device = pick_device(model.device)
@@ -229,7 +229,7 @@ class Planner:
 
     def dtype(self, config: RunConfig) -> torch.dtype:
         """The base model's dtype."""
-        from mole.models.loading import pick_dtype
+        from mole.core.devices import pick_dtype
 
         return pick_dtype(config.model.dtype, self.device)
 

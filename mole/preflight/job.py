@@ -27,10 +27,10 @@ from typing import Any
 from mole import runs
 from mole.config import RunConfig
 from mole.core import locks, processes
+from mole.core.devices import free_on_cpu
 from mole.core.errors import BusyError, InputError, RunError
-from mole.data.readers import local_path
-from mole.models import sizes
-from mole.runs.run import home
+from mole.core.paths import home, local_path
+from mole.core.text import explain
 from mole.training import worker
 
 FINAL = ("done", "busy", "cancelled", "no_memory", "failed")
@@ -239,7 +239,7 @@ def limited(device: str, limit: int | None) -> Iterator[None]:
     with contextlib.suppress(OSError):  # the first to be ended, not the studio or a run
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     if limit is None and device == "cpu":
-        limit = sizes.free_on_cpu()
+        limit = free_on_cpu()
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     yield
@@ -251,7 +251,7 @@ def failed(check: Check, kind: str, error: Exception) -> None:
     if kind == "measurement" and re.search(NO_MEMORY, f"{type(error).__name__}: {text}", re.IGNORECASE):
         check.tell(kind, "no_memory", f"The memory ran out: {text[:200] or 'no more could be had'}.")
         return
-    message = " ".join(filter(None, worker.explain(error)))
+    message = " ".join(filter(None, explain(error)))
     check.tell(kind, "failed", message, field=getattr(error, "field", None), input=isinstance(error, InputError))
     raise error
 

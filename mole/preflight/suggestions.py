@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mole.config import RunConfig, apply_overrides
-from mole.models.loading import cpu_is_fast_at_bfloat16
+from mole.core.devices import cpu_is_fast_at_bfloat16
 from mole.preflight.estimate import Planner, Way, verdict
 
 WORTH = 0.98

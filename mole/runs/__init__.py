@@ -1,34 +1,29 @@
-"""A run's life on disk: its folder, events and state; creating, finding, exporting; the queue; grids of runs.
+"""A run's life on disk: its folder, events and state; creating, finding and exporting; the queue; grids; targets.
 
-A run is a folder and nothing else knows about it. No torch.
+A run is a folder and nothing else knows about it: no database, no server. No torch.
 """
 
-from mole.runs.run import STATES, Run, check_name, home, runs_dir
-from mole.runs.store import (
+from mole.core.paths import check_name, device_lock_path, home, runs_dir
+from mole.runs.queue import (
     QUEUE_LIMIT,
-    absolute,
     acquire_device,
     ahead_of,
-    check_inputs,
     check_room,
-    create,
-    delete,
-    device_lock_path,
     device_of,
     enqueue,
-    export,
-    get,
-    list_runs,
     move,
     place_of,
-    queue,
     reorder,
     spawn,
     start,
     stop,
     user_of,
+    waiting_runs,
     wake_queued,
 )
+from mole.runs.run import STATES, Run
+from mole.runs.store import absolute, check_inputs, create, delete, export, get, list_runs
+from mole.runs.targets import load_target, locate
 
 __all__ = [
     "QUEUE_LIMIT",
@@ -49,14 +44,16 @@ __all__ = [
     "get",
     "home",
     "list_runs",
+    "load_target",
+    "locate",
     "move",
     "place_of",
-    "queue",
     "reorder",
     "runs_dir",
     "spawn",
     "start",
     "stop",
     "user_of",
+    "waiting_runs",
     "wake_queued",
 ]

@@ -13,8 +13,9 @@ import yaml
 
 from mole.config import RunConfig, TextLoader, apply_overrides, check_sections, parse_yaml
 from mole.core.errors import InputError, RunError
-from mole.runs import store
-from mole.runs.store import Run
+from mole.core.paths import check_name, runs_dir
+from mole.runs import queue, store
+from mole.runs.run import Run
 
 SHORT = {
     "router": "", "seed": "s", "num_experts": "e", "learning_rate": "lr", "lora_alpha": "alpha", "max_steps": "steps",
@@ -40,7 +41,7 @@ def expand(values: Mapping[str, Any] | RunConfig, axes: Axes, group: str) -> lis
     Raises:
         InputError: a combination is no possible run (the message names it), an axis is empty, or they are too many.
     """
-    store.check_name(group, "group", "group")
+    check_name(group, "group", "group")
     nested = values.to_dict() if isinstance(values, RunConfig) else values
     check_sections(nested)
     nested = {**nested, "adapter": {"router": "dynmole", **nested.get("adapter", {})}, "group": group}
@@ -69,8 +70,8 @@ def check_axes(axes: Axes) -> None:
             field=empty[0] if empty else None,
         )
     count = math.prod(len(given) for given in axes.values())
-    if count > store.QUEUE_LIMIT:
-        raise InputError(f"The grid has {count} combinations; {store.QUEUE_LIMIT} runs can be queued at a time.")
+    if count > queue.QUEUE_LIMIT:
+        raise InputError(f"The grid has {count} combinations; {queue.QUEUE_LIMIT} runs can be queued at a time.")
 
 
 def combine(nested: Mapping[str, Any], chosen: Mapping[str, Any]) -> RunConfig:
@@ -119,7 +120,7 @@ def parse_values(text: str) -> list[Any]:
 def check_free(configs: Iterable[RunConfig]) -> None:
     """See that no run has one of the names. Raises `RunError`."""
     for config in configs:
-        if (store.runs_dir() / str(config.name)).exists():
+        if (runs_dir() / str(config.name)).exists():
             raise RunError(
                 f"There is a run called {config.name!r} already; choose another group name or delete it.", field="group"
             )
@@ -131,7 +132,7 @@ def queue_all(configs: Sequence[RunConfig]) -> list[Run]:
     Raises `InputError` when data, model or a name cannot be used, `BusyError` when the queue has no room for all.
     """
     check_free(configs)
-    store.check_room(len(configs))
+    queue.check_room(len(configs))
     sources: list[tuple[Any, Any]] = []
     for config in configs:
         if (config.model, config.data) not in sources:
@@ -146,7 +147,7 @@ def queue_all(configs: Sequence[RunConfig]) -> list[Run]:
             store.delete(run)
         raise
     for run in made:
-        store.start(run)
+        queue.start(run)
     return made
 
 

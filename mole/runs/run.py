@@ -17,7 +17,7 @@ from typing import Any
 
 from mole.config import RunConfig
 from mole.core import checkpoint, locks
-from mole.core.errors import BusyError, InputError, RunError, brief
+from mole.core.errors import BusyError, InputError, RunError
 
 STATES = ("queued", "running", "finished", "stopped", "interrupted", "failed")
 WAITING = ("created", "queued")
@@ -31,30 +31,6 @@ HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 """What may be half a character, which no page and no file can take."""
 LARGEST_METRIC = 1e40
 """Above all that 32-bit floating point can come to; sums and squares of such numbers are still finite."""
-DEVICE_NAMES = r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
-
-
-def home() -> Path:
-    """The folder that holds `runs/`, `models/` and `locks/`: `$MOLE_HOME`, or `~/.mole`."""
-    return Path(os.environ.get("MOLE_HOME") or "~/.mole").expanduser().absolute()
-
-
-def runs_dir() -> Path:
-    """The folder of all runs."""
-    return home() / "runs"
-
-
-def check_name(name: str, what: str = "run", field: str = "name") -> str:
-    """The name, if a run (or `what`) may be called so. Raises `RunError` about `field`."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name) or name.endswith("."):
-        raise RunError(
-            f"The {what} name {brief(name)} is not allowed: use up to 64 letters, digits, '.', '_' and '-', "
-            "starting with a letter, digit or '_'.",
-            field=field,
-        )
-    if re.fullmatch(DEVICE_NAMES, name):
-        raise RunError(f"The {what} name {brief(name)} is not allowed: Windows keeps it for a device.", field=field)
-    return name
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -18,17 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
-from mole.config import ModelConfig, RunConfig
+from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.core.errors import CheckpointError, TrainingError
 from mole.data.encoding import Collator, Datasets, build_datasets, by_length, chat_template
 from mole.mixture.model import mole_config
 from mole.mixture.routing_log import auxiliary_loss, one_batch
 from mole.models.adapter_files import WEIGHTS
-from mole.models.loading import TEMPLATE_FILE, Base, load_base
+from mole.models.loading import TEMPLATE_FILE, Base, load_base, on_its_gpu
 from mole.models.logits import summed_loss_at
 from mole.models.sources import fingerprint
-from mole.runs.store import Run
+from mole.runs.run import Run
 from mole.training import state
 from mole.training.callbacks import CALMER, EventLog
 
@@ -98,15 +97,6 @@ def assemble(
         if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return kind(run, config, base, model, datasets, meta, progress)
-
-
-def on_its_gpu(model: ModelConfig) -> ModelConfig:
-    """The model's settings for a process that sees only the GPU `cuda:N` asks for; call it before CUDA starts."""
-    kind, _, number = model.device.partition(":")
-    if not number:
-        return model
-    os.environ["CUDA_VISIBLE_DEVICES"] = number
-    return dataclasses.replace(model, device=kind)
 
 
 def require_same(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -21,42 +20,12 @@ from mole import runs
 from mole.core import locks, processes
 from mole.core.errors import MoleError, RunError, TrainingError
 from mole.core.redaction import redacted
-from mole.runs.run import WAITING
-from mole.runs.store import Run
+from mole.core.text import explain
+from mole.runs.run import WAITING, Run
 
 POLL_SECONDS = 0.5
 
 log = logging.getLogger("mole")
-
-FAILURES = (
-    (
-        r"out of memory|(can ?not|can't) allocate memory|MemoryError",
-        "Out of memory.",
-        "Use a smaller training.per_device_train_batch_size or data.max_length, or set "
-        "training.gradient_checkpointing=true.",
-    ),
-    (
-        r"no space left|(errno|os error) 28\b|disk quota",
-        "The disk is full.",
-        "Free some space, then resume the run: its last checkpoint is kept.",
-    ),
-    (
-        r"file too large|(errno|os error) 27\b",
-        "A file would be larger than this process may write.",
-        "Raise the limit (ulimit -f), then resume the run: its last checkpoint is kept.",
-    ),
-    (
-        r"read-only file system|permission denied",
-        "A file cannot be written.",
-        "Make the folder of $MOLE_HOME writable, then resume the run.",
-    ),
-    (
-        r"\bnan\b|not finite|non-?finite",
-        "The numbers are not finite any more.",
-        "Use a lower training.learning_rate or a longer training.warmup_steps, and start again.",
-    ),
-)
-"""Pattern of an error's type and text, its cause, and what to do."""
 
 
 def work(run: Run, *, resume: bool = False, progress: bool = False) -> None:
@@ -124,18 +93,6 @@ def fail(run: Run, error: Exception) -> tuple[str, str]:
     except OSError as problem:  # a full disk: the state will be `interrupted`, which can be resumed just as well
         log.error("the failure could not be written to the events: %s", problem)
     return message, advice
-
-
-def explain(error: Exception) -> tuple[str, str]:
-    """An error's cause and what to do about it, in one line each; the advice is empty when the cause says it all."""
-    text = redacted(" ".join(str(error).split()))
-    if isinstance(error, MoleError):
-        return text, ""
-    kind = type(error).__name__
-    for pattern, cause, advice in FAILURES:
-        if re.search(pattern, f"{kind}: {text}", re.IGNORECASE):
-            return f"{cause} ({text[:300] or kind})", advice
-    return f"{kind}: {text[:500]}", "The whole error is in the run's train.log."
 
 
 class LogFile(logging.FileHandler):

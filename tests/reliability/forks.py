@@ -19,7 +19,7 @@ from typing import Any
 
 from mole import runs
 from mole.core import checkpoint
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0

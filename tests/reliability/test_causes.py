@@ -18,7 +18,7 @@ from test_killed import check_finished
 from mole import runs
 from mole.config import RunConfig
 from mole.core import checkpoint
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from test_killed import check_finished
 
 from mole import runs
 from mole.core import checkpoint
-from mole.runs import store
-from mole.runs.store import Run
+from mole.runs import queue
+from mole.runs.run import Run
 
 SEED = 1_970
 FLIPS, CUTS = 12, 4
@@ -134,11 +134,11 @@ def test_who_comes_later_stands_behind_whatever_the_clock_says(
     runs.enqueue(line[1])
     monkeypatch.setattr(time, "time", now)
     runs.enqueue(line[2])
-    assert runs.queue("cpu") == line
+    assert runs.waiting_runs("cpu") == line
     assert runs.move(line[2], 1) == [line[2], line[0], line[1]]
     later = make_tiny("later")
     runs.enqueue(later)
-    assert runs.queue("cpu")[-1] == later
+    assert runs.waiting_runs("cpu")[-1] == later
     assert {run.name for run in runs.list_runs()} == {"a", "b", "c", "later"}
     assert [run.state for run in runs.list_runs()] == ["queued"] * 4
 
@@ -147,7 +147,7 @@ def test_a_run_made_before_the_clock_was_set_back_is_not_taken_for_one_that_is_j
     make_tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, now = make_tiny("future"), time.time
-    monkeypatch.setattr(store, "STARTING_SECONDS", 5.0)
+    monkeypatch.setattr(queue, "STARTING_SECONDS", 5.0)
     monkeypatch.setattr(time, "time", lambda: now() + 86_400)
     runs.enqueue(run)
     monkeypatch.setattr(time, "time", now)

@@ -15,7 +15,7 @@ from test_killed import check_finished, watch
 
 from mole import runs
 from mole.core import checkpoint
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from mole.config import ModelConfig
 from mole.core import checkpoint
 from mole.core.errors import DataError, MoleError
 from mole.models import sizes
-from mole.models.loading import Base, Loaded, attach, load_base, load_target, locate
+from mole.models.loading import Base, Loaded, attach, load_base
+from mole.runs.targets import load_target, locate
 
 CPU = ModelConfig(device="cpu", dtype="float32")
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.services import endpoints
-from mole import models, runs
+from mole import runs
 from mole.chat.generate import ChatSettings, TokenSampler
 from mole.config import ROUTERS, RunConfig, presets
 from mole.core.errors import InputError, MoleError
@@ -73,7 +73,7 @@ def test_a_name_is_allowed_only_if_it_is_one_plain_folder(no_hub: Path, given_na
 def test_no_target_hangs_or_is_taken_for_what_it_is_not(no_hub: Path, given_name: str) -> None:
     target = str(real(given_name))
     with nothing_written(no_hub):
-        answer(lambda: models.locate(target), MoleError)
+        answer(lambda: runs.locate(target), MoleError)
         refusal(lambda: runs.get(target), MoleError)
         if not target.startswith("~") and target not in (".", "", "smollm2-135m"):
             refusal(lambda: resolve(target), MoleError)
@@ -121,7 +121,7 @@ def test_a_folder_nobody_may_read_is_refused() -> None:
         "import mole.models.sizes, mole.runs\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
         "where = sys.argv[1] + '/locked/model'\n"
-        "asks = [lambda: models.locate(where), lambda: sources.resolve(where), lambda: catalog.about(where),\n"
+        "asks = [lambda: runs.locate(where), lambda: sources.resolve(where), lambda: catalog.about(where),\n"
         "        lambda: examples.read_examples(where + '/x.json'), lambda: schema.read_yaml(Path(where))]\n"
         "for ask in asks:\n"
         "    try: ask()\n"
@@ -138,7 +138,7 @@ def test_pipes_and_devices_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     for path in ("pipe.gguf", "zero.gguf", "loop"):
         refusal(lambda path=path: resolve(str(tmp_path / path)), MoleError)
-        refusal(lambda path=path: models.locate(str(tmp_path / path)), MoleError)
+        refusal(lambda path=path: runs.locate(str(tmp_path / path)), MoleError)
 
 
 # What a reply is asked for

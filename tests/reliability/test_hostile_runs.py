@@ -24,7 +24,7 @@ from mole.core import locks
 from mole.core.errors import InputError
 from mole.evaluation import job as evaluation_job
 from mole.preflight import job as preflight_job
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 ROUTING = {
     "layers": 2, "experts": 4, "load": [[0.4, 0.3, 0.2, 0.1]] * 2, "entropy": [0.7, 0.8], "active": [2.0, 1.5],
@@ -82,7 +82,7 @@ def look(pair: list[Run]) -> None:
     with in_time():
         assert {found.name for found in runs.list_runs()} == {one.name for one in pair}
         assert run.state in runs.STATES
-        for_the_page([run.status(), run.group, run.events(), run.last_event, *runs.queue()[:0]])
+        for_the_page([run.status(), run.group, run.events(), run.last_event, *runs.waiting_runs()[:0]])
         answer(lambda: runs.ahead_of(run))
         details = answer(run.details)
         if not isinstance(details, InputError):

@@ -18,7 +18,7 @@ from forks import SAVE_STEPS, Attempt, Make, Whole, finish, weights
 
 from mole import runs
 from mole.core import checkpoint
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 SEED = 20_240_229
 KILLS, SOAK_KILLS = 50, 300

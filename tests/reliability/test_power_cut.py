@@ -16,7 +16,7 @@ from test_killed import die_before, note_operations, operations_of
 from mole import runs
 from mole.config import RunConfig, presets
 from mole.core import checkpoint, processes
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 
 def synced(operations: list[str]) -> list[str]:

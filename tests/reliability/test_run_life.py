@@ -20,8 +20,8 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import BusyError, MoleError
-from mole.runs import store
-from mole.runs.store import Run
+from mole.runs import queue
+from mole.runs.run import Run
 
 PATIENCE = 240.0
 """Seconds a busy machine may take to import torch and train a few steps of a tiny model."""
@@ -240,7 +240,7 @@ def test_a_killed_waiting_run_is_still_in_line_and_can_be_woken(
     wait_for(lambda: not run.held, 10)
     assert run.state == "queued"
     assert runs.wake_queued() == []  # so fresh that its process may just be starting
-    monkeypatch.setattr(store, "STARTING_SECONDS", 0.0)
+    monkeypatch.setattr(queue, "STARTING_SECONDS", 0.0)
     assert runs.wake_queued() == [run]
     worker_pid(run)
     assert runs.wake_queued() == []
@@ -290,7 +290,7 @@ def test_queued_runs_get_the_device_one_after_the_other_in_order(
     for run in (first, cancelled, last):
         runs.start(run)
         worker_pid(run)
-    assert [run.name for run in runs.queue("cpu")] == ["b", "c", "a"]
+    assert [run.name for run in runs.waiting_runs("cpu")] == ["b", "c", "a"]
     runs.stop(cancelled)
     wait_for_state(cancelled, "stopped")
     busy_cpu.release()
@@ -341,7 +341,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path
     ],
 )
 def test_failures_come_with_cause_and_advice(error: Exception, cause: str, advice: str) -> None:
-    from mole.training.worker import explain
+    from mole.core.text import explain
 
     found, what_to_do = explain(error)
     assert cause in found

@@ -20,7 +20,7 @@ from test_two_at_once import wait_for
 
 from mole import runs
 from mole.core import checkpoint
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 GONE = 60
 """Seconds after a stop in which the last process of a run ends."""

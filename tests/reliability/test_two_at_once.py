@@ -18,8 +18,8 @@ from forks import PATIENCE, SERVER, Attempt, Make, processes_of, work
 from mole import runs
 from mole.core import locks
 from mole.core.errors import BusyError, MoleError
-from mole.runs import store
-from mole.runs.store import Run
+from mole.runs import queue
+from mole.runs.run import Run
 
 ROUNDS, RACERS = 8, 3
 
@@ -70,7 +70,7 @@ def start(name: str) -> str:
 
 
 def wake(_: Any) -> str:
-    store.STARTING_SECONDS = 0.0
+    queue.STARTING_SECONDS = 0.0
     return said(runs.wake_queued)
 
 

@@ -16,10 +16,10 @@ from app import settings
 from mole import runs
 from mole.config import RunConfig, presets
 from mole.core.errors import CheckpointError, DataError, ModelError, RunError
+from mole.core.paths import check_name
 from mole.models import sources
-from mole.models.loading import locate
 from mole.preflight import job as preflight_job
-from mole.runs.run import check_name
+from mole.runs.targets import locate
 
 from .conftest import API, Stranger, everything_in
 

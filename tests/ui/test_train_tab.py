@@ -57,7 +57,7 @@ def busy(shared: Studio) -> Iterator[locks.Lock]:
     lock = locks.acquire(path, run="other")
     assert lock is not None
     yield lock
-    for run in runs.queue():
+    for run in runs.waiting_runs():
         runs.stop(run)
     until(lambda: not any(run.held for run in runs.list_runs()))
     lock.release()
@@ -218,7 +218,7 @@ def test_a_queue_of_three_is_put_in_order_and_one_is_taken_out(
     expect(page.get_by_role("button", name="Move three up")).to_be_disabled()
     page.get_by_role("button", name="Take one out of the queue").click()
     expect(line).to_have_text(["three", "two"])
-    assert [run.name for run in runs.queue()] == ["three", "two"]
+    assert [run.name for run in runs.waiting_runs()] == ["three", "two"]
     line.nth(0).click()
     expect(page.locator("#train-run .name")).to_have_text("three")
     busy.release()
@@ -246,7 +246,7 @@ def test_a_grid_is_counted_refused_by_name_and_queued_as_a_group(
     page.click("#grid-start")
     names = ["sweep-topp-s0", "sweep-topp-s1", "sweep-lora-s0", "sweep-lora-s1"]
     expect(page.locator("#queue li .run")).to_have_text(names)
-    assert {run.group for run in runs.queue()} == {"sweep"}
+    assert {run.group for run in runs.waiting_runs()} == {"sweep"}
     assert runs.get("sweep-topp-s1").config.adapter.to_flat()["top_p"] == 0.6
     page.click("#grid-start")
     expect(page.locator("#grid-group .field-message")).to_contain_text("'sweep-topp-s0' already")

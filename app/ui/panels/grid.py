@@ -16,7 +16,7 @@ from mole import runs
 from mole.config import ROUTERS, SECTIONS, RunConfig
 from mole.core.errors import MoleError
 from mole.runs import grid
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 ELEMENTS = {"adapter.router": "grid-routers", "training.seed": "grid-seeds", "group": "grid-group"}
 """Where an error about one of these is shown."""

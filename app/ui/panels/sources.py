@@ -16,10 +16,10 @@ from app.ui.panels import live
 from app.ui.wiring import QUIET, on_change
 from mole.config import coerce
 from mole.core.errors import InputError, MoleError
+from mole.core.paths import local_path
 from mole.data import columns
 from mole.data.columns import Layout
 from mole.data.examples import SHAPES
-from mole.data.readers import local_path
 from mole.models import catalog
 
 DATA_TYPES = [".json", ".jsonl", ".csv", ".tsv", ".parquet"]

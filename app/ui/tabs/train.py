@@ -19,7 +19,7 @@ from app.ui.wiring import QUIET, on_change
 from mole import runs
 from mole.config import ROUTERS, AdapterConfig
 from mole.core.errors import InputError, MoleError
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 MAIN = (
     ("training", "max_steps"), ("training", "num_train_epochs"),

@@ -19,7 +19,7 @@ from mole.analysis.run_metrics import LossCurve, LossPoint, read_metrics
 from mole.cli import parser
 from mole.config import RunConfig
 from mole.core import checkpoint
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 Make = Callable[..., Run]
 

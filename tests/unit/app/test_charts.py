@@ -13,7 +13,7 @@ from app.services.charts import Cursor
 from mole import runs
 from mole.analysis.history import STEP_COLUMNS, Histories
 from mole.config import RunConfig
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 ROUTING = {
     "layers": 2,

@@ -17,7 +17,7 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import locks
 from mole.evaluation import job as evaluation_job
-from mole.runs.store import Run
+from mole.runs.run import Run
 
 LAYERS, EXPERTS = 30, 8
 

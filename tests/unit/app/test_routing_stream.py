@@ -20,7 +20,7 @@ MESSAGES = [{"role": "user", "content": "Convert 3 km to metres."}]
 def filmed(tiny_adapter: Path) -> tuple[Reel, Any]:
     """A short reply on a reel, and the trace it was made from."""
     from mole.chat.generate import ChatSettings, stream
-    from mole.models.loading import load_target
+    from mole.runs.targets import load_target
 
     loaded = load_target(str(tiny_adapter))
     steps = stream(loaded, MESSAGES, ChatSettings(max_new_tokens=6))
@@ -74,7 +74,7 @@ def test_a_reply_or_a_token_that_is_not_there_is_none(filmed: tuple[Reel, Any]) 
 def test_the_entropy_threshold_shown_is_the_one_this_reply_used(tiny_adapter: Path) -> None:
     from mole.chat.generate import ChatSettings, stream
     from mole.mixture.steering import Steering
-    from mole.models.loading import load_target
+    from mole.runs.targets import load_target
 
     loaded = load_target(str(tiny_adapter))
     step = next(stream(loaded, MESSAGES, ChatSettings(max_new_tokens=1)))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mole.chat.generate import ChatSettings, TokenTexts, generate, prompt_ids, stop_ids, stream
 from mole.config import ModelConfig
 from mole.core.errors import ConfigError, InputError
-from mole.models.loading import Loaded, load_target
+from mole.models.loading import Loaded
+from mole.runs.targets import load_target
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "phi"]
 HELLO = [{"role": "user", "content": "Which of these words is the longest?"}]

@@ -20,7 +20,8 @@ from mole.chat.model_cache import ModelCache
 from mole.config import ModelConfig
 from mole.core.errors import MoleError
 from mole.models import sizes
-from mole.models.loading import load_base, load_target
+from mole.models.loading import load_base
+from mole.runs.targets import load_target
 
 CPU = ModelConfig(device="cpu", dtype="float32")
 
@@ -154,16 +155,6 @@ def test_clearing_gives_the_memory_back(targets: dict[str, str]) -> None:
     assert len(cache) == 1
     cache.clear()
     assert len(cache) == 0 and base() is None
-
-
-def test_free_memory_is_the_containers_where_that_is_less(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("600\n")
-    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
-    assert sizes.free_on_cpu(cgroup=tmp_path) == 650
-    (tmp_path / "memory.max").write_text("max\n")
-    assert sizes.free_on_cpu(cgroup=tmp_path) > 1 << 20
-    assert sizes.free_on_cpu(cgroup=tmp_path / "none") > 1 << 20
 
 
 def test_weights_are_counted_from_headers(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:

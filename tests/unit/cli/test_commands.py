@@ -15,6 +15,7 @@ from mole import runs
 from mole.cli import commands, parser
 from mole.config import SECTIONS, RunConfig, spec_of
 from mole.core import checkpoint
+from mole.runs import queue
 
 ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("yes", "no", "maybe", "never", "often", "once")]
 
@@ -412,7 +413,7 @@ def test_presets_are_listed_and_begun_with(mole: Mole, base: list[str]) -> None:
 
 
 def test_a_grid_is_queued_listed_moved_and_left(mole: Mole, base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "spawn", lambda run, **_: None)
+    monkeypatch.setattr(queue, "spawn", lambda run, **_: None)
     flags = ["--set", "model.device=cpu", "--grid", "adapter.router=topk,lora", "--grid", "training.seed=0,1"]
     answer = mole(*base, *flags, "--group", "try")
     expected = ["try-topk-s0", "try-topk-s1", "try-lora-s0", "try-lora-s1"]

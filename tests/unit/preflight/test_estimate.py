@@ -21,10 +21,11 @@ from mole.config import ROUTERS, AdapterConfig, ModelConfig, RunConfig
 from mole.core import locks
 from mole.core.errors import ConfigError, InputError
 from mole.mixture.model import mole_config
-from mole.models.loading import load_base, load_target
+from mole.models.loading import load_base
 from mole.preflight import dry_run, estimate, memory_profile, suggestions
 from mole.preflight import job as preflight_job
 from mole.preflight.job import Check
+from mole.runs.targets import load_target
 from mole.training.trainer import train
 
 Make = Callable[..., Any]

@@ -11,7 +11,7 @@ import pytest
 from mole import runs
 from mole.config import RunConfig
 from mole.core.errors import BusyError, InputError, RunError
-from mole.runs import grid
+from mole.runs import grid, queue, store
 
 Axes = dict[str, list[Any]]
 
@@ -20,7 +20,7 @@ Axes = dict[str, list[Any]]
 def unstarted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the runs whose process would have been started; none is."""
     started: list[str] = []
-    monkeypatch.setattr(runs, "spawn", lambda run, **_: started.append(run.name))
+    monkeypatch.setattr(queue, "spawn", lambda run, **_: started.append(run.name))
     yield started
 
 
@@ -108,7 +108,7 @@ def test_all_are_queued_in_their_order_under_one_group(
 ) -> None:
     made = grid.expand(base(tiny_folder, tmp_path), {"training.seed": [0, 1, 2]}, "g")
     queued = grid.queue_all(made)
-    assert unstarted == ["g-s0", "g-s1", "g-s2"] == [run.name for run in runs.queue()]
+    assert unstarted == ["g-s0", "g-s1", "g-s2"] == [run.name for run in runs.waiting_runs()]
     assert {run.group for run in queued} == {run.config.group for run in queued} == {"g"}
     assert grid.free_group("g") == "g-1"
     with pytest.raises(RunError, match="'g-s0' already; choose another group"):
@@ -135,7 +135,7 @@ def test_a_failure_half_way_leaves_nothing(
             raise OSError(28, "No space left on device")
         return create(config)
 
-    monkeypatch.setattr(runs, "create", full)
+    monkeypatch.setattr(store, "create", full)
     with pytest.raises(OSError, match="No space left"):
         grid.queue_all(grid.expand(base(tiny_folder, tmp_path), {"training.seed": [0, 1, 2]}, "g"))
     assert runs.list_runs() == [] and not unstarted
@@ -146,7 +146,7 @@ def test_a_grid_that_does_not_fit_the_queue_is_refused_whole(
 ) -> None:
     config = base(tiny_folder, tmp_path)
     grid.queue_all(grid.expand(config, {"training.seed": [0, 1]}, "g"))
-    monkeypatch.setattr(runs, "QUEUE_LIMIT", 4)
+    monkeypatch.setattr(queue, "QUEUE_LIMIT", 4)
     with pytest.raises(BusyError, match="2 runs wait already and 3 more would pass the queue's limit of 4"):
         grid.queue_all(grid.expand(config, {"training.seed": [0, 1, 2]}, "h"))
     assert len(runs.list_runs()) == 2

@@ -21,7 +21,8 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import BusyError, CheckpointError, RunError
-from mole.runs.store import Run
+from mole.runs import queue
+from mole.runs.run import Run
 
 
 def config(**values: Any) -> RunConfig:
@@ -392,10 +393,10 @@ def test_who_may_start_and_who_may_resume(home: Path) -> None:
 def test_stopping_a_run_that_only_waits_takes_it_out_of_the_line(home: Path) -> None:
     run = runs.create(config(name="demo"))
     runs.enqueue(run)
-    assert runs.queue("cpu") == [run]
+    assert runs.waiting_runs("cpu") == [run]
     runs.stop(run)
     assert run.state == "stopped"
-    assert runs.queue("cpu") == []
+    assert runs.waiting_runs("cpu") == []
     with pytest.raises(RunError, match="demo is stopped; only a queued or running one"):
         runs.stop(run)
 
@@ -414,7 +415,7 @@ def test_the_device_goes_to_the_first_in_line(home: Path) -> None:
     runs.enqueue(gone)  # its process died: it must not block the others
     runs.enqueue(first)
     runs.enqueue(second)
-    assert runs.queue("cpu") == [gone, first, second]
+    assert runs.waiting_runs("cpu") == [gone, first, second]
     with first.lock(), second.lock():
         assert runs.acquire_device("cpu", second) is None
         held = runs.acquire_device("cpu", first)
@@ -447,7 +448,7 @@ def test_the_queue_takes_the_order_it_is_given(home: Path) -> None:
     assert names(runs.reorder(["d", "b", "a"])) == ["d", "b", "c", "a"], "c was not named and keeps its place"
     assert names(runs.reorder(["a"])) == ["d", "b", "c", "a"]
     queued("e")
-    assert names(runs.queue()) == ["d", "b", "c", "a", "e"], "who comes later stands behind"
+    assert names(runs.waiting_runs()) == ["d", "b", "c", "a", "e"], "who comes later stands behind"
     with pytest.raises(RunError, match="no run called 'z'"):
         runs.reorder(["e", "z"])
 
@@ -457,7 +458,7 @@ def test_a_run_is_moved_to_a_place(home: Path, place: int, line: str) -> None:
     queued("a", "b", "c")
     queued("other", device="cuda:0")
     assert names(runs.move(runs.get("c"), place)) == list(line)
-    assert names(runs.queue("cuda:0")) == ["other"]
+    assert names(runs.waiting_runs("cuda:0")) == ["other"]
 
 
 def test_runs_queued_in_the_same_instant_can_be_told_apart(home: Path) -> None:
@@ -487,13 +488,13 @@ def test_a_moved_run_without_a_process_is_woken_at_once(home: Path, monkeypatch:
     """Its event is new, but nobody has just started it."""
     queued("a", "b")
     runs.reorder(["b", "a"])
-    monkeypatch.setattr(runs, "spawn", lambda run, **_: None)
+    monkeypatch.setattr(queue, "spawn", lambda run, **_: None)
     assert names(runs.wake_queued()) == ["a", "b"]
 
 
 def test_the_queue_has_an_end(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queued("a", "b")
-    monkeypatch.setattr(runs, "QUEUE_LIMIT", 2)
+    monkeypatch.setattr(queue, "QUEUE_LIMIT", 2)
     run = runs.create(config(name="c"))
     with pytest.raises(BusyError, match="2 runs wait already and 1 more would pass the queue's limit of 2"):
         runs.enqueue(run)
@@ -503,8 +504,8 @@ def test_two_who_reorder_at_once_lose_no_run(home: Path) -> None:
     letters = [run.name for run in queued(*"abcdef")]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda turn: runs.reorder(letters[turn:] + letters[:turn]), range(12)))
-    assert sorted(names(runs.queue())) == letters
-    positions = [run.last_event["position"] for run in runs.queue()]
+    assert sorted(names(runs.waiting_runs())) == letters
+    positions = [run.last_event["position"] for run in runs.waiting_runs()]
     assert len(set(positions)) == 6
 
 
@@ -552,27 +553,6 @@ def test_waiting_processes_keep_to_the_new_order(home: Path, tmp_path: Path, tin
             if run.state in ("queued", "running"):
                 runs.stop(run)
         wait_until(lambda: not any(run.held for run in made))
-
-
-@pytest.mark.parametrize(
-    ("device", "visible", "expected"),
-    [
-        ("cpu", None, "cpu"),
-        ("cuda", None, "cuda:0"),
-        ("cuda:3", None, "cuda:3"),
-        ("cuda", "2,3", "cuda:2"),
-        ("auto", "", "cpu"),
-        ("auto", "-1", "cpu"),
-    ],
-)
-@pytest.mark.skipif(sys.platform == "darwin", reason="auto may be mps there")
-def test_the_device_is_told_without_torch(
-    monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, expected: str
-) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert runs.device_of(config(model={"device": device})) == expected
 
 
 def test_the_life_of_runs_needs_no_torch() -> None:

@@ -1,0 +1,49 @@
+"""Where things are kept: `$MOLE_HOME` and its folders, names that may become folders, paths that a person typed."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from mole.core.errors import RunError, brief
+
+WINDOWS_DEVICES = r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
+
+
+def home() -> Path:
+    """The folder that holds `runs/`, `models/` and `locks/`: `$MOLE_HOME`, or `~/.mole`."""
+    return Path(os.environ.get("MOLE_HOME") or "~/.mole").expanduser().absolute()
+
+
+def runs_dir() -> Path:
+    """`$MOLE_HOME/runs`, the folder of all runs."""
+    return home() / "runs"
+
+
+def models_dir() -> Path:
+    """`$MOLE_HOME/models`, where converted models are kept."""
+    return home() / "models"
+
+
+def device_lock_path(device: str) -> Path:
+    """The lock file of a device."""
+    return home() / "locks" / f"{re.sub(r'[^A-Za-z0-9]+', '-', device)}.lock"
+
+
+def local_path(text: str) -> Path:
+    """The path a person typed, `~` expanded; `~user` of an unknown user stays as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def check_name(name: str, what: str = "run", field: str = "name") -> str:
+    """The name, if a run (or `what`) may have it. Raises `RunError` about `field`."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name) or name.endswith("."):
+        raise RunError(
+            f"The {what} name {brief(name)} is not allowed: use up to 64 letters, digits, '.', '_' and '-', "
+            "starting with a letter, digit or '_'.",
+            field=field,
+        )
+    if re.fullmatch(WINDOWS_DEVICES, name):
+        raise RunError(f"The {what} name {brief(name)} is not allowed: Windows reserves it for a device.", field=field)
+    return name

@@ -1,0 +1,81 @@
+"""Texts for people: an exception as one line, sizes in bytes, counts and durations with their units."""
+
+from __future__ import annotations
+
+import re
+
+from mole.core.errors import MoleError
+from mole.core.redaction import redacted
+
+FAILURES = (
+    (
+        r"out of memory|(can ?not|can't) allocate memory|MemoryError",
+        "Out of memory.",
+        "Use a smaller training.per_device_train_batch_size or data.max_length, or set "
+        "training.gradient_checkpointing=true.",
+    ),
+    (
+        r"no space left|(errno|os error) 28\b|disk quota",
+        "The disk is full.",
+        "Free some space, then resume the run: its last checkpoint is kept.",
+    ),
+    (
+        r"file too large|(errno|os error) 27\b",
+        "A file would be larger than this process may write.",
+        "Raise the limit (ulimit -f), then resume the run: its last checkpoint is kept.",
+    ),
+    (
+        r"read-only file system|permission denied",
+        "A file cannot be written.",
+        "Make the folder of $MOLE_HOME writable, then resume the run.",
+    ),
+    (
+        r"\bnan\b|not finite|non-?finite",
+        "The numbers are not finite any more.",
+        "Use a lower training.learning_rate or a longer training.warmup_steps, and start again.",
+    ),
+)
+"""Pattern of an error's type and text, its cause, and what to do."""
+
+
+def one_line(error: Exception, longest: int = 200) -> str:
+    """An exception's message on one line of at most `longest` characters, without its final stop and without tokens."""
+    text = redacted(" ".join(str(error).split())) or type(error).__name__
+    return (text if len(text) <= longest else text[: longest - 1] + "…").rstrip(".")
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """An error's cause and what to do about it, in one line each; the advice is empty when the cause says it all."""
+    text = redacted(" ".join(str(error).split()))
+    if isinstance(error, MoleError):
+        return text, ""
+    kind = type(error).__name__
+    for pattern, cause, advice in FAILURES:
+        if re.search(pattern, f"{kind}: {text}", re.IGNORECASE):
+            return f"{cause} ({text[:300] or kind})", advice
+    return f"{kind}: {text[:500]}", "The whole error is in the run's train.log."
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in a suitable unit: `84 kB`, `270 MB`, `16.4 GB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= 0.9995 * unit:
+            return f"{size / unit:.{1 if name == 'GB' else 0}f} {name}"
+    return f"{size / 1e3:.0f} kB"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters: `135 M`, `1.7 B`; empty for 0."""
+    if not count:
+        return ""
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if count >= 0.9995 * unit:
+            return f"{count / unit:.{1 if name == 'B' else 0}f} {name}"
+    return f"{count:,}"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in a suitable unit: `0.31 s`, `45 s`, `12 min`, `1.6 h`."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

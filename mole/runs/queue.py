@@ -1,0 +1,221 @@
+"""Starting and stopping runs, and the line in which they wait for their device.
+
+There is no server: a queued run is a small waiting process, and places in the line are events in the runs' folders. No
+torch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from mole.config import RunConfig
+from mole.core import limits, locks, processes
+from mole.core.devices import physical_device
+from mole.core.errors import BusyError, MoleError, RunError, writing
+from mole.core.paths import device_lock_path, home
+from mole.runs.run import WAITING, Run, number
+from mole.runs.store import get, list_runs
+
+STARTING_SECONDS = 5.0
+"""A queued run this fresh may have a process that has not taken its lock yet."""
+
+
+QUEUE_LIMIT = limits.QUEUE
+
+
+@writing()
+def enqueue(run: Run, *, resume: bool = False) -> None:
+    """Put the run in line for its device, for the process that is about to work on it.
+
+    Raises `BusyError` when it is already worked on or the queue is full, `RunError` when it is not in a state to start
+    or resume.
+    """
+    check_room()
+    with run.lock():
+        last = run.last_event
+        state = run.state_unheld(last)
+        if last["type"] == "queued" and _is_fresh(last):
+            raise BusyError(f"The run {run.name} is being started already.")
+        if state == "finished":
+            raise RunError(f"The run {run.name} has finished; train a new one: mole train --config {run.config_path}")
+        if state != "queued" and not resume:
+            raise RunError(f"The run {run.name} is {state}; continue it with: mole runs resume {run.name}")
+        run.clear_stop()
+        device = device_of(run.config)
+        behind = max((position for position, *_ in _waiting()), default=0.0)  # also when the clock was set back
+        position = max(time.time(), math.nextafter(behind, math.inf))
+        run.append_event("queued", last["step"], device=device, resume=resume, position=position)
+
+
+def start(run: Run, *, resume: bool = False) -> None:
+    """Start or resume a run in a process of its own that outlives this one; returns at once. Errors as `enqueue`."""
+    enqueue(run, resume=resume)
+    spawn(run, resume=resume)
+
+
+@writing()
+def spawn(run: Run, *, resume: bool = False) -> None:
+    """Start the worker process of a queued run: its own session, no open files of ours, output to `train.log`."""
+    processes.detach("mole.training.worker", run.name, *(["--resume"] if resume else []), log=run.log_path)
+
+
+@writing()
+def stop(run: Run) -> None:
+    """Ask a running run to save and stop, or take a queued one out of the line. Raises `RunError` in other states."""
+    if run.state not in ("queued", "running"):
+        raise RunError(f"The run {run.name} is {run.state}; only a queued or running one can be stopped.")
+    run.request_stop()
+    try:
+        lock = run.lock(patience=0.1)
+    except BusyError:
+        return  # its process sees the request
+    with lock:
+        if run.last_event["type"] in WAITING:
+            run.append_event("stopped", run.step)
+
+
+def waiting_runs(device: str | None = None) -> list[Run]:
+    """The runs waiting for a device (any if None), first in line first."""
+    return [run for *_, run in _waiting(device)]
+
+
+def _waiting(device: str | None = None) -> list[tuple[float, str, Run]]:
+    """The places, names and runs of `queue`."""
+    waiting = []
+    for run in list_runs():
+        state, last = run.observe()
+        if state == "queued" and last["type"] == "queued" and device in (None, last.get("device")):
+            if not isinstance(last.get("device"), str):
+                continue  # whoever wrote that, it was not us: its process will tell its device anew
+            waiting.append((_position(last), run.name, run))
+    return sorted(waiting, key=lambda item: item[:2])
+
+
+def check_room(more: int = 1) -> None:
+    """See that so many more runs may wait. Raises `BusyError`."""
+    waiting = len(waiting_runs())
+    if waiting + more > QUEUE_LIMIT:
+        raise BusyError(
+            f"{waiting} runs wait already and {more} more would pass the queue's limit of {QUEUE_LIMIT}; "
+            "let some finish, or take some out: mole runs queue."
+        )
+
+
+@writing()
+def reorder(names: Sequence[str]) -> list[Run]:
+    """Let these waiting runs take turns in this order, among the places they have; returns the whole queue.
+
+    A run that has begun meanwhile is passed over. Raises `RunError` for a name that is no run, `BusyError` when
+    somebody else changes the queue for long.
+    """
+    asked = [get(name) for name in dict.fromkeys(names)]
+    with _line():
+        waiting = {run.name for run in waiting_runs() if not run.stop_requested()}
+        moved = [(run, run.last_event) for run in asked if run.name in waiting]
+        moved = [(run, last) for run, last in moved if user_of(last["device"]) != run.name]
+        place = 0.0
+        for (run, last), free in zip(moved, sorted(_position(last) for _, last in moved), strict=True):
+            place = max(free, math.nextafter(place, math.inf))
+            if place != _position(last):
+                kept = {key: last.get(key) for key in ("device", "resume")}
+                run.append_event("queued", last["step"], **kept, position=place, moved=True)
+    return waiting_runs()
+
+
+def move(run: Run, place: int) -> list[Run]:
+    """Let a waiting run be the `place`-th in line for its device, 1 being the next; returns that line.
+
+    Raises `RunError` when it does not wait, and errors as `reorder`.
+    """
+    device = str(run.last_event.get("device"))
+    line = [other.name for other in waiting_runs(device)]
+    if run.name not in line:
+        raise RunError(f"The run {run.name} is {run.state}; only one that waits in the queue can be moved.")
+    line.remove(run.name)
+    line.insert(max(place, 1) - 1, run.name)
+    reorder(line)
+    return waiting_runs(device)
+
+
+def place_of(run: Run) -> tuple[str, float]:
+    """A run's device, and where it stands in line for it: smaller is earlier."""
+    last = run.last_event
+    return str(last.get("device") or device_of(run.config)), _position(last)
+
+
+def ahead_of(run: Run) -> list[str]:
+    """The names of the runs a waiting run waits for: the one on its device, then those before it in line."""
+    device, _ = place_of(run)
+    line = [user_of(device), *(other.name for other in waiting_runs(device))]
+    before = line[: line.index(run.name)] if run.name in line else line[:1]
+    return [name for name in before if name]
+
+
+def user_of(device: str) -> str:
+    """The name of the run that has the device; empty when it is free."""
+    path = device_lock_path(device)
+    return str(locks.holder(path).get("run", "")) if locks.is_held(path) else ""
+
+
+def _position(queued: dict[str, Any]) -> float:
+    """A run's place in line, as its last `queued` event has it: the time it was queued, unless it was moved."""
+    return number(queued.get("position")) or float(queued["time"])
+
+
+@contextmanager
+def _line(patience: float = 5.0) -> Iterator[None]:
+    """Nobody else takes a device or changes the queue within this block. Raises `BusyError`."""
+    path = home() / "locks" / "queue.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = locks.acquire(path, patience)
+    if lock is None:
+        raise BusyError("Somebody else is changing the queue; try again.")
+    with lock:
+        yield
+
+
+def wake_queued() -> list[Run]:
+    """Start a process for every queued run that has none (after a reboot); returns those runs."""
+    woken = []
+    for run in list_runs():
+        state, last = run.observe()
+        if state != "queued" or run.held or _is_fresh(last):
+            continue
+        try:
+            if last["type"] == "created":
+                start(run)
+            else:
+                spawn(run, resume=bool(last.get("resume")))
+            woken.append(run)
+        except MoleError:
+            continue  # somebody else was faster, or its settings cannot be read any more
+    return woken
+
+
+def device_of(config: RunConfig) -> str:
+    """The device a run will use, told without torch: `cpu`, `mps` or `cuda:N` with N the machine's own number."""
+    return physical_device(config.model.device)
+
+
+def acquire_device(device: str, run: Run) -> locks.Lock | None:
+    """The lock on a device, if it is free and `run` is first in line for it; None otherwise."""
+    path = device_lock_path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if locks.is_held(path):
+        return None
+    try:
+        with _line(patience=0.2):  # a run is either moved first and then passed over, or has the device and stays
+            line = [other for other in waiting_runs(device) if other.held]
+            if line and line[0].name != run.name:
+                return None
+            return locks.acquire(path, patience=0.2, run=run.name)
+    except BusyError:
+        return None
+
+
+def _is_fresh(event: dict[str, Any]) -> bool:
+    return not event.get("moved") and abs(time.time() - event["time"]) < STARTING_SECONDS

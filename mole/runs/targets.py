@@ -1,0 +1,91 @@
+"""What a command's TARGET names: a run, `RUN@STEP` for a checkpoint of it, an adapter folder, or `base:MODEL`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from mole.config import ModelConfig, RunConfig
+from mole.core import checkpoint
+from mole.core.errors import ModelError, RunError
+from mole.core.paths import local_path
+from mole.models.adapter_files import read_adapter_config
+from mole.models.gguf import EMBEDDED
+from mole.models.loading import Loaded, attach, load_base
+from mole.runs import store
+from mole.runs.run import Run
+
+
+def load_target(target: str, model: ModelConfig | None = None) -> Loaded:
+    """Load what a command's TARGET names: a run, a run's checkpoint, an adapter folder, or `base:MODEL`.
+
+    Args:
+        target: the run's name, `RUN@STEP`, the adapter's folder, or `base:` and a base model.
+        model: dtype and device to use; its name is not looked at.
+
+    Raises `RunError`, `ModelError`, `ConfigError`, or `CheckpointError` for an adapter whose files have changed.
+    """
+    base_name, adapter_dir = locate(target)
+    base = load_base(dataclasses.replace(model or ModelConfig(), name=base_name))
+    return attach(base, adapter_dir, target) if adapter_dir else Loaded(base.model, base.tokenizer, target, base_name)
+
+
+def locate(target: str) -> tuple[str, Path | None]:
+    """The base model's name and the adapter's folder (None for `base:MODEL`) of a target, without loading them.
+
+    Raises `RunError` or `ModelError` when there is no such run, checkpoint, folder, or finished adapter.
+    """
+    if target.startswith("base:"):
+        return target.removeprefix("base:") or EMBEDDED, None
+    name, at, step = target.rpartition("@")
+    try:
+        run = store.get(name if at else target)
+    except RunError as error:
+        folder = local_path(target)
+        if os.path.isfile(folder / "adapter_config.json"):
+            return base_of(folder), folder
+        if os.path.isfile(folder / "adapter" / "adapter_config.json"):
+            return base_of(folder / "adapter"), folder / "adapter"
+        if os.path.isdir(folder):
+            raise ModelError(f"The folder {target} holds no adapter: it has no adapter_config.json.") from None
+        known = ", ".join(run.name for run in store.list_runs()[-5:]) or "none yet"
+        raise ModelError(
+            f"There is no run and no adapter folder {target!r}; runs: {known}. For a base model: base:{target}"
+            if "/" not in target and "\\" not in target
+            else f"There is no adapter folder {target}."
+        ) from error
+    if at:
+        return run.config.model.name, checkpoint_of(run, step)
+    if not (run.adapter_dir / "adapter_config.json").is_file():
+        advice = {
+            "queued": "it waits for its device",
+            "running": "wait until it has finished",
+            "failed": f"see `mole runs show {run.name}`",
+        }.get(run.state, f"go on with `mole runs resume {run.name}`")
+        kept = checkpoint.steps(run.checkpoints_dir)
+        instead = f", or take its newest checkpoint: {run.name}@{kept[-1][0]}" if kept else ""
+        raise RunError(f"The run {run.name} is {run.state} and has no adapter yet: {advice}{instead}.")
+    return run.config.model.name, run.adapter_dir
+
+
+def checkpoint_of(run: Run, step: str) -> Path:
+    """The folder of a run's checkpoint. Raises `RunError` that lists the steps there are."""
+    kept = {str(number): folder for number, folder in checkpoint.steps(run.checkpoints_dir)}
+    if step not in kept:
+        there = f"checkpoints: {', '.join(f'{run.name}@{number}' for number in kept)}" if kept else "it has none"
+        raise RunError(f"The run {run.name} has no checkpoint of step {step or '(empty)'}; {there}.", field="target")
+    checkpoint.read_manifest(kept[step])
+    return kept[step]
+
+
+def base_of(folder: Path) -> str:
+    """The base model of an adapter folder: its run's when it lies in one, else PEFT's note. Raises `ModelError`."""
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    if (run / "run.yaml").is_file():
+        return RunConfig.load(run / "run.yaml").model.name
+    name = read_adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{folder}/adapter_config.json does not say its base model (base_model_name_or_path).")
+    # The embedded model is noted by its folder, which is another one on another machine.
+    return EMBEDDED if Path(name).name == EMBEDDED and not Path(name).is_dir() else str(name)

@@ -1,0 +1,75 @@
+"""Devices: which one a setting means, whether it is fast at bfloat16, how much memory it has left."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mole.core import devices
+from mole.core.errors import ConfigError
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_device_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.device is 'cuda:3'; it must be auto or a device of this machine"):
+        devices.pick_device("cuda:3")
+    assert devices.pick_device("auto").type in ("cpu", "mps")
+
+
+@pytest.mark.parametrize(
+    "machine, line, fast",
+    [
+        ("x86_64", "flags\t\t: fpu avx2 fma", False),
+        ("x86_64", "flags\t\t: fpu avx512f avx512_bf16", True),
+        ("x86_64", "flags\t\t: fpu amx_bf16 amx_tile", True),
+        ("aarch64", "Features\t: fp asimd bf16 i8mm", True),
+        ("aarch64", "Features\t: fp asimd", False),
+    ],
+)
+def test_bfloat16_is_chosen_where_the_cpu_is_fast_at_it(
+    machine: str, line: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert devices.cpu_is_fast_at_bfloat16(tmp_path / "cpuinfo") is fast
+    assert devices.cpu_is_fast_at_bfloat16(tmp_path / "none") is False
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [
+        ("cpu", None, "cpu"),
+        ("cuda", None, "cuda:0"),
+        ("cuda:3", None, "cuda:3"),
+        ("cuda", "2,3", "cuda:2"),
+        ("auto", "", "cpu"),
+        ("auto", "-1", "cpu"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "darwin", reason="auto may be mps there")
+def test_the_device_is_told_without_torch(
+    monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, expected: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices.physical_device(device) == expected
+
+
+def test_free_memory_is_the_containers_where_that_is_less(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
+    assert devices.free_on_cpu(cgroup=tmp_path) == 650
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices.free_on_cpu(cgroup=tmp_path) > 1 << 20
+    assert devices.free_on_cpu(cgroup=tmp_path / "none") > 1 << 20
+
+
+def test_a_container_s_limit_is_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("2000000000\n")
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    assert devices.total_on_cpu() == 2_000_000_000
