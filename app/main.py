@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
+
+from mole.runs.job import STARTING_SECONDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -50,6 +53,9 @@ def launch(host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | No
         doors.names.add(hostname(page.share_url))
     print(f"{settings.TITLE} is ready: http://{host}:{port}", flush=True)
     runs.wake_queued()
+    later = threading.Timer(STARTING_SECONDS + 1, runs.wake_queued)  # those that were too fresh to judge
+    later.daemon = True
+    later.start()
     page.block_thread()
 
 

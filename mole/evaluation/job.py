@@ -6,13 +6,10 @@ lock beside it, so a record never claims to run when its process is gone. No tor
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,18 +17,15 @@ from typing import Any
 
 from mole import runs
 from mole.core import locks, processes
-from mole.core.errors import BusyError, ConfigError, DataError, RunError
+from mole.core.errors import ConfigError, DataError, RunError
 from mole.core.paths import local_path
 from mole.core.text import explain
+from mole.runs import job
 from mole.runs.run import Run, number
-from mole.training import worker
 
 FOLDER = "evaluations"
 ALIVE = ("queued", "running")
 STATES = (*ALIVE, "finished", "failed", "cancelled")
-STARTING_SECONDS = 20.0
-"""An evaluation this fresh may have a process that has not taken its lock yet."""
-TELL_EVERY = 0.5
 NUMBER = (int, float)
 KINDS: dict[str, Any] = {
     "target": str, "checkpoint": str, "data": str, "sha256": str, "limit": (int, type(None)), "date": str,
@@ -39,7 +33,6 @@ KINDS: dict[str, Any] = {
     "seconds": NUMBER, "error": str,
 }  # fmt: skip
 """What a record holds."""
-DIED = "The process ended without a word: killed, out of memory, or the machine went down. Start it again."
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class Evaluation:
         held = self.held  # before the record: a process writes its last word before it lets go
         record = self.record()
         state = self._state(held, record)
-        error = record.get("error") or (DIED if state == "failed" else None)
+        error = record.get("error") or (f"{job.EXITED} Start it again." if state == "failed" else None)
         return {"number": self.number, **record, "state": state, "error": error}
 
     def _state(self, held: bool, record: dict[str, Any]) -> str:
@@ -95,14 +88,14 @@ class Evaluation:
             return "cancelled"
         if record.get("error"):
             return "failed"
-        return "queued" if not record.get("begun") and self._age() < STARTING_SECONDS else "failed"
+        return "queued" if not record.get("begun") and job.just_started(self._written()) else "failed"
 
-    def _age(self) -> float:
-        """Seconds since the record was last written."""
+    def _written(self) -> float:
+        """When the record was last written, in unix seconds."""
         try:
-            return abs(time.time() - self.file("json").stat().st_mtime)  # the clock may have been set back
+            return self.file("json").stat().st_mtime
         except OSError:
-            return math.inf
+            return 0.0
 
     def cancel(self) -> None:
         """End it; nothing is kept of what was measured. Raises `RunError` when it has ended already."""
@@ -110,9 +103,7 @@ class Evaluation:
         if state not in ALIVE:
             raise RunError(f"The evaluation {self.number} of {self.run.name} is {state}; there is nothing to end.")
         self.file("stop").touch()
-        pid = locks.holder(self.file("lock")).get("pid")
-        if self.held and isinstance(pid, int):  # the lock is held, so the number is still that process's
-            os.kill(pid, signal.SIGTERM)
+        job.signal_holder(self.file("lock"), signal.SIGTERM)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -217,13 +208,15 @@ def work(evaluation: Evaluation) -> None:
     An evaluation takes minutes and a person waits for it: it does not stand in line behind queued runs.
     Raises `BusyError` when another process has it.
     """
-    lock = locks.acquire(evaluation.file("lock"))
-    if lock is None:
-        raise BusyError(f"The evaluation {evaluation.number} of {evaluation.run.name} is being worked on already.")
-    with lock:
+    with job.hold(evaluation.file("lock"), f"The evaluation {evaluation.number} of {evaluation.run.name}"):
         try:
             device = runs.device_of(evaluation.run.config)
-            with device_turn(evaluation, device) as held:
+            with job.device_turn(
+                device,
+                evaluation.stop_requested,
+                lambda note: evaluation.update(note=note),
+                run=f"{evaluation.run.name}'s evaluation",
+            ) as held:
                 if held:
                     evaluation.update(begun=True, note="Loading the model …")
                     evaluation.update(**measured(evaluation), note="")
@@ -232,18 +225,6 @@ def work(evaluation: Evaluation) -> None:
                 return  # the run was deleted; there is nobody to tell
             evaluation.update(error=" ".join(filter(None, explain(error))), note="")
             raise
-
-
-def device_turn(evaluation: Evaluation, device: str) -> AbstractContextManager[bool]:
-    """Hold the device once it is free; False when cancelled before. The record says whom it waits for."""
-    path = runs.device_lock_path(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return worker.turn(
-        device,
-        lambda: locks.acquire(path, patience=0.0, run=f"{evaluation.run.name}'s evaluation"),
-        evaluation.stop_requested,
-        lambda note: evaluation.update(note=note),
-    )
 
 
 def measured(evaluation: Evaluation) -> dict[str, Any]:
@@ -257,24 +238,11 @@ def measured(evaluation: Evaluation) -> dict[str, Any]:
     begun = time.monotonic()
     loaded = load_target(asked["target"], on_its_gpu(evaluation.run.config.model))
     examples = read_examples(asked["data"], asked["columns"], asked["limit"], setting="data").examples
-    tell = at_intervals(lambda done, total: evaluation.update(done=done, total=total, note=""))
-    rows, metrics = measure(loaded, examples, tell)
+    report = job.at_intervals(lambda done, total: evaluation.update(done=done, total=total, note=""))
+    rows, metrics = measure(loaded, examples, report)
     if not rows:
         raise DataError(f"{asked['data']}: {NOTHING}", field="data")
     return {"rows": rows, "metrics": metrics, "seconds": round(time.monotonic() - begun, 1)}
-
-
-def at_intervals(tell: Callable[[int, int], None], seconds: float = TELL_EVERY) -> Callable[[int, int], None]:
-    """`tell`, called at most so often, and at the end."""
-    last = 0.0
-
-    def sometimes(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= seconds:
-            tell(done, total)
-            last = time.monotonic()
-
-    return sometimes
 
 
 def main(arguments: list[str]) -> int:

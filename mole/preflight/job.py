@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import resource
 import shutil
@@ -28,14 +27,12 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import locks, processes
 from mole.core.devices import free_on_cpu
-from mole.core.errors import BusyError, InputError, RunError
+from mole.core.errors import InputError, RunError
 from mole.core.paths import home, local_path
 from mole.core.text import explain
-from mole.training import worker
+from mole.runs import job
 
 FINAL = ("done", "busy", "cancelled", "no_memory", "failed")
-STARTING_SECONDS = 20.0
-"""A check this fresh may have a process that has not taken its lock yet."""
 KEPT = 50
 """Folders of checks that are kept."""
 STATE: dict[str, Any] = {"kind": str, "phase": str, "text": str, "share": (int, float), "time": (int, float)}
@@ -91,10 +88,11 @@ class Check:
             return {}
         if held or state["phase"] in FINAL:
             return state
-        if state["phase"] == "starting" and abs(time.time() - state["time"]) < STARTING_SECONDS:
+        if state["phase"] == "starting" and job.just_started(state["time"]):
             return state
-        phase = "failed" if state["kind"] == "estimate" else "no_memory"
-        return {**state, "phase": phase, "text": KILLED}
+        if state["kind"] == "estimate":
+            return {**state, "phase": "failed", "text": job.EXITED}
+        return {**state, "phase": "no_memory", "text": KILLED}
 
     @property
     def alive(self) -> bool:
@@ -132,11 +130,8 @@ class Check:
         if not self.alive:
             return
         state = self.read("state")
-        pid = locks.holder(self.lock_path).get("pid")
         self.tell(state["kind"], "cancelled", "Cancelled.")
-        if locks.is_held(self.lock_path) and isinstance(pid, int):
-            with contextlib.suppress(ProcessLookupError):  # it leads its own session: its children end with it
-                os.killpg(pid, signal.SIGKILL)
+        job.signal_holder(self.lock_path, signal.SIGKILL, group=True)  # it leads its own session
         lock = locks.acquire(self.lock_path, patience=5)
         if lock is not None:
             with lock:
@@ -175,10 +170,7 @@ def going_on() -> list[Check]:
 
 def work(check: Check) -> None:
     """Do what the check asks for, in this process, and write down how it ended. Raises `BusyError`, `MoleError`."""
-    lock = locks.acquire(check.lock_path, patience=2)
-    if lock is None:
-        raise BusyError("This check is being worked on already.")
-    with lock:
+    with job.hold(check.lock_path, "This check", patience=2):
         request = check.read("request")
         if check.read("state").get("phase") == "cancelled":
             return
@@ -210,16 +202,11 @@ def estimate(check: Check, config: RunConfig, last: bool) -> None:
 def measurement(check: Check, config: RunConfig, request: dict[str, Any]) -> None:
     """Measure once the device is free, and keep the result."""
     device = runs.device_of(config)
-    path = runs.device_lock_path(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not request["wait"] and (user := runs.user_of(device)):
         check.tell("measurement", "busy", f"{user} is using {device}.", by=user)
         return
-    with worker.turn(
-        device,
-        lambda: locks.acquire(path, patience=0.0, run="a measurement"),
-        lambda: False,
-        lambda note: check.tell("measurement", "waiting", note),
+    with job.device_turn(
+        device, lambda: False, lambda note: check.tell("measurement", "waiting", note), run="a measurement"
     ):
         check.scratch.mkdir(exist_ok=True)
         with limited(device, request["limit"]):

@@ -17,12 +17,9 @@ from mole.core import limits, locks, processes
 from mole.core.devices import physical_device
 from mole.core.errors import BusyError, MoleError, RunError, writing
 from mole.core.paths import device_lock_path, home
+from mole.runs import job
 from mole.runs.run import WAITING, Run, number
 from mole.runs.store import get, list_runs
-
-STARTING_SECONDS = 5.0
-"""A queued run this fresh may have a process that has not taken its lock yet."""
-
 
 QUEUE_LIMIT = limits.QUEUE
 
@@ -38,7 +35,7 @@ def enqueue(run: Run, *, resume: bool = False) -> None:
     with run.lock():
         last = run.last_event
         state = run.state_unheld(last)
-        if last["type"] == "queued" and _is_fresh(last):
+        if last["type"] == "queued" and _is_starting(last):
             raise BusyError(f"The run {run.name} is being started already.")
         if state == "finished":
             raise RunError(f"The run {run.name} has finished; train a new one: mole train --config {run.config_path}")
@@ -183,7 +180,7 @@ def wake_queued() -> list[Run]:
     woken = []
     for run in list_runs():
         state, last = run.observe()
-        if state != "queued" or run.held or _is_fresh(last):
+        if state != "queued" or run.held or _is_starting(last):
             continue
         try:
             if last["type"] == "created":
@@ -217,5 +214,6 @@ def acquire_device(device: str, run: Run) -> locks.Lock | None:
         return None
 
 
-def _is_fresh(event: dict[str, Any]) -> bool:
-    return not event.get("moved") and abs(time.time() - event["time"]) < STARTING_SECONDS
+def _is_starting(last: dict[str, Any]) -> bool:
+    """Whether a queued run's process may be starting; moving it in the queue writes an event too, and starts none."""
+    return not last.get("moved") and job.just_started(last["time"])

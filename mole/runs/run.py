@@ -18,13 +18,12 @@ from typing import Any
 from mole.config import RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import BusyError, InputError, RunError
+from mole.runs import job
 
 STATES = ("queued", "running", "finished", "stopped", "interrupted", "failed")
 WAITING = ("created", "queued")
 HEAD, BLOCK = 1 << 13, 1 << 14
 """Bytes read at a time from the start and from the end of the events."""
-STARTED_SECONDS = 30.0
-"""After this long, a process that was started for a run has its lock."""
 NO_ROOM = 1 << 16
 """Bytes free on a disk that is as good as full."""
 HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -270,7 +269,7 @@ class Run:
             error = self.silence()
             advice = f"Continue from the last checkpoint: mole runs resume {self.name}"
         elif status["state"] == "queued" and self._nobody_waits():
-            error = "It is in line, but no process waits for its turn: killed, or the machine went down."
+            error = "It is queued, but no process waits for its turn: it was killed, or the machine went down."
             advice = f"Start it again: mole runs resume {self.name}"
         return {**status, "config": self.config.to_dict(), "metrics": metrics, "error": error, "advice": advice}
 
@@ -278,11 +277,11 @@ class Run:
         """Why a process that left no word has ended, as far as one can tell."""
         if shutil.disk_usage(self.path).free < NO_ROOM:
             return f"The process ended and could not say why: the disk is full ({self.path}). Free some space first."
-        return "The process ended without a word: it was killed, ran out of memory, or the machine went down."
+        return job.EXITED
 
     def _nobody_waits(self) -> bool:
         """Whether no process holds this queued run, nor can be just starting."""
-        return not self.held and abs(time.time() - self.last_event["time"]) > STARTED_SECONDS
+        return not self.held and not job.just_started(self.last_event["time"])
 
     # Locks and stopping --------------------------------------------------------------------------------------
 

@@ -11,19 +11,17 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from mole import runs
-from mole.core import locks, processes
+from mole.core import processes
 from mole.core.errors import MoleError, RunError, TrainingError
 from mole.core.redaction import redacted
 from mole.core.text import explain
+from mole.runs.job import device_turn
 from mole.runs.run import WAITING, Run
-
-POLL_SECONDS = 0.5
 
 log = logging.getLogger("mole")
 
@@ -42,7 +40,7 @@ def work(run: Run, *, resume: bool = False, progress: bool = False) -> None:
         try:
             device = str(run.last_event.get("device") or runs.device_of(run.config))
             tell = say if progress else log.info
-            with turn(device, lambda: runs.acquire_device(device, run), run.stop_requested, tell) as held:
+            with device_turn(device, run.stop_requested, tell, lambda: runs.acquire_device(device, run)) as held:
                 if not held:
                     if run.last_event["type"] != "stopped":
                         run.append_event("stopped", run.step)
@@ -61,27 +59,6 @@ def work(run: Run, *, resume: bool = False, progress: bool = False) -> None:
             raise TrainingError(f"{message} {advice}") from error
         finally:
             run.clear_stop()
-
-
-@contextmanager
-def turn(
-    device: str, acquire: Callable[[], locks.Lock | None], stopped: Callable[[], bool], tell: Callable[[str], Any]
-) -> Iterator[bool]:
-    """Hold the device as soon as `acquire` gives its lock; False when `stopped` before. `tell` says who has it."""
-    told = ""
-    while not stopped():
-        lock = acquire()
-        if lock is not None:
-            with lock:
-                yield True
-            return
-        path = runs.device_lock_path(device)
-        message = f"Waiting for {device}: {locks.describe_holder(path)} is using it." if locks.is_held(path) else ""
-        if message and message != told:
-            tell(message)
-            told = message
-        time.sleep(POLL_SECONDS)
-    yield False
 
 
 def fail(run: Run, error: Exception) -> tuple[str, str]:

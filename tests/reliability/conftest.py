@@ -15,7 +15,7 @@ from forks import ROOT, SAVE_STEPS, STEPS, Attempt, Make, Whole, weights
 
 from mole import runs
 from mole.config import RunConfig
-from mole.runs import queue
+from mole.runs import job
 from mole.runs.run import Run
 
 WORDS = ("apple", "pear", "fig", "plum", "kiwi", "lime", "date", "nut")
@@ -62,7 +62,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[st
 @pytest.fixture
 def make_tiny(home: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Make:
     """`make_tiny(name, **{"training.save_total_limit": 1})`: a tiny run that has not started."""
-    monkeypatch.setattr(queue, "STARTING_SECONDS", 0.0)  # a run is resumed as soon as its process is dead
+    monkeypatch.setattr(job, "STARTING_SECONDS", 0.0)  # a run is resumed as soon as its process is dead
 
     def make(name: str | None = None, **changes: Any) -> Run:
         values = {section: dict(settings) for section, settings in tiny.items()}

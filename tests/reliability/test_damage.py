@@ -15,7 +15,7 @@ from test_killed import check_finished
 
 from mole import runs
 from mole.core import checkpoint
-from mole.runs import queue
+from mole.runs import job
 from mole.runs.run import Run
 
 SEED = 1_970
@@ -147,7 +147,7 @@ def test_a_run_made_before_the_clock_was_set_back_is_not_taken_for_one_that_is_j
     make_tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, now = make_tiny("future"), time.time
-    monkeypatch.setattr(queue, "STARTING_SECONDS", 5.0)
+    monkeypatch.setattr(job, "STARTING_SECONDS", 5.0)
     monkeypatch.setattr(time, "time", lambda: now() + 86_400)
     runs.enqueue(run)
     monkeypatch.setattr(time, "time", now)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_hostile_data import as_json
 
-from mole.chat.model_cache import places_of
+from mole.chat.model_cache import cache_keys
 from mole.config import ModelConfig
 from mole.core import checkpoint
 from mole.core.errors import DataError, MoleError
@@ -163,7 +163,7 @@ def test_hostile_settings_are_refused_or_load_whole(shared: Path, tiny_adapter: 
         found = load(shared)
     if isinstance(found, Loaded):
         assert isinstance(found.router, str)
-    answer(lambda: places_of(str(shared), CPU), MoleError)
+    answer(lambda: cache_keys(str(shared), CPU), MoleError)
 
 
 HOSTILE: dict[str, Any] = {

@@ -20,7 +20,7 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import BusyError, MoleError
-from mole.runs import queue
+from mole.runs import job
 from mole.runs.run import Run
 
 PATIENCE = 240.0
@@ -240,7 +240,7 @@ def test_a_killed_waiting_run_is_still_in_line_and_can_be_woken(
     wait_for(lambda: not run.held, 10)
     assert run.state == "queued"
     assert runs.wake_queued() == []  # so fresh that its process may just be starting
-    monkeypatch.setattr(queue, "STARTING_SECONDS", 0.0)
+    monkeypatch.setattr(job, "STARTING_SECONDS", 0.0)
     assert runs.wake_queued() == [run]
     worker_pid(run)
     assert runs.wake_queued() == []

@@ -18,7 +18,7 @@ from forks import PATIENCE, SERVER, Attempt, Make, processes_of, work
 from mole import runs
 from mole.core import locks
 from mole.core.errors import BusyError, MoleError
-from mole.runs import queue
+from mole.runs import job
 from mole.runs.run import Run
 
 ROUNDS, RACERS = 8, 3
@@ -70,7 +70,7 @@ def start(name: str) -> str:
 
 
 def wake(_: Any) -> str:
-    queue.STARTING_SECONDS = 0.0
+    job.STARTING_SECONDS = 0.0
     return said(runs.wake_queued)
 
 

@@ -15,11 +15,12 @@ import psutil
 import pytest
 from serving import ROOT, free_port, serve, studio_command
 
-from mole import models, runs
+from mole import runs
 from mole.config import RunConfig
 from mole.core import locks, processes, redaction
 from mole.core.errors import DataError, MoleError
-from mole.data import readers
+from mole.core.text import explain, one_line
+from mole.models import loading
 from mole.training import worker
 
 from .conftest import visiting
@@ -126,9 +127,9 @@ def test_an_error_that_quotes_a_token(home: Path, quote: str, monkeypatch: pytes
         except RuntimeError as error:
             worker.fail(run, error)
     texts = [
-        readers.one_line(RuntimeError(quote)), " ".join(worker.explain(RuntimeError(quote))),
-        " ".join(worker.explain(DataError(quote))), run.events_path.read_text(), run.log_path.read_text(),
-        json.dumps(run.details()), models.reason(ValueError(quote)),
+        one_line(RuntimeError(quote)), " ".join(explain(RuntimeError(quote))),
+        " ".join(explain(DataError(quote))), run.events_path.read_text(), run.log_path.read_text(),
+        json.dumps(run.details()), loading.reason(ValueError(quote)),
     ]  # fmt: skip
     for text in texts:
         assert TOKEN not in text and OTHER not in text and TOKEN[3:] not in text, text
