@@ -1,6 +1,6 @@
-"""How a setting is declared and checked: a dataclass field with bounds, choices and help, and its errors.
+"""Declaring and checking settings: a dataclass field with bounds, choices and help, conversion from text, errors.
 
-The one mechanism under `config.py`. No torch.
+No torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,23 @@ from mole.config.yaml_loader import parse_yaml
 from mole.core.errors import ConfigError, InputError, brief
 
 MAX_INTEGER = 2**63 - 1
-"""The largest whole number that the libraries under us can take."""
+"""Largest whole number accepted: torch and the file formats use 64-bit signed integers."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a setting allows and how it is shown: kept in the dataclass field's metadata under `"spec"`."""
+    """The bounds, choices and help of a setting, stored in its dataclass field's metadata under `"spec"`.
+
+    Attributes:
+        help: one sentence with the unit, shown by `--help` and under the form's field.
+        ge: smallest allowed value.
+        gt: exclusive lower bound.
+        le: largest allowed value.
+        choices: the allowed texts; None when any is allowed.
+        label: name in the form; None derives it from the field's name.
+        flag: short command-line flag, e.g. `--rank`; every setting is also reachable as `--set section.name=`.
+        from_paper: whether the default is the paper's (or its authors' code's); the form then says so.
+    """
 
     help: str
     ge: float | None = None
@@ -33,9 +44,7 @@ class Spec:
     choices: tuple[str, ...] | None = None
     label: str | None = None
     flag: str | None = None
-    """The command line's short flag for it, e.g. `--rank`; every setting also answers to `--set section.name=`."""
     from_paper: bool = False
-    """Whether the default is the method's paper's (or its authors' code's), which the form then says."""
 
     def range_text(self) -> str:
         """The allowed range in words, e.g. `"greater than 0 and at most 1"`; empty without bounds."""
@@ -61,15 +70,18 @@ def spec_of(item: dataclasses.Field[Any]) -> Spec:
 
 
 def unknown_setting(section: str, key: Any, known: set[str]) -> InputError:
-    """The error for a name that is no setting, with what there is."""
+    """The error for an unknown setting, listing the known ones; `section` is "" at the top level."""
     name = key if isinstance(key, str) else brief(key)
     dotted = f"{section}.{name}" if section else name
     shown = dotted if len(dotted) <= 80 else f"{dotted[:79]}…"
-    return InputError(f"{shown or repr(shown)} is not a setting; there is: {', '.join(sorted(known))}.", field=dotted)
+    return InputError(f"{shown or repr(shown)} is not a setting; known: {', '.join(sorted(known))}.", field=dotted)
 
 
 def build_settings(section_class: Any, values: Mapping[str, Any], section: str) -> Any:
-    """Make a section from a mapping, text turned into the field's type. Raises `ConfigError` or `InputError`."""
+    """An instance of a settings dataclass from a mapping; text is converted to each field's type.
+
+    Raises `InputError` for an unknown name, `ConfigError` for a value that is not allowed.
+    """
     hints = typing.get_type_hints(section_class)
     known = {item.name for item in fields(section_class)}
     for key in values:
@@ -79,7 +91,7 @@ def build_settings(section_class: Any, values: Mapping[str, Any], section: str) 
 
 
 def check_settings(section: Any, prefix: str) -> None:
-    """Hold every setting of a section against its type, bounds and choices. Raises `ConfigError`."""
+    """Convert every setting of a section to its type and check its bounds and choices. Raises `ConfigError`."""
     hints = typing.get_type_hints(type(section))
     for item in fields(section):
         if "spec" not in item.metadata:
@@ -110,22 +122,22 @@ TYPE_WORDS = {
 
 
 def type_text(hint: Any) -> str:
-    """A type hint in words, e.g. `"a whole number or a list"`."""
+    """A type hint in words for error messages, e.g. `"a whole number or a list"`."""
     options = [option for option in union_members(hint) if option is not type(None)]
     words = [TYPE_WORDS.get(typing.get_origin(option) or option, "a value") for option in options]
     return " or ".join(words) + (" or empty" if len(options) < len(union_members(hint)) else "")
 
 
 def union_members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the hint itself."""
+    """The members of a union type, or the type itself as a 1-tuple."""
     is_union = typing.get_origin(hint) in (Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
 
 
 def coerce(hint: Any, value: Any, name: str) -> Any:
-    """`value` as the type `hint` asks for: text from a command line or a form becomes a number, list or flag.
+    """`value` converted to the type `hint`: text from a command line or a form becomes a number, list or boolean.
 
-    Raises `ConfigError` when it cannot be read so, also for numbers that are not finite.
+    Raises `ConfigError` with the setting `name` when it cannot be converted, or is not a finite number.
     """
     options = union_members(hint)
     if value is None or (value == "" and str not in options):
@@ -134,6 +146,7 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
         raise ConfigError(name, value, type_text(hint))
     if isinstance(value, str) and ({bool, int, float} & set(options) or any(map(typing.get_origin, options))):
         value = parse_text(value, options)
+    # The first member of the union that fits wins. bool is a subclass of int, so it is excluded from the numbers.
     for option in options:
         origin = typing.get_origin(option) or option
         if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -155,15 +168,15 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
 
 
 def check_characters(text: str, name: str) -> None:
-    """See that text can be written and shown. Raises `ConfigError` for half a character (a file's name can have it)."""
+    """Raise `ConfigError` for text with a lone surrogate, which cannot be encoded (an undecodable file name's)."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigError(name, text, "valid Unicode", "Rename the file if it is a file's.") from None
+        raise ConfigError(name, text, "valid Unicode", "If this is a file name, rename the file.") from None
 
 
 def parse_text(text: str, options: tuple[Any, ...]) -> Any:
-    """Text as the number, flag, list or mapping it spells; the text itself when it spells none."""
+    """Text parsed as the number, boolean, list or mapping that `options` allow; returned as it is if it is none."""
     stripped = text.strip()
     if float in options or int in options:
         try:

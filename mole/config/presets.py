@@ -1,4 +1,4 @@
-"""Presets: whole set-ups by name, the papers', two for a kind of machine, and one's own. No torch."""
+"""Presets: named configurations, built in (the papers', two by hardware) or saved by the user. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEPT_SETTINGS = (
     "model.name", "model.dtype", "model.quantization", "model.device",
     "data.path", "data.eval_path", "data.eval_fraction", "data.columns",
 )  # fmt: skip
-"""What a preset leaves as it is, unless it says so: whose model and data is not a method's business."""
+"""Settings of the current run that a built-in preset keeps unless it sets them: a method does not choose the data."""
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -24,7 +24,14 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 @dataclass(frozen=True)
 class Preset:
-    """A set-up: the settings in `overrides` (the nested form of `run.yaml`), all others at their defaults."""
+    """A named configuration.
+
+    Attributes:
+        summary: one or two sentences on what it sets.
+        paper: link to the paper the values come from, or "".
+        overrides: the settings that differ from the defaults, in the nested form of `run.yaml`.
+        user_saved: whether the user saved it; then it is complete, model and data included.
+    """
 
     name: str
     title: str
@@ -32,12 +39,11 @@ class Preset:
     paper: str = ""
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     user_saved: bool = False
-    """Whether somebody saved it: then it is complete, model and data too."""
 
     def run_config(self, values: Mapping[str, Any]) -> RunConfig:
-        """The run of this preset, with the model and the data of `values` (a nested form) where it has none.
+        """The preset's configuration, with model and data from `values` (the nested form) where it sets none.
 
-        Raises `InputError` when those, or a preset of one's own, cannot be used.
+        Raises `InputError` when either holds an invalid setting.
         """
         check_sections(values)
         nested = {section: dict(self.overrides.get(section, {})) for section in SECTIONS}
@@ -49,7 +55,7 @@ class Preset:
 
 
 def epochs(number: float, **more: Any) -> dict[str, Any]:
-    """Training over the data so many times, rather than for a number of steps."""
+    """The section `training` for `number` epochs instead of a number of steps; `more` are further settings."""
     return {"max_steps": 0, "num_train_epochs": number, **more}
 
 
@@ -63,7 +69,7 @@ BUILT_IN_PRESETS = (
     Preset(
         "gpu-24gb",
         "One 24 GB GPU",
-        "Qwen3-8B in 4 bits, computing in bfloat16, with gradient checkpointing; 16 examples a step in parts of 4.",
+        "Qwen3-8B in 4 bits, bfloat16 compute, gradient checkpointing; 16 examples per step in micro-batches of 4.",
         overrides={
             "model": {"name": "Qwen/Qwen3-8B", "dtype": "bfloat16", "quantization": "4bit", "device": "cuda"},
             "training": epochs(
@@ -98,7 +104,7 @@ BUILT_IN_PRESETS = (
     ),
     Preset(
         "adamole",
-        "AdaMoLE, the paper's set-up",
+        "AdaMoLE, the paper's settings",
         "8 experts of rank 4 on the attention projections, thresholds up to 1/8; learning rate 1e-4, 2 epochs.",
         "https://arxiv.org/abs/2405.00361",
         {
@@ -116,7 +122,7 @@ BUILT_IN_PRESETS = (
     Preset(
         "mola",
         "MoLA 2-4-6-8",
-        "Top-2 of 2, 4, 6 and 8 experts from the bottom layers up, rank 8, all projections; learning rate 3e-4.",
+        "Top-2 of 2, 4, 6 and 8 experts from bottom to top layers, rank 8, all projections; learning rate 3e-4.",
         "https://arxiv.org/abs/2402.08562",
         {
             "adapter": {
@@ -129,7 +135,7 @@ BUILT_IN_PRESETS = (
     Preset(
         "loramoe",
         "LoRAMoE",
-        "8 experts of rank 4, alpha 32, all of them on every token, weighted by the router.",
+        "8 experts of rank 4, alpha 32; every token uses all of them, weighted by the router.",
         "https://arxiv.org/abs/2312.09979",
         {
             "adapter": {"router": "dense", "num_experts": 8, "r": 4, "lora_alpha": 32},
@@ -139,7 +145,7 @@ BUILT_IN_PRESETS = (
     Preset(
         "ldmole",
         "LD-MoLE",
-        "8 experts of rank 8 on all projections, dropout 0.1; how many answer a token is learnt (sparsegen).",
+        "8 experts of rank 8 on all projections, dropout 0.1; the number of active experts per token is learned.",
         "https://arxiv.org/abs/2509.25684",
         {
             "adapter": {
@@ -151,8 +157,8 @@ BUILT_IN_PRESETS = (
     ),
     Preset(
         "lora",
-        "LoRA, the base line",
-        "One expert of rank 64: as many parameters as eight of rank 8, and no router.",
+        "LoRA, the baseline",
+        "One expert of rank 64, as many parameters as eight of rank 8; no router.",
         "https://arxiv.org/abs/2106.09685",
         {
             "adapter": {"router": "lora", "num_experts": 1, "r": 64, "lora_alpha": 128, "target_modules": "all-linear"},
@@ -168,13 +174,13 @@ def all_presets() -> list[Preset]:
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name, built in or one's own. Raises `InputError` naming those there are."""
+    """The built-in or saved preset of that name. Raises `InputError` listing the available ones."""
     presets = all_presets()
     for preset in presets:
         if preset.name == name:
             return preset
     known = ", ".join(preset.name for preset in presets)
-    raise InputError(f"There is no preset {name!r}; there is: {known}.", field="preset")
+    raise InputError(f"There is no preset {name!r}; available: {known}.", field="preset")
 
 
 def merge_preset(preset: Preset, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,16 +196,16 @@ def merge_preset(preset: Preset, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# One's own: `$MOLE_HOME/presets/NAME.yaml`, in the form of `run.yaml`
+# Saved presets: `$MOLE_HOME/presets/NAME.yaml`, in the format of `run.yaml`
 
 
 def presets_dir() -> Path:
-    """Where one's own presets are."""
+    """The folder of the saved presets."""
     return home() / "presets"
 
 
 def saved_presets() -> list[Preset]:
-    """One's own presets, by name; files that hold no settings are passed over."""
+    """The saved presets, sorted by name; files without valid YAML settings are skipped."""
     found = []
     for path in sorted(presets_dir().glob("*.yaml")):
         try:
@@ -215,14 +221,20 @@ def saved_presets() -> list[Preset]:
 
 @writing()
 def save_preset(name: str, config: RunConfig) -> Preset:
-    """Keep a config as a preset of one's own; one of that name is replaced. Raises `RunError` for a bad name."""
+    """Save a config as a preset, replacing one of that name.
+
+    Raises `RunError` for an invalid name, or when the limits on number or size are exceeded.
+    """
     path, text = preset_path(name), config.to_yaml()
     path.parent.mkdir(parents=True, exist_ok=True)
     if len(text.encode()) > limits.PRESET_BYTES:
-        raise RunError(f"These settings take more than {limits.PRESET_BYTES >> 10} KB as a preset.", field="preset")
+        raise RunError(
+            f"The preset would be larger than {limits.PRESET_BYTES >> 10} KB; shorten data.columns or target_modules.",
+            field="preset",
+        )
     if not path.exists() and len(list(presets_dir().glob("*.yaml"))) >= limits.PRESETS:
         raise RunError(
-            f"{limits.PRESETS} presets of yours are kept already, which is the most; delete one.", field="preset"
+            f"There are already {limits.PRESETS} saved presets, the maximum; delete one first.", field="preset"
         )
     checkpoint.write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     return find_preset(name)
@@ -230,16 +242,16 @@ def save_preset(name: str, config: RunConfig) -> Preset:
 
 @writing()
 def delete_preset(name: str) -> None:
-    """Delete a preset of one's own. Raises `RunError` when there is none."""
+    """Delete a saved preset. Raises `RunError` when there is none of that name."""
     path = preset_path(name)
     if not path.is_file():
-        raise RunError(f"There is no preset of yours called {name!r}.", field="preset")
+        raise RunError(f"There is no saved preset {name!r}.", field="preset")
     path.unlink()
 
 
 def preset_path(name: str) -> Path:
-    """The file of one's own preset. Raises `RunError` when it may not be called so."""
+    """The file of a saved preset. Raises `RunError` when the name is not allowed or is that of a built-in preset."""
     check_name(name, "preset", "preset")
     if any(preset.name == name for preset in BUILT_IN_PRESETS):
-        raise RunError(f"{name!r} is a preset that is built in; choose another name.", field="preset")
+        raise RunError(f"{name!r} is a built-in preset; choose another name.", field="preset")
     return presets_dir() / f"{name}.yaml"

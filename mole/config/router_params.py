@@ -11,19 +11,24 @@ from typing import ClassVar
 from mole.config.fields import check_settings, setting
 from mole.core.errors import ConfigError
 
+BALANCE_HELP = "Coefficient of the load-balancing loss E · Σ f_i · P_i."
+
 
 @dataclass
 class RouterParams:
-    """Settings every router has: the weights of the auxiliary losses."""
+    """Base of all routers' parameters: the coefficients of the auxiliary losses, added to the language-model loss.
+
+    `name` is the value of `adapter.router`; `title`, `paper` (link) and `summary` describe the method to the user.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str] = ""
     summary: ClassVar[str]
 
-    balance_loss_coef: float = setting(0.0, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0)
-    entropy_loss_coef: float = setting(0.0, "Weight of the mean router entropy (normalised to 0…1).", ge=0)
-    z_loss_coef: float = setting(0.0, "Weight of the router z-loss, mean (logsumexp of the logits)².", ge=0)
+    balance_loss_coef: float = setting(0.0, BALANCE_HELP, ge=0)
+    entropy_loss_coef: float = setting(0.0, "Coefficient of the mean router entropy (normalised to 0…1).", ge=0)
+    z_loss_coef: float = setting(0.0, "Coefficient of the router z-loss, mean (logsumexp of the logits)².", ge=0)
 
     def __post_init__(self) -> None:
         check_settings(self, "adapter")
@@ -34,7 +39,7 @@ class LoraParams(RouterParams):
     name = "lora"
     title = "LoRA"
     paper = "https://arxiv.org/abs/2106.09685"
-    summary = "Plain LoRA: one expert, no router. The base line."
+    summary = "Plain LoRA: one expert, no router. The baseline."
 
 
 @dataclass
@@ -42,9 +47,9 @@ class TopKParams(RouterParams):
     name = "topk"
     title = "Top-k (MoLA, MixLoRA)"
     paper = "https://arxiv.org/abs/2402.08562"
-    summary = "The k most probable experts, their probabilities renormalised to sum 1."
+    summary = "The k most probable experts, their probabilities renormalised to sum to 1."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, from_paper=True)
+    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, from_paper=True)
     top_k: int = setting(2, "Experts used per token (k).", ge=1, from_paper=True)
 
 
@@ -53,10 +58,10 @@ class TopPParams(RouterParams):
     name = "topp"
     title = "Top-p (MixLoRA-dynamic)"
     paper = "https://arxiv.org/abs/2404.15159"
-    summary = "The fewest experts whose probabilities reach top_p, renormalised to sum 1."
+    summary = "The fewest experts whose probabilities sum to at least top_p, renormalised to sum to 1."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0)
-    top_p: float = setting(0.8, "Probability the kept experts must reach together.", gt=0, le=1, from_paper=True)
+    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0)
+    top_p: float = setting(0.8, "Cumulative probability the selected experts must reach.", gt=0, le=1, from_paper=True)
 
 
 @dataclass
@@ -64,10 +69,10 @@ class ThresholdParams(RouterParams):
     name = "threshold"
     title = "Static threshold"
     paper = "https://arxiv.org/abs/2405.00361"
-    summary = "Experts with probability ≥ τ, renormalised; none reaches τ → zero update. AdaMoLE's ablation."
+    summary = "Experts with probability ≥ τ, renormalised; no update where none reaches τ. AdaMoLE's ablation."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0)
-    threshold: float = setting(0.125, "Smallest probability an expert needs to be used (τ).", ge=0, le=1)
+    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0)
+    threshold: float = setting(0.125, "Minimum probability for an expert to be used (τ).", ge=0, le=1)
 
 
 @dataclass
@@ -77,7 +82,9 @@ class DenseParams(RouterParams):
     paper = "https://arxiv.org/abs/2312.09979"
     summary = "All experts, weighted by the router's softmax."
 
-    cv_loss_coef: float = setting(0.0, "Weight of LoRAMoE's balance loss: CV² of the experts' summed weights.", ge=0)
+    cv_loss_coef: float = setting(
+        0.0, "Coefficient of LoRAMoE's balance loss: CV² of the experts' summed weights.", ge=0
+    )
 
 
 @dataclass
@@ -85,14 +92,14 @@ class AdaMoLEParams(RouterParams):
     name = "adamole"
     title = "AdaMoLE"
     paper = "https://arxiv.org/abs/2405.00361"
-    summary = "A threshold network sets, for each token, how probable an expert must be to take part."
+    summary = "A small network predicts, for each token, the minimum probability for an expert to be used."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, from_paper=True)
+    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, from_paper=True)
     max_threshold: float | None = setting(
-        None, "Largest threshold τ_max the network can ask for; empty means 1/E, the paper's.", gt=0, le=1
+        None, "Largest threshold τ_max the network can predict; empty means 1/E, as in the paper.", gt=0, le=1
     )
     balance_on_margin: bool = setting(
-        False, "Balance the margin p − τ, as the authors' released code does, instead of the probability p."
+        False, "Balance the margin p − τ instead of the probability p, as the authors' released code does."
     )
 
 
@@ -101,23 +108,38 @@ class DynMoLEParams(RouterParams):
     name = "dynmole"
     title = "DynMoLE"
     paper = "https://arxiv.org/abs/2504.00661"
-    summary = "An unsure router (high Tsallis entropy) uses all experts; a sure one only its top-p."
+    summary = "All experts where the router is uncertain (high Tsallis entropy), only the top-p where it is certain."
 
-    balance_loss_coef: float = setting(1e-3, "Weight of the load-balance loss E · Σ f_i · P_i.", ge=0, from_paper=True)
+    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, from_paper=True)
     entropy_loss_coef: float = setting(
-        1e-2, "Weight of the mean router entropy: it makes the router decide.", ge=0, from_paper=True
+        1e-2, "Coefficient of the mean router entropy, which makes the router more certain.", ge=0, from_paper=True
     )
     entropy_threshold: float = setting(
-        0.9, "Normalised entropy above which a token uses all experts; 1 or more never does.", ge=0, from_paper=True
+        0.9,
+        "Normalised entropy (0…1) above which a token uses all experts; from 1 on, none does.",
+        ge=0,
+        from_paper=True,
     )
     entropy_index: float = setting(
-        1.1, "Index q of the entropy; 1 is Shannon's, larger stresses the likely experts.", gt=0, le=2, from_paper=True
+        1.1,
+        "Index q of the entropy; 1 is Shannon's, larger values emphasise the likely experts.",
+        gt=0,
+        le=2,
+        from_paper=True,
     )
-    entropy_type: str = setting("tsallis", "Family of the entropy.", choices=("tsallis", "renyi"), from_paper=True)
-    keep_top_k: int = setting(2, "Experts a sure token keeps at least.", ge=1, from_paper=True)
-    top_p: float = setting(0.75, "Probability mass a sure token's experts may have.", gt=0, le=1, from_paper=True)
+    entropy_type: str = setting("tsallis", "Kind of entropy.", choices=("tsallis", "renyi"), from_paper=True)
+    keep_top_k: int = setting(
+        2, "Minimum number of experts for a token below the entropy threshold.", ge=1, from_paper=True
+    )
+    top_p: float = setting(
+        0.75,
+        "Cumulative probability of the experts of a token below the entropy threshold.",
+        gt=0,
+        le=1,
+        from_paper=True,
+    )
     inclusive_top_p: bool = setting(
-        False, "Also keep the expert that crosses top_p (the usual nucleus; the authors' code drops it)."
+        False, "Include the expert that crosses top_p (as nucleus sampling does; the authors' code excludes it)."
     )
 
 
@@ -126,9 +148,9 @@ class SparsegenParams(RouterParams):
     name = "sparsegen"
     title = "Sparsegen (LD-MoLE)"
     paper = "https://arxiv.org/abs/2509.25684"
-    summary = "A projection onto the simplex with a learnt sparsity λ(x): differentiable, at least one expert."
+    summary = "A projection onto the simplex with a learned sparsity λ(x): differentiable, at least one expert."
 
-    lambda_hidden: int = setting(16, "Width of the small network that sets the sparsity λ(x).", ge=1)
+    lambda_hidden: int = setting(16, "Hidden width of the network that predicts the sparsity λ(x).", ge=1)
 
 
 ROUTERS: dict[str, type[RouterParams]] = {
@@ -147,12 +169,12 @@ ROUTERS: dict[str, type[RouterParams]] = {
 
 
 def params_class(router: str) -> type[RouterParams]:
-    """The parameter dataclass of a router. Raises `ConfigError` for an unknown name."""
+    """The parameter dataclass of a router by its name. Raises `ConfigError` for an unknown name."""
     if not isinstance(router, str) or router not in ROUTERS:
         raise ConfigError("adapter.router", router, f"one of: {', '.join(ROUTERS)}")
     return ROUTERS[router]
 
 
 def router_field_names() -> set[str]:
-    """Names of all routers' own parameters."""
+    """The parameter names of all routers together."""
     return {item.name for params in ROUTERS.values() for item in fields(params)}

@@ -1,8 +1,11 @@
-"""What a run is: the settings of model, data, adapter and training, their bounds, and their YAML form.
+"""The configuration of a run: the sections model, data, adapter and training of `run.yaml`, and `RunConfig`.
 
-Every setting is declared once, here, as a dataclass field made by `setting(...)`. The command line's flags,
-the form in the browser, `run.yaml`, `MoleConfig` and the documentation all follow from these fields.
-No torch: the command line and the studio must start before it is loaded.
+Every setting is declared once, as a dataclass field made by `setting(...)`. The command line's flags, the form in the
+browser, `run.yaml`, `MoleConfig` and the documentation follow from these fields. No torch: the command line and the
+studio start before it is loaded.
+
+The nested form of a configuration is `{"model": {"name": …}, "adapter": {"router": …}, …}`, as in `run.yaml`; the
+dotted form of a setting is `adapter.router`.
 """
 
 from __future__ import annotations
@@ -35,13 +38,13 @@ class ModelConfig:
     )
     dtype: str = setting(
         "auto",
-        "Number format of the base model; auto takes bfloat16 where the device is fast at it.",
+        "Data type of the base model; auto selects bfloat16 where the device computes it fast.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N; auto takes the GPU when there is one.")
+    device: str = setting("auto", "auto, cpu, mps, cuda or cuda:N; auto selects the GPU if there is one.")
     quantization: str = setting(
         "none",
-        "Keep the frozen base in 8 or 4 bits (bitsandbytes): less memory, slightly less exact; the experts stay exact.",
+        "Store the frozen base in 8 or 4 bits (bitsandbytes): less memory, slightly less exact; experts unaffected.",
         choices=("none", "8bit", "4bit"),
     )
 
@@ -55,16 +58,16 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The examples to learn from, and those held out."""
+    """The training examples and the held-out examples."""
 
     path: str = setting("", "JSON, JSONL, CSV or Parquet file, or a hub id.", label="Training data", flag="--data")
-    eval_path: str | None = setting(None, "Held-out file; empty holds out a fraction of the training data.")
-    eval_fraction: float = setting(0.02, "Share of the rows held out when there is no held-out file.", ge=0, le=0.5)
+    eval_path: str | None = setting(None, "Held-out file; leave empty to hold out a fraction of the training data.")
+    eval_fraction: float = setting(0.02, "Fraction of the rows held out if there is no held-out file.", ge=0, le=0.5)
     max_length: int = setting(
-        512, "Longest example in tokens; longer prompts lose their oldest part.", ge=8, le=limits.LENGTH
+        512, "Maximum length of an example in tokens; longer prompts are cut at the start.", ge=8, le=limits.LENGTH
     )
     columns: dict[str, str] = setting(
-        {}, "Your column names where they differ, e.g. {prompt: question, completion: reply}."
+        {}, "Column names of the file where they differ, e.g. {prompt: question, completion: reply}."
     )
 
     def __post_init__(self) -> None:
@@ -73,16 +76,20 @@ class DataConfig:
 
 @dataclass
 class AdapterConfig:
-    """The mixture of LoRA experts: what is shared by all methods, and the chosen router's own parameters."""
+    """The mixture of LoRA experts: settings shared by all routers, and the selected router's parameters in `params`."""
 
     router: str = setting("dynmole", "Routing method.", flag="--router")
     num_experts: int | list[int] = setting(
-        8, "LoRA experts per projection; a list spreads over equal groups of layers (MoLA: 2,4,6,8).", flag="--experts"
+        8,
+        "LoRA experts per projection; a list is spread over equal groups of layers (MoLA: 2,4,6,8).",
+        flag="--experts",
     )
     r: int = setting(8, "Rank of each expert.", ge=1, le=limits.RANK, label="Rank", flag="--rank")
-    lora_alpha: float = setting(16, "LoRA scale: each update is multiplied by alpha / r.", gt=0, le=1e30)
-    lora_dropout: float = setting(0.05, "Dropout on the experts' input while training.", ge=0, le=0.95)
-    target_modules: str | list[str] = setting("all-linear", "Projections that get experts: all-linear, or names.")
+    lora_alpha: float = setting(16, "LoRA scaling: the update is multiplied by alpha / r.", gt=0, le=1e30)
+    lora_dropout: float = setting(0.05, "Dropout probability of the experts' input during training.", ge=0, le=0.95)
+    target_modules: str | list[str] = setting(
+        "all-linear", "Linear layers that get experts: all-linear, or a list of names."
+    )
     params: RouterParams = field(default_factory=DynMoLEParams)
 
     def __post_init__(self) -> None:
@@ -93,37 +100,37 @@ class AdapterConfig:
         counts = self.expert_counts
         if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
             raise ConfigError(
-                "adapter.num_experts", self.num_experts, "a whole number of at least 1, or a list of such"
+                "adapter.num_experts", self.num_experts, "a whole number of at least 1, or a list of them"
             )
         if self.router == "lora" and counts != [1]:
             self.num_experts = 1
-        most = max(self.expert_counts)
-        if most > limits.EXPERTS or len(self.expert_counts) > limits.EXPERTS:
+        largest = max(self.expert_counts)
+        if largest > limits.EXPERTS or len(self.expert_counts) > limits.EXPERTS:
             raise ConfigError("adapter.num_experts", self.num_experts, f"at most {limits.EXPERTS}")
-        if most * self.r > limits.RANK_TIMES_EXPERTS:
-            allowed = f"such that experts × rank ({most} × {self.r}) is at most {limits.RANK_TIMES_EXPERTS}"
+        if largest * self.r > limits.RANK_TIMES_EXPERTS:
+            allowed = f"such that experts × rank ({largest} × {self.r}) is at most {limits.RANK_TIMES_EXPERTS}"
             raise ConfigError("adapter.num_experts", self.num_experts, allowed)
 
     @property
     def expert_counts(self) -> list[int]:
-        """Experts per group of layers, from the bottom up; one group when `num_experts` is a number."""
+        """Experts of each group of layers, from the bottom up; one group when `num_experts` is a number."""
         return list(self.num_experts) if isinstance(self.num_experts, (list, tuple)) else [self.num_experts]
 
     def experts_at(self, layer: int, num_layers: int) -> int:
-        """Experts of a layer (from 0) of `num_layers`: equal groups of layers, as MoLA allocates them."""
+        """The number of experts of layer `layer` (from 0) out of `num_layers`, in equal groups as in MoLA."""
         counts = self.expert_counts
         return counts[min(layer * len(counts) // max(num_layers, 1), len(counts) - 1)]
 
     def experts_by_layer(self, num_layers: int) -> list[int]:
-        """`experts_at` of every layer of a model of so many."""
+        """`experts_at` for each of `num_layers` layers."""
         return [self.experts_at(layer, num_layers) for layer in range(num_layers)]
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> AdapterConfig:
-        """Make one from the flat form of `run.yaml` and `MoleConfig`, router parameters beside the rest.
+        """An `AdapterConfig` from the flat form of `run.yaml` and `MoleConfig`: router parameters beside the others.
 
-        A router parameter that is None keeps the router's default. Raises `ConfigError` when a parameter
-        belongs to another router, naming those of this one.
+        A router parameter that is None takes the router's default. Raises `InputError` for a parameter of another
+        router, listing those of this one, and `ConfigError` for a value that is not allowed.
         """
         router = values.get("router", "dynmole")
         params_type = params_class(router)
@@ -135,8 +142,7 @@ class AdapterConfig:
                 continue
             if key in router_field_names():
                 raise InputError(
-                    f"adapter.{key} is not a setting of the router {router!r}; its settings are: "
-                    f"{', '.join(sorted(own))}.",
+                    f"adapter.{key} is not a setting of the router {router!r}; its settings: {', '.join(sorted(own))}.",
                     field=f"adapter.{key}",
                 )
             raise unknown_setting("adapter", key, shared | own)
@@ -145,40 +151,40 @@ class AdapterConfig:
         return build_settings(cls, {**rest, "params": params}, "adapter")
 
     def to_flat(self) -> dict[str, Any]:
-        """The flat form, complete: every setting of the adapter and of its router."""
+        """The complete flat form: every setting of the adapter and of its router."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "params"}
         return {**values, **dataclasses.asdict(self.params)}
 
 
 @dataclass
 class TrainingConfig:
-    """How to train; the names are those of transformers' `TrainingArguments`."""
+    """The training loop's settings, named as in transformers' `TrainingArguments`."""
 
     max_steps: int = setting(
-        32, "Optimizer steps; 0 trains num_train_epochs instead.", ge=0, label="Steps", flag="--steps"
+        32, "Optimizer steps; 0 trains for num_train_epochs instead.", ge=0, label="Steps", flag="--steps"
     )
-    num_train_epochs: float = setting(1.0, "Passes over the data when max_steps is 0.", gt=0, label="Epochs")
+    num_train_epochs: float = setting(1.0, "Passes over the training data if max_steps is 0.", gt=0, label="Epochs")
     per_device_train_batch_size: int = setting(
-        16, "Examples per step and device.", ge=1, le=limits.BATCH, label="Batch size", flag="--batch-size"
+        16, "Examples per device and micro-batch.", ge=1, le=limits.BATCH, label="Batch size", flag="--batch-size"
     )
-    gradient_accumulation_steps: int = setting(1, "Micro-batches per optimizer step.", ge=1, le=limits.BATCH)
+    gradient_accumulation_steps: int = setting(
+        1, "Micro-batches accumulated per optimizer step.", ge=1, le=limits.BATCH
+    )
     learning_rate: float = setting(2e-3, "Peak learning rate.", gt=0, le=1, flag="--lr")
     lr_scheduler_type: str = setting(
         "cosine",
-        "Course of the learning rate after warm-up.",
+        "Learning rate schedule after the warm-up.",
         choices=("constant", "constant_with_warmup", "linear", "cosine"),
     )
-    warmup_steps: int = setting(4, "Steps in which the learning rate rises from 0.", ge=0)
-    weight_decay: float = setting(0.0, "AdamW's weight decay.", ge=0)
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0 switches clipping off.", ge=0)
-    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, more time.")
-    eval_steps: int = setting(0, "Evaluate the held-out loss every so many steps; 0 only at the end.", ge=0)
-    save_steps: int = setting(20, "Write a checkpoint every so many steps: the most that a crash can lose.", ge=1)
-    save_total_limit: int = setting(2, "Good checkpoints to keep.", ge=1)
-    logging_steps: int = setting(1, "Write an event every so many steps.", ge=1)
-    seed: int = setting(
-        0, "Seed of everything random: weights, order of the data, dropout.", ge=0, le=2**32 - 1, flag="--seed"
-    )
+    warmup_steps: int = setting(4, "Steps over which the learning rate rises from 0.", ge=0)
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0)
+    max_grad_norm: float = setting(1.0, "Gradient norm above which gradients are clipped; 0 disables clipping.", ge=0)
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, slower.")
+    eval_steps: int = setting(0, "Steps between evaluations of the held-out loss; 0 evaluates only at the end.", ge=0)
+    save_steps: int = setting(20, "Steps between checkpoints: at most this much work is lost in a crash.", ge=1)
+    save_total_limit: int = setting(2, "Number of valid checkpoints to keep.", ge=1)
+    logging_steps: int = setting(1, "Steps between logged events (loss, learning rate, routing).", ge=1)
+    seed: int = setting(0, "Seed of the expert weights, the data order and dropout.", ge=0, le=2**32 - 1, flag="--seed")
 
     def __post_init__(self) -> None:
         check_settings(self, "training")
@@ -186,11 +192,15 @@ class TrainingConfig:
 
 @dataclass
 class RunConfig:
-    """A whole run, as `run.yaml` holds it."""
+    """The complete configuration of a run, as in `run.yaml`.
+
+    Attributes:
+        name: the run's name; None generates one.
+        group: name of a group of runs to compare, e.g. of the grid it was queued with.
+    """
 
     name: str | None = None
     group: str | None = None
-    """The runs it was queued with, to be compared: a name under the same rules."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -198,7 +208,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Make one from the nested form. Raises `ConfigError` that names the setting, never a traceback's worth."""
+        """A `RunConfig` from the nested form. Raises `InputError` or `ConfigError` naming the setting."""
         check_sections(values)
         for key in values:
             if key not in {item.name for item in fields(cls)}:
@@ -215,14 +225,14 @@ class RunConfig:
         return cls(**names, adapter=AdapterConfig.from_flat(values.get("adapter", {})), **sections)
 
     def to_dict(self) -> dict[str, Any]:
-        """The complete nested form; `RunConfig.from_dict` gives an equal config back."""
+        """The complete nested form; `RunConfig.from_dict` returns an equal config from it."""
         sections = {key: dataclasses.asdict(getattr(self, key)) for key in SECTIONS if key != "adapter"}
         return {"name": self.name, "group": self.group, "model": sections["model"], "data": sections["data"],
                 "adapter": self.adapter.to_flat(), "training": sections["training"]}  # fmt: skip
 
     @classmethod
     def load(cls, path: Path) -> RunConfig:
-        """Read a YAML file. Raises `InputError` when it is missing or not YAML, `ConfigError` for a bad setting."""
+        """Read a YAML file. Raises `InputError` when it is missing or malformed, `ConfigError` for an invalid value."""
         return cls.from_dict(read_yaml(path))
 
     def to_yaml(self) -> str:
@@ -239,19 +249,19 @@ SECTIONS: dict[str, Any] = {
 
 
 def check_sections(values: Mapping[str, Any]) -> None:
-    """See that the nested form is one: settings by name, in sections. Raises `InputError`."""
+    """Raise `InputError` unless `values` is a mapping whose sections are mappings."""
     if not isinstance(values, Mapping):
-        raise InputError(f"{brief(values)} is no config (expected sections model, data, adapter, training).")
+        raise InputError(f"{brief(values)} is not a configuration (expected sections: model, data, adapter, training).")
     for section in SECTIONS:
         if not isinstance(value := values.get(section, {}), Mapping):
-            raise ConfigError(section, value, "a section of settings (name: value lines)")
+            raise ConfigError(section, value, "a section of settings (lines of name: value)")
 
 
 def apply_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the nested form with `{"section.field": value}` laid over it (`data.columns.prompt` reaches deeper).
+    """A copy of the nested form with the values of `{"section.field": value}` set (or deeper: `data.columns.prompt`).
 
-    Changing `adapter.router` drops the former router's own parameters, which would not fit the new one.
-    Raises `InputError` for a name without a section.
+    Changing `adapter.router` drops the previous router's parameters, which the new one does not have.
+    Raises `InputError` for a name outside the sections.
     """
     check_sections(values)
     result: dict[str, Any] = {key: dict(v) if isinstance(v, Mapping) else v for key, v in values.items()}
@@ -269,6 +279,6 @@ def apply_overrides(values: dict[str, Any], overrides: Mapping[str, Any]) -> dic
             inner = target.get(parent) or {}
             if not isinstance(inner, Mapping):
                 raise InputError(f"{dotted} is not a setting: {parent} is {brief(inner)}.", field=dotted)
-            target[parent] = target = dict(inner)  # of the caller's values nothing changes
+            target[parent] = target = dict(inner)  # a copy: the caller's values stay as they are
         target[last] = value
     return result

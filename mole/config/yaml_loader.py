@@ -16,14 +16,14 @@ MAX_YAML_DEPTH = 20
 
 
 class SettingsLoader(yaml.SafeLoader):
-    """YAML as settings need it: plain values, every name once, no depth, and no aliases, which can grow without end."""
+    """A safe YAML loader that also rejects repeated names, deep nesting, and aliases (which expand without bound)."""
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {self.line + 1}: an alias (*{event.anchor}); write out its value")
+            raise yaml.YAMLError(f"line {self.line + 1}: aliases (*{event.anchor}) are not allowed; repeat the value")
         if self.depth == MAX_YAML_DEPTH:
             raise yaml.YAMLError(f"line {self.line + 1}: nested too deeply")
         self.depth += 1
@@ -35,35 +35,35 @@ class SettingsLoader(yaml.SafeLoader):
         seen = set[str]()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.YAMLError(f"{key.value} is there twice")
+                raise yaml.YAMLError(f"{key.value} is given twice")
             seen.update([key.value] if isinstance(key, yaml.ScalarNode) else [])
         return super().construct_mapping(node, deep)
 
 
 class TextLoader(SettingsLoader):
-    """The same with every value as text."""
+    """A `SettingsLoader` that leaves every scalar as text."""
 
 
 TextLoader.yaml_implicit_resolvers = {}
 
 
 def parse_yaml(text: str, loader: type[SettingsLoader] = SettingsLoader) -> Any:
-    """The value of YAML text. Raises `yaml.YAMLError`, whatever is wrong with it."""
+    """The value of YAML text. Raises `yaml.YAMLError` for any malformed text."""
     if len(text) > MAX_YAML_LENGTH:
         raise yaml.YAMLError(f"longer than {MAX_YAML_LENGTH:,} characters")
     try:
         return yaml.load(text, loader)
     except yaml.YAMLError:
         raise
-    except Exception as error:  # a date that is none, a number that is none, depth: the library lets them all through
+    except Exception as error:  # impossible dates and numbers, deep nesting: PyYAML raises many types
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises `InputError` when it cannot be read or is no mapping."""
+    """The mapping in a YAML file. Raises `InputError` when it cannot be read or is not a mapping."""
     try:
         if path.exists() and not path.is_file():
-            raise InputError(f"The config file {path} is not a plain file.")
+            raise InputError(f"The config file {path} is not a regular file.")
         with path.open(encoding="utf-8") as file:
             values = parse_yaml(file.read(MAX_YAML_LENGTH + 1))
     except FileNotFoundError:
@@ -71,9 +71,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"The config file {path} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
-        raise InputError(f"The config file {path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise InputError(f"The config file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
         raise InputError(
-            f"The config file {path} holds no settings (expected sections model, data, adapter, training)."
+            f"The config file {path} contains no settings (expected sections: model, data, adapter, training)."
         )
     return values

@@ -155,7 +155,7 @@ def test_presets_of_one_s_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for number in range(3):
         presets.save_preset(f"p{number}", RunConfig())
     presets.save_preset("p0", RunConfig())  # in place of itself
-    with pytest.raises(RunError, match="3 presets of yours are kept") as caught:
+    with pytest.raises(RunError, match="already 3 saved presets") as caught:
         presets.save_preset("p3", RunConfig())
     assert caught.value.field == "preset"
     with pytest.raises(RunError, match="64 KB"):

@@ -170,7 +170,7 @@ def test_a_preset_of_ones_own_is_kept_found_again_and_deleted(shared: Studio, pa
     page.click("#preset-keep")
     page.fill("#preset-name textarea", "mola")
     page.click("#preset-keep-yes")
-    expect(page.locator("#preset-name .field-message")).to_contain_text("built in")
+    expect(page.locator("#preset-name .field-message")).to_contain_text("built-in")
     page.fill("#preset-name textarea", "my-way")
     page.click("#preset-keep-yes")
     expect(page.locator("#preset input")).to_have_value("Yours: my-way")

@@ -96,11 +96,11 @@ def test_ones_own_come_back_as_they_were_saved(home: Path) -> None:
     assert find_preset("my-way").run_config({}) == RunConfig()
     presets.delete_preset("my-way")
     assert presets.saved_presets() == []
-    with pytest.raises(RunError, match="no preset of yours called 'my-way'"):
+    with pytest.raises(RunError, match="no saved preset 'my-way'"):
         presets.delete_preset("my-way")
 
 
-@pytest.mark.parametrize(("name", "reason"), [("mola", "built in"), ("../x", "not allowed"), ("", "not allowed")])
+@pytest.mark.parametrize(("name", "reason"), [("mola", "built-in"), ("../x", "not allowed"), ("", "not allowed")])
 def test_names_that_would_hide_or_leave_are_refused(home: Path, name: str, reason: str) -> None:
     with pytest.raises(RunError, match=reason):
         presets.save_preset(name, RunConfig())
@@ -114,5 +114,5 @@ def test_a_damaged_file_is_passed_over_and_a_wrong_one_says_what_is_wrong(home: 
     assert [preset.name for preset in presets.saved_presets()] == ["odd"]
     with pytest.raises(InputError, match=r"model\.device"):
         find_preset("odd").run_config({})
-    with pytest.raises(InputError, match=r"no preset 'damaged'; there is: cpu, .*mola.*, odd\."):
+    with pytest.raises(InputError, match=r"no preset 'damaged'; available: cpu, .*mola.*, odd\."):
         find_preset("damaged")

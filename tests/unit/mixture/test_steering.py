@@ -142,7 +142,7 @@ def test_what_an_adapter_does_not_have_is_said_before_anything_changes(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mute": [1]}, r"steering\.mute is not a setting; there is: muted, pinned, settings"),
+        ({"mute": [1]}, r"steering\.mute is not a setting; known: muted, pinned, settings"),
         ({"muted": [1], "pinned": [1, 2]}, r"Expert 1 is both muted and pinned"),
         ({"muted": [-1]}, r"counted from 0"),
         ({"muted": ["a"]}, r"steering\.muted is 'a'; it must be a whole number"),
