@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 from mole import runs
 from mole.cli import auth
 from mole.cli.console import check_parent, shown, steps, table, when, write_json
-from mole.config import ROUTERS, SECTIONS, ModelConfig, RunConfig, apply_overrides, presets, read_yaml
+from mole.config import (
+    ROUTERS,
+    SECTIONS,
+    ModelConfig,
+    RunConfig,
+    all_presets,
+    apply_overrides,
+    find_preset,
+    merge_preset,
+    read_yaml,
+)
 from mole.core.errors import InputError, RunError
 from mole.core.paths import local_path
 from mole.core.text import bytes_text
@@ -94,7 +104,7 @@ def train_settings(options: argparse.Namespace) -> dict[str, Any]:
         if key in SECTIONS and value is None:
             values[key] = {}
     if options.preset:
-        values = presets.merge_preset(presets.find_preset(options.preset), values)
+        values = merge_preset(find_preset(options.preset), values)
     overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
     for entry in options.settings:
         key, separator, value = entry.partition("=")
@@ -108,7 +118,7 @@ def train_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def list_presets(options: argparse.Namespace) -> None:
     """`mole presets`"""
-    found = presets.all_presets()
+    found = all_presets()
     table(["NAME", "TITLE", "WHAT IT SETS"], [[preset.name, preset.title, preset.summary] for preset in found])
 
 

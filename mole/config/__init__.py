@@ -17,6 +17,18 @@ from mole.config.fields import (
     union_members,
     unknown_setting,
 )
+from mole.config.presets import (
+    BUILT_IN_PRESETS,
+    Preset,
+    all_presets,
+    delete_preset,
+    find_preset,
+    merge_preset,
+    preset_path,
+    presets_dir,
+    save_preset,
+    saved_presets,
+)
 from mole.config.router_params import (
     ROUTERS,
     AdaMoLEParams,
@@ -44,9 +56,11 @@ from mole.config.schema import (
 from mole.config.yaml_loader import TextLoader, parse_yaml, read_yaml
 
 __all__ = [
-    "MAX_INTEGER", "ROUTERS", "SECTIONS", "AdaMoLEParams", "AdapterConfig", "DataConfig", "DenseParams",
-    "DynMoLEParams", "LoraParams", "ModelConfig", "RouterParams", "RunConfig", "SparsegenParams", "Spec",
-    "TextLoader", "ThresholdParams", "TopKParams", "TopPParams", "TrainingConfig", "apply_overrides",
-    "build_settings", "check_sections", "check_settings", "coerce", "params_class", "parse_yaml", "read_yaml",
-    "router_field_names", "setting", "spec_of", "union_members", "unknown_setting",
+    "BUILT_IN_PRESETS", "MAX_INTEGER", "ROUTERS", "SECTIONS", "AdaMoLEParams", "AdapterConfig", "DataConfig",
+    "DenseParams", "DynMoLEParams", "LoraParams", "ModelConfig", "Preset", "RouterParams", "RunConfig",
+    "SparsegenParams", "Spec", "TextLoader", "ThresholdParams", "TopKParams", "TopPParams", "TrainingConfig",
+    "all_presets", "apply_overrides", "build_settings", "check_sections", "check_settings", "coerce",
+    "delete_preset", "find_preset", "merge_preset", "params_class", "parse_yaml", "preset_path", "presets_dir",
+    "read_yaml", "router_field_names", "save_preset", "saved_presets", "setting", "spec_of", "union_members",
+    "unknown_setting",
 ]  # fmt: skip

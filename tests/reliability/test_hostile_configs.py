@@ -28,7 +28,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mole import runs
-from mole.config import ROUTERS, SECTIONS, RunConfig, apply_overrides, presets, read_yaml
+from mole.config import (
+    BUILT_IN_PRESETS,
+    ROUTERS,
+    SECTIONS,
+    RunConfig,
+    apply_overrides,
+    find_preset,
+    merge_preset,
+    presets_dir,
+    read_yaml,
+    saved_presets,
+)
 from mole.runs import grid
 
 VALID: list[dict[str, Any]] = [
@@ -166,23 +177,23 @@ def test_a_damaged_preset_of_ones_own_is_passed_over_or_refused(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOLE_HOME", str(tmp_path_factory.getbasetemp() / "presets-home"))
-        presets.presets_dir().mkdir(parents=True, exist_ok=True)
-        (presets.presets_dir() / "mine.yaml").write_bytes(content)
+        presets_dir().mkdir(parents=True, exist_ok=True)
+        (presets_dir() / "mine.yaml").write_bytes(content)
         with in_time():
-            assert len(presets.saved_presets()) <= 1
-        for preset in presets.saved_presets():
+            assert len(saved_presets()) <= 1
+        for preset in saved_presets():
             assert preset.summary.isprintable() or len(preset.summary) < 1000
-        is_whole(answer(lambda: presets.find_preset("mine").run_config({})))
-        is_whole(answer(lambda: RunConfig.from_dict(presets.merge_preset(presets.find_preset("mine"), VALID[1]))))
+        is_whole(answer(lambda: find_preset("mine").run_config({})))
+        is_whole(answer(lambda: RunConfig.from_dict(merge_preset(find_preset("mine"), VALID[1]))))
 
 
 @attack(60)
-@given(st.sampled_from([preset.name for preset in presets.BUILT_IN_PRESETS]), config)
+@given(st.sampled_from([preset.name for preset in BUILT_IN_PRESETS]), config)
 def test_a_preset_over_or_under_damaged_settings_is_taken_or_refused(name: str, values: Any) -> None:
-    preset, given_values = presets.find_preset(name), real(values)
+    preset, given_values = find_preset(name), real(values)
     before = copy.deepcopy(preset.overrides)
     is_whole(answer(lambda: preset.run_config(given_values)))
-    is_whole(answer(lambda: RunConfig.from_dict(presets.merge_preset(preset, given_values))))
+    is_whole(answer(lambda: RunConfig.from_dict(merge_preset(preset, given_values))))
     assert preset.overrides == before
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from app.services import endpoints
 from mole import runs
 from mole.chat.generate import ChatSettings, TokenSampler
-from mole.config import ROUTERS, RunConfig, presets
+from mole.config import ROUTERS, RunConfig, preset_path
 from mole.core.errors import InputError, MoleError
 from mole.mixture.steering import Steering, changed, describe
 from mole.mixture.steering import check as check_steering
@@ -60,7 +60,7 @@ def no_hub(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @given(name)
 def test_a_name_is_allowed_only_if_it_is_one_plain_folder(no_hub: Path, given_name: str) -> None:
     given_name = str(real(given_name))
-    for check in (check_name, presets.preset_path, lambda value: check_name(value, "group", "group")):
+    for check in (check_name, preset_path, lambda value: check_name(value, "group", "group")):
         if not isinstance(answer(lambda check=check: check(given_name)), InputError):
             assert given_name.isascii()
             path = (runs.runs_dir() / given_name).resolve()

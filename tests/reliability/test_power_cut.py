@@ -14,7 +14,7 @@ from forks import SERVER, Make
 from test_killed import die_before, note_operations, operations_of
 
 from mole import runs
-from mole.config import RunConfig, presets
+from mole.config import RunConfig, save_preset, saved_presets
 from mole.core import checkpoint, processes
 from mole.runs.run import Run
 
@@ -57,8 +57,8 @@ def make_run(config: dict[str, Any]) -> None:
     runs.create(RunConfig.from_dict(config))
 
 
-def save_preset(config: dict[str, Any]) -> None:
-    presets.save_preset("mine", RunConfig.from_dict(config))
+def save_my_preset(config: dict[str, Any]) -> None:
+    save_preset("mine", RunConfig.from_dict(config))
 
 
 def keep_upload(config: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ def _act(home: str, prepare: Any, act: Any, config: dict[str, Any]) -> None:
             "rename runs/.new-made → runs/made, fsync runs, fsync .",
         ),
         (
-            save_preset,
+            save_my_preset,
             "fsync presets/.mine.yaml.#, rename presets/.mine.yaml.# → presets/mine.yaml, fsync presets",
         ),
         (
@@ -117,7 +117,7 @@ def test_what_a_person_made_is_on_the_disk_before_it_has_its_name(
     assert synced(file.read_text().splitlines()) == expected.split(", ")
 
 
-@pytest.mark.parametrize("act", [make_run, save_preset, write_record, delete_run])
+@pytest.mark.parametrize("act", [make_run, save_my_preset, write_record, delete_run])
 def test_killed_before_any_of_its_operations_it_is_there_whole_or_not_at_all(
     home: Path, tiny: dict[str, Any], tmp_path: Path, act: Any
 ) -> None:
@@ -138,8 +138,8 @@ def test_killed_before_any_of_its_operations_it_is_there_whole_or_not_at_all(
             assert run.name in ("made", "there") and run.state == "queued", what
             assert run.config.training.max_steps == there.training.max_steps
             assert [event["type"] for event in run.events()] == ["created"]
-        if act is save_preset:
-            assert all(preset.run_config({}).training == there.training for preset in presets.saved_presets())
+        if act is save_my_preset:
+            assert all(preset.run_config({}).training == there.training for preset in saved_presets())
         if act is write_record:
             assert processes.read_record(home / "record.json") == config
     runs.delete(runs.get("there")) if (runs.runs_dir() / "there").exists() else runs.create(there)

@@ -14,7 +14,7 @@ from serving import ROOT, Studio
 
 from app import settings
 from mole import runs
-from mole.config import RunConfig, presets
+from mole.config import RunConfig, delete_preset, save_preset
 from mole.core.errors import CheckpointError, DataError, ModelError, RunError
 from mole.core.paths import check_name
 from mole.models import sources
@@ -46,8 +46,8 @@ def test_no_name_leads_out_of_its_folder(home: Path, name: str) -> None:
         lambda: runs.get(name),
         lambda: runs.create(RunConfig.from_dict({"name": name})),
         lambda: runs.create(RunConfig.from_dict({"name": "fine", "group": name})),
-        lambda: presets.save_preset(name, RunConfig()),
-        lambda: presets.delete_preset(name),
+        lambda: save_preset(name, RunConfig()),
+        lambda: delete_preset(name),
     ):
         with pytest.raises(RunError):
             attempt()

@@ -17,7 +17,7 @@ from app import settings
 from app.services import answering, endpoints
 from app.services.conversation import Turn
 from mole import runs
-from mole.config import RunConfig, parse_yaml, presets, read_yaml
+from mole.config import BUILT_IN_PRESETS, RunConfig, parse_yaml, read_yaml, save_preset
 from mole.core import limits
 from mole.core.errors import BusyError, ConfigError, DataError, InputError, RunError
 from mole.data import encoding
@@ -54,7 +54,7 @@ def test_the_size_of_a_run(section: str, values: dict[str, Any], field: str, mos
 
 
 def test_what_the_papers_use_is_far_below() -> None:
-    for preset in presets.BUILT_IN_PRESETS:
+    for preset in BUILT_IN_PRESETS:
         preset.run_config({})
     config(adapter={"num_experts": 64, "r": 256}, data={"max_length": 32_768})
 
@@ -153,13 +153,13 @@ def test_the_queue_and_the_grid(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_presets_of_one_s_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "PRESETS", 3)
     for number in range(3):
-        presets.save_preset(f"p{number}", RunConfig())
-    presets.save_preset("p0", RunConfig())  # in place of itself
+        save_preset(f"p{number}", RunConfig())
+    save_preset("p0", RunConfig())  # in place of itself
     with pytest.raises(RunError, match="already 3 saved presets") as caught:
-        presets.save_preset("p3", RunConfig())
+        save_preset("p3", RunConfig())
     assert caught.value.field == "preset"
     with pytest.raises(RunError, match="64 KB"):
-        presets.save_preset("p0", config(data={"columns": {"prompt": "x" * 100_000}}))
+        save_preset("p0", config(data={"columns": {"prompt": "x" * 100_000}}))
     assert len(list((home / "presets").iterdir())) == 3
 
 

@@ -14,8 +14,7 @@ from app.ui import forms, problem
 from app.ui.panels.live import told
 from app.ui.wiring import QUIET
 from mole.analysis.tables import escaped
-from mole.config import RunConfig, presets
-from mole.config.presets import Preset
+from mole.config import Preset, RunConfig, all_presets, delete_preset, find_preset, save_preset
 from mole.core.errors import InputError, MoleError
 
 DEFAULTS = Preset("", "The defaults", "DynMoLE with 8 experts of rank 8, 32 steps: what every setting is without you.")
@@ -65,7 +64,7 @@ def build(form: forms.RunForm) -> Presets:
 
 def choices() -> list[tuple[str, str]]:
     """Every preset's title and name, one's own at the end."""
-    found = [DEFAULTS, *presets.all_presets()]
+    found = [DEFAULTS, *all_presets()]
     return [(f"Yours: {preset.title}" if preset.user_saved else preset.title, preset.name) for preset in found]
 
 
@@ -81,7 +80,7 @@ def wire(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
     def choose(name: str, *values: Any) -> list[Any]:
         nested = form.nested(values)
         try:
-            preset = presets.find_preset(name) if name else DEFAULTS
+            preset = find_preset(name) if name else DEFAULTS
             config = preset.run_config(nested)
         except InputError as error:
             return [problem.told(str(error), "preset"), *[gr.skip()] * (2 + len(values))]
@@ -116,7 +115,7 @@ def wire_own(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
     def keep(name: str, *values: Any) -> list[Any]:
         settings.forbid_on_space()
         try:
-            preset = presets.save_preset(name.strip(), form.config(values))
+            preset = save_preset(name.strip(), form.config(values))
         except MoleError as error:
             return [problem.told(str(error), "preset-name"), *[gr.skip()] * 4]
         chosen = gr.Dropdown(choices=choices(), value=preset.name)
@@ -124,7 +123,7 @@ def wire_own(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
 
     def delete(name: str) -> list[Any]:
         settings.forbid_on_space()
-        told(lambda: presets.delete_preset(name))
+        told(lambda: delete_preset(name))
         chosen = gr.Dropdown(choices=choices(), value=DEFAULTS.name)
         return [chosen, "The preset is deleted; the form is as it was.", gr.Button(visible=False)]
 

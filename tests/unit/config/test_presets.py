@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from mole.config import ROUTERS, RunConfig, presets
-from mole.config.presets import find_preset
+from mole.config import ROUTERS, RunConfig, delete_preset, find_preset, presets_dir, save_preset, saved_presets
 from mole.core.errors import InputError, RunError
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -87,31 +86,31 @@ def test_the_presets_of_a_machine_say_which_model() -> None:
 
 def test_ones_own_come_back_as_they_were_saved(home: Path) -> None:
     config = RunConfig.from_dict(MINE)
-    presets.save_preset("my-way", config)
+    save_preset("my-way", config)
     found = find_preset("my-way")
     assert found.user_saved and "topp on some/model" in found.summary
     assert found.run_config({"model": {"name": "another"}, "data": {"path": "other.jsonl"}}) == config
-    presets.save_preset("my-way", RunConfig())
-    assert [preset.name for preset in presets.saved_presets()] == ["my-way"]
+    save_preset("my-way", RunConfig())
+    assert [preset.name for preset in saved_presets()] == ["my-way"]
     assert find_preset("my-way").run_config({}) == RunConfig()
-    presets.delete_preset("my-way")
-    assert presets.saved_presets() == []
+    delete_preset("my-way")
+    assert saved_presets() == []
     with pytest.raises(RunError, match="no saved preset 'my-way'"):
-        presets.delete_preset("my-way")
+        delete_preset("my-way")
 
 
 @pytest.mark.parametrize(("name", "reason"), [("mola", "built-in"), ("../x", "not allowed"), ("", "not allowed")])
 def test_names_that_would_hide_or_leave_are_refused(home: Path, name: str, reason: str) -> None:
     with pytest.raises(RunError, match=reason):
-        presets.save_preset(name, RunConfig())
-    assert not presets.presets_dir().exists()
+        save_preset(name, RunConfig())
+    assert not presets_dir().exists()
 
 
 def test_a_damaged_file_is_passed_over_and_a_wrong_one_says_what_is_wrong(home: Path) -> None:
-    presets.presets_dir().mkdir()
-    (presets.presets_dir() / "damaged.yaml").write_text("a: [")
-    (presets.presets_dir() / "odd.yaml").write_text("adapter: 5\nmodel: {device: tpu}")
-    assert [preset.name for preset in presets.saved_presets()] == ["odd"]
+    presets_dir().mkdir()
+    (presets_dir() / "damaged.yaml").write_text("a: [")
+    (presets_dir() / "odd.yaml").write_text("adapter: 5\nmodel: {device: tpu}")
+    assert [preset.name for preset in saved_presets()] == ["odd"]
     with pytest.raises(InputError, match=r"model\.device"):
         find_preset("odd").run_config({})
     with pytest.raises(InputError, match=r"no preset 'damaged'; available: cpu, .*mola.*, odd\."):
