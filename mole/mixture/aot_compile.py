@@ -100,8 +100,9 @@ def file_of(recipe: Recipe) -> Path:
 @functools.cache
 def sources() -> str:
     """A sum over the code that functions are made of: changed formulas are other functions."""
-    files = [__file__, *(str(module.__file__) for module in (routers, experts, shared_input, decode_kernel))]
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    files = [Path(str(module.__file__)) for module in (experts, shared_input, decode_kernel)]
+    files += [Path(__file__), *sorted(Path(routers.__path__[0]).glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @functools.cache

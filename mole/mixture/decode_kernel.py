@@ -100,7 +100,7 @@ class OneToken:
         self._recipe, self._text = None, ""
         token = torch.empty(1, 1, self.stack.sizes[0], dtype=dtypes[0])
         if not all(map(is_plain, self.stack.bases)) or pays(
-            token, down, router.num_experts, router.most, self.stack.sizes
+            token, down, router.num_experts, router.max_active, self.stack.sizes
         ):
             return
         self._recipe = Recipe(

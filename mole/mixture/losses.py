@@ -101,7 +101,7 @@ def columns(router: Router[Any], routing: Routing) -> Tensor:
     numbers = [torch.ones_like(entropy), (weights > 0).sum(-1).to(entropy.dtype), entropy]
     found = [torch.stack(numbers, -1), weights if "cv" in losses else weights.detach()]
     if "balance" in losses:
-        found += [router.usage(routing), router.balanced(routing)]
+        found += [router.usage(routing), router.balance_probs(routing)]
     if "z" in losses:
         found.append(z_loss(routing.logits[..., None, :])[..., None])
     return torch.cat(found, -1)

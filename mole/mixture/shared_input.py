@@ -154,7 +154,9 @@ class Stack:
         self.routers = [layer.routers[adapter] for layer in layers]
         self.downs = [layer.experts[adapter][0] for layer in layers]
         self.router = self.routers[0]
-        self.readers = [distinct([getattr(router, name) for router in self.routers]) for name in self.router.reads]
+        self.readers = [
+            distinct([getattr(router, name) for router in self.routers]) for name in self.router.input_linears
+        ]
         self.scorers = [reader for group in self.readers for reader in group]
         self.bases = [layer.base_layer for layer in layers]
         self.sizes = (layers[0].in_features, *(layer.out_features for layer in layers))
@@ -178,7 +180,7 @@ class Stack:
             return [Answer(output, None, own, finished=True) for output, own in zip(made.outputs, seen, strict=True)]
         first, count, learns = self.layers[0], self.count, torch.is_grad_enabled()
         scale, rate = first.scaling[self.adapter], first.dropout[self.adapter] if first.training else 0.0
-        downs, used = [module.weight for module in self.downs], self.router.most
+        downs, used = [module.weight for module in self.downs], self.router.max_active
         few = pays(x, downs[0], self.router.num_experts, used, self.sizes)
         hidden, routing = self.read(x, downs, apart=few or rate > 0)
         routings = observed.see(self.router, routing, first.training) if observed else [None] * count
@@ -215,7 +217,7 @@ class Stack:
             else:
                 scores = self.scores(x)
             if self.readers:
-                return hidden, self.router.decide(*outputs(scores, self.readers), later=True)
+                return hidden, self.router.routing_of(*outputs(scores, self.readers), defer_entropy=True)
             return hidden, self.router(x[..., None, :].expand(*x.shape[:-1], self.count, -1))
 
     def products(self, x: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:

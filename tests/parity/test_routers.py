@@ -23,6 +23,7 @@ from routing_cases import (
 
 from mole.config import ROUTERS
 from mole.mixture import routers
+from mole.mixture.routers.base import apply_linear
 
 # ---------------------------------------------------------------------------------------------------------
 # The whole set
@@ -258,11 +259,11 @@ def test_a_tokens_routing_depends_on_that_token_alone(case: tuple[str, dict[str,
 
 
 @pytest.mark.parametrize("name", ROUTED)
-def test_an_entropy_left_for_later_is_the_one_computed_at_once(name: str) -> None:
+def test_a_deferred_entropy_equals_the_one_computed_at_once(name: str) -> None:
     router, x = make(name, 6), random_inputs(2, 4, INPUTS)
-    outputs = [routers.linear(getattr(router, part), x) for part in router.reads]
-    now, later = router.decide(*outputs), router.decide(*outputs, later=True)
-    assert (later.entropy is None) == (name != "dynmole")
-    for several in ([later, later], [now, later], [now, now]):
+    outputs = [apply_linear(getattr(router, part), x) for part in router.input_linears]
+    now, deferred = router.routing_of(*outputs), router.routing_of(*outputs, defer_entropy=True)
+    assert (deferred.entropy is None) == (name != "dynmole")
+    for several in ([deferred, deferred], [now, deferred], [now, now]):
         found = routers.entropies_of(several)
         assert torch.equal(found, torch.cat([now.entropy] * 2, -1))

@@ -118,7 +118,7 @@ def documented_modules() -> dict[str, str]:
 
 
 def test_the_architecture_document_names_every_module() -> None:
-    paths = [*ROOT.glob("mole/*/*.py"), *ROOT.glob("app/**/*.py")]
+    paths = [*ROOT.glob("mole/**/*.py"), *ROOT.glob("app/**/*.py")]
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.stem[0] != "_"}
     assert modules - documented_modules().keys() == set()
     assert documented_modules().keys() - modules == set()
