@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from mole.core.errors import MoleError
-from mole.mixture.layer import features
 
 SWITCH = "support_avx512bf16_for_cpu"
 """bitsandbytes' attribute of a 4-bit linear: whether it may pack its weights; always false on other CPUs."""
@@ -25,6 +24,7 @@ def limit_packing(model: nn.Module, trains: bool = False) -> None:
 
     Raises `MoleError` when the model is to train and has been packed already.
     """
+    linear: Any
     for linear in model.modules():
         if not hasattr(linear, SWITCH):
             continue
@@ -35,6 +35,5 @@ def limit_packing(model: nn.Module, trains: bool = False) -> None:
                 "The 4-bit base model was used in evaluation mode on this CPU, where bitsandbytes then packs its "
                 "weights and gradients no longer pass. Load the model again and add the adapter before using it."
             )
-        inputs, outputs = features(linear)
-        if trains or outputs % ROWS or inputs % weight.blocksize:
+        if trains or linear.out_features % ROWS or linear.in_features % weight.blocksize:
             setattr(linear, SWITCH, False)
