@@ -9,12 +9,13 @@ from typing import Any
 
 from app import guard, settings
 from app.services import endpoints
+from app.services.chat_targets import chat_targets
 from app.services.engine import ENGINE
 from app.services.listing import LISTING
 from app.ui.panels import compare, live
 from app.ui.panels.compare import Compare
-from app.ui.tabs import chat, runs, train
-from app.ui.tabs.chat import ChatTab
+from app.ui.tabs import runs, train
+from app.ui.tabs.chat import ChatTab, build_chat_tab, refresh_targets
 from app.ui.tabs.runs import RunsTab
 from app.ui.tabs.train import TrainTab
 from app.ui.wiring import QUIET
@@ -78,7 +79,7 @@ class Parts:
             *(self.train_tab(first) if tab == "train" else [*live.hide(), *self.training.left()]),
             second,
             *(runs_tab(second, compared) if tab == "runs" else runs_left()),
-            chat.refreshed(target, touched) if tab == "chat" else gr.skip(),
+            refresh_targets(target, touched) if tab == "chat" else gr.skip(),
         ]
 
     def train_tab(self, name: str) -> list[Any]:
@@ -146,7 +147,7 @@ def build() -> gr.Blocks:
                 with gr.Column(elem_classes="card"):
                     comparing = compare.build(listing.compared)
             with gr.Tab("Chat", id="chat") as chat_tab:
-                chatting = chat.build()
+                chatting = build_chat_tab()
         parts = Parts(tabs, training, listing, comparing, chatting, gr.State(""))
         wire_tabs(page, parts, (train_tab, runs_tab, chat_tab))
         wire_ways(parts)
@@ -207,4 +208,4 @@ def wire_ways(parts: Parts) -> None:
 
 def chat_with(target: str) -> tuple[Any, Any, bool]:
     """To the Chat tab, with this target chosen."""
-    return gr.Tabs(selected="chat"), gr.Dropdown(choices=chat.targets(), value=target), True
+    return gr.Tabs(selected="chat"), gr.Dropdown(choices=chat_targets(), value=target), True

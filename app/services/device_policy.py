@@ -1,7 +1,7 @@
-"""Where a reply is computed while a run trains: what fits, and what there is to choose. No torch.
+"""Where a reply is computed while a run trains: what fits, and what the person can choose. No torch.
 
-On one GPU a chat and a training fight for memory, and the training loses hours. So while a run holds the GPU, replies
-are computed on the CPU unless the person says otherwise, knowing what is free.
+On one GPU a chat and a training run compete for memory, and the run loses hours of work when it runs out. So while a
+run holds the GPU, replies are computed on the CPU unless the person decides otherwise, knowing what is free.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from mole.core.text import bytes_text
 from mole.models import sizes
 
 WAIT, CPU, GPU = "wait", "cpu", "gpu"
-CHOICES = [("On the CPU, slower", CPU), ("Wait until the run has ended", WAIT), ("On the GPU anyway", GPU)]
-BYTES_A_WEIGHT = 2
+DEVICE_CHOICES = [("On the CPU, slower", CPU), ("Wait until the run has ended", WAIT), ("On the GPU anyway", GPU)]
+BYTES_PER_WEIGHT = 2
 """Models are loaded in 16 bits on a GPU."""
 
 
 @dataclass(frozen=True)
-class Situation:
+class DeviceStatus:
     """What the decision depends on.
 
     Attributes:
-        device: where replies are computed when nobody trains: `cpu`, `mps`, `cuda:N`.
+        device: where replies are computed when no run trains: `cpu`, `mps`, `cuda:N`.
         training: the run that holds this device; empty for none.
         need: bytes the model takes on a GPU; 0 if unknown.
         free: bytes free there, None if unknown.
@@ -40,62 +40,67 @@ class Situation:
 
 
 @dataclass(frozen=True)
-class Advice:
-    """What the person is told, and whether there is something to choose."""
+class DeviceHint:
+    """What the page says about the device, and whether the person chooses."""
 
     text: str = ""
     choose: bool = False
 
 
-def advise(situation: Situation) -> Advice:
-    """What to say and offer in a situation."""
-    run = situation.training
+def device_hint(status: DeviceStatus) -> DeviceHint:
+    """What to say and to offer for a device status."""
+    run = status.training
     if not run:
-        return Advice()
-    if situation.device == "cpu":
-        return Advice(f"The run {run} is training on this machine: replies are slow until it has ended.")
-    return Advice(
-        f"The run {run} is training on the GPU. {fitting(situation)} Where shall this reply be computed?", True
+        return DeviceHint()
+    if status.device == "cpu":
+        return DeviceHint(f"The run {run} is training on this machine: replies are slow until it has ended.")
+    return DeviceHint(
+        f"The run {run} is training on the GPU. {memory_text(status)} Where shall this reply be computed?", choose=True
     )
 
 
-def fitting(situation: Situation) -> str:
-    """What fits beside the training."""
-    if situation.free is None or not situation.need:
+def memory_text(status: DeviceStatus) -> str:
+    """Whether the model fits on the GPU next to the run."""
+    if status.free is None or not status.need:
         return "Whether this model fits beside it cannot be told."
-    required = situation.need * HEADROOM
-    figures = f"this model needs about {bytes_text(required)}, {bytes_text(situation.free)} are free"
-    if situation.free >= required:
-        return f"Now it would fit beside it ({figures}), but the training may need more later."
-    return f"It does not fit beside it ({figures})."
+    required = status.need * HEADROOM
+    amounts = f"this model needs about {bytes_text(required)}, {bytes_text(status.free)} are free"
+    if status.free >= required:
+        return f"Now it would fit beside it ({amounts}), but the training may need more later."
+    return f"It does not fit beside it ({amounts})."
 
 
-def device() -> str:
-    """Where replies are computed when nobody trains."""
+def chat_device() -> str:
+    """Where replies are computed when no run trains."""
     return runs.device_of(RunConfig())
 
 
-def training_on(device: str) -> str:
+def run_on_device(device: str) -> str:
     """The run that holds a device now; empty for none."""
     path = runs.device_lock_path(device)
     return str(locks.holder(path).get("run") or "another program") if locks.is_held(path) else ""
 
 
-def look(target: str) -> Situation:
-    """The situation of a target now."""
-    place = device()
-    training = training_on(place)
-    if not training or not place.startswith("cuda"):
-        return Situation(place, training)
+def competing_run() -> str:
+    """The run that trains where replies would be computed; empty for none."""
+    return run_on_device(chat_device())
+
+
+def device_status(target: str) -> DeviceStatus:
+    """The device status for a reply of this target, now."""
+    device = chat_device()
+    training = run_on_device(device)
+    if not training or not device.startswith("cuda"):
+        return DeviceStatus(device, training)
     try:
         from mole.runs.targets import locate
 
-        need = sizes.parameters(sizes.files_of(locate(target)[0])) * BYTES_A_WEIGHT
+        need = sizes.parameters(sizes.files_of(locate(target)[0])) * BYTES_PER_WEIGHT
     except MoleError:
         need = 0
-    return Situation(place, training, need, free_on_gpu(place.partition(":")[2]))
+    return DeviceStatus(device, training, need, free_on_gpu(device.partition(":")[2]))
 
 
-def device_for(choice: str, training: str) -> str:
-    """The device a reply is loaded on: the GPU when nobody trains there, or the person said so."""
+def reply_device(choice: str, training: str) -> str:
+    """The device a reply's model is loaded on, as `model.device`: the CPU while a run trains, unless GPU was chosen."""
     return "auto" if not training or choice == GPU else "cpu"

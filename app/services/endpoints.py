@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from app import settings
-from app.services import answering, device_policy, run_control
-from app.services.conversation import Turn, messages
+from app.services import device_policy, run_control
+from app.services.chat_targets import chat_targets, check_target
+from app.services.conversation import Turn, model_messages
 from app.services.engine import ENGINE
 from app.services.messages import short_message
 from mole import runs
@@ -74,7 +75,7 @@ def resume_run(name: str) -> dict[str, Any]:
 
 def list_targets() -> list[dict[str, str]]:
     """What there is to chat with: `target`, as `chat` takes it, and `label`."""
-    return [{"target": target, "label": label} for label, target in answering.targets()]
+    return [{"target": target, "label": label} for label, target in chat_targets()]
 
 
 def reply(
@@ -92,17 +93,20 @@ def reply(
     `steering` changes the routing of this reply: `{"settings": {"top_p": 0.5}, "muted": [1], "pinned": []}`, experts
     counted from 0. While a run trains on the GPU the reply is computed on the CPU.
     """
-    chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
 
-    def say() -> dict[str, Any]:
-        answering.check_allowed(target)
+    def generate() -> dict[str, Any]:
+        check_target(target)
         settings.check_asked(message, system, max_new_tokens)
-        changed = Steering.from_dict(steering)
-        device = device_policy.device_for(device_policy.CPU, device_policy.training_on(device_policy.device()))
-        *_, last = ENGINE.say(target, messages([Turn(message)], system), chosen, steering=changed, device=device)
+        *_, last = ENGINE.reply(
+            target,
+            model_messages([Turn(message)], system),
+            {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
+            steering=Steering.from_dict(steering),
+            device=device_policy.reply_device(device_policy.CPU, device_policy.competing_run()),
+        )
         return {"text": last.text, "trace": last.trace_json()}
 
-    return answered(say)
+    return answered(generate)
 
 
 def answered(action: Callable[[], T]) -> T:

@@ -1,6 +1,6 @@
-"""The chat models in memory: loaded on first use, switched, unloaded. torch is imported here, inside functions only.
+"""The chat models in memory: loaded on first use, switched, unloaded. torch is imported inside functions only.
 
-One reply at a time: two streams on one base would take each other's adapter and record each other's routing.
+One reply at a time: two streams on one base model would switch each other's adapter and record each other's routing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from app.services import device_policy
-from app.services.routing_records import Reel
-from app.services.routing_stream import film, new_reel
+from app.services.routing_stream import RoutingRecord, append_step, new_record
 from mole.config import ModelConfig
 from mole.core.errors import ModelError
 from mole.mixture.steering import AS_TRAINED, Steering
@@ -30,48 +29,50 @@ WATCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Saying:
-    """One moment of a reply.
+class PartialReply:
+    """A reply as far as it is generated.
 
     Attributes:
         text: the reply so far.
-        reel: its routing so far, for the page.
+        record: its routing so far, for the page.
         count: number of its tokens.
         seconds: since the prompt was read.
-        finished: whether this is the last moment.
-        tokens, trace, prompt: texts of all tokens, the prompt's too; their routing; how many are the prompt's.
+        finished: whether this is the last part.
+        tokens: texts of all tokens, the prompt's too.
+        trace: the routing of `tokens`; None if not recorded.
+        prompt_tokens: number of the prompt's tokens.
         notice: what the person should know about the model, or None.
     """
 
     text: str
-    reel: Reel
+    record: RoutingRecord
     count: int
     seconds: float
     finished: bool
     tokens: list[str]
     trace: Trace | None
-    prompt: int
+    prompt_tokens: int
     notice: str | None
 
     def trace_json(self) -> dict[str, Any] | None:
-        """The routing as `mole chat --trace` writes it; None where nothing was recorded."""
-        return self.trace.to_dict(self.tokens, self.prompt) if self.trace is not None else None
+        """The routing as `mole chat --trace` writes it; None if not recorded."""
+        return self.trace.to_dict(self.tokens, self.prompt_tokens) if self.trace is not None else None
 
 
 class Engine:
-    """The models in memory, and the turns they take; safe to call from any thread."""
+    """The chat models in memory, and whose turn it is to use them; safe to call from any thread."""
 
     def __init__(self) -> None:
-        # Not an RLock: a reply is a generator whose steps the server runs in any of its threads.
-        self._using = Lock()
+        # Not an RLock: a reply is a generator, and the server runs its steps in different threads.
+        self._in_use = Lock()
         self._cache: ModelCache | None = None
         self._watcher: Thread | None = None
-        self._insists = False
-        """Whether the last reply was to be on the GPU although a run trained there."""
+        self._gpu_insisted = False
+        """Whether the last reply was to be computed on the GPU although a run trains there."""
 
     @property
     def cache(self) -> ModelCache:
-        """What is in memory."""
+        """The models in memory."""
         if self._cache is None:
             with IMPORTING:
                 from mole.chat.model_cache import ModelCache
@@ -81,27 +82,27 @@ class Engine:
         return self._cache
 
     def holds(self, target: str, device: str = "auto") -> bool:
-        """Whether the target is in memory, as it is on disk now. Raises `MoleError` when there is no such target."""
+        """Whether the target is in memory in its current version. Raises `MoleError` if it does not exist."""
         return self.cache.holds(target, ModelConfig(device=device))
 
     def unload(self) -> None:
-        """Give the memory back, once the reply that is being written is done."""
-        with self._using:
+        """Release the memory of all models, once the reply being generated is complete."""
+        with self._in_use:
             if self._cache is not None:
                 self._cache.clear()
 
     def warm_up(self) -> None:
         """Import what a first reply needs, in the background, while the message is being typed."""
 
-        def import_it() -> None:
+        def import_libraries() -> None:
             with IMPORTING:
                 importlib.import_module("mole.chat.generate")
                 import_ahead()
 
         if "mole.chat.generate" not in sys.modules:
-            Thread(target=import_it, name="warm-up", daemon=True).start()
+            Thread(target=import_libraries, name="warm-up", daemon=True).start()
 
-    def say(
+    def reply(
         self,
         target: str,
         messages: list[dict[str, str]],
@@ -111,26 +112,26 @@ class Engine:
         steering: Steering = AS_TRAINED,
         against: str | None = None,
         device: str = "auto",
-    ) -> Iterator[Saying]:
-        """Answer a conversation, a `Saying` a token; none at all when stopped before its turn.
+    ) -> Iterator[PartialReply]:
+        """Generate the reply to a conversation, one `PartialReply` per token; none when stopped before its turn.
 
         Args:
-            target: what answers, see `mole.models.runs.locate`.
-            messages: the conversation.
+            target: what answers, see `mole.runs.targets.locate`.
+            messages: the conversation, each with `role` and `content`.
             settings: those of `mole.chat.generate.ChatSettings`.
-            should_stop: asked before every token; true ends the reply.
-            steering: what is different in the routing of this reply.
-            against: id of an earlier reel to show the difference from.
+            should_stop: called before every token; returning true ends the reply.
+            steering: routing overrides for this reply.
+            against: id of an earlier routing record to show the difference from.
             device: as in `model.device`.
 
         Raises `MoleError`: what is wrong with the target, the settings or the conversation, or too little memory.
         """
-        while not self._using.acquire(timeout=0.2):
+        while not self._in_use.acquire(timeout=0.2):
             if should_stop():
                 return
         try:
-            self._insists = device == "auto" and bool(device_policy.training_on(device_policy.device()))
-            yield from self._say(target, messages, settings, should_stop, steering, against, device)
+            self._gpu_insisted = device == "auto" and bool(device_policy.competing_run())
+            yield from self._generate(target, messages, settings, should_stop, steering, against, device)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
@@ -140,38 +141,38 @@ class Engine:
                 "until a run that trains has ended."
             ) from None
         finally:
-            self._using.release()
+            self._in_use.release()
 
-    def _say(
+    def _generate(
         self, target: str, messages: list[dict[str, str]], settings: dict[str, Any], should_stop: Callable[[], bool],
         steering: Steering, against: str | None, device: str,
-    ) -> Iterator[Saying]:  # fmt: skip
+    ) -> Iterator[PartialReply]:  # fmt: skip
         with IMPORTING:
             from mole.chat.generate import ChatSettings, stream
             from mole.mixture.aot_compile import prepare
 
-        chosen = ChatSettings(**settings)
+        chat_settings = ChatSettings(**settings)
         with self.cache.use(target, ModelConfig(device=device)) as loaded:
             if loaded.model.device.type == "cuda":
-                self._watch()
-            reel: Reel | None = None
+                self._watch_gpu()
+            record: RoutingRecord | None = None
             tokens: list[str] = []
-            begun = time.monotonic()
-            for step in stream(loaded, messages, chosen, should_stop=should_stop, steering=steering):
+            started = time.monotonic()
+            for step in stream(loaded, messages, chat_settings, should_stop=should_stop, steering=steering):
                 tokens += [text for _, text in step.tokens]
-                if reel is None:
-                    reel, begun = new_reel(loaded, step, steering, against), time.monotonic()
-                film(reel, step)
-                reel.meta["finished"] = step.finished
-                count, seconds = max(len(tokens) - step.prompt_tokens, 0), time.monotonic() - begun
-                yield Saying(
-                    step.text, reel, count, seconds, step.finished, tokens, step.trace, step.prompt_tokens,
+                if record is None:
+                    record, started = new_record(loaded, step, steering, against), time.monotonic()
+                append_step(record, step)
+                record.meta["finished"] = step.finished
+                count, seconds = max(len(tokens) - step.prompt_tokens, 0), time.monotonic() - started
+                yield PartialReply(
+                    step.text, record, count, seconds, step.finished, tokens, step.trace, step.prompt_tokens,
                     loaded.notice,
                 )  # fmt: skip
             prepare(loaded.model)
 
-    def _watch(self) -> None:
-        """Give a GPU's memory back as soon as a run begins to train there, whether or not anybody chats then."""
+    def _watch_gpu(self) -> None:
+        """Release the GPU's memory as soon as a run starts to train there, even while no one chats."""
         if self._watcher is None or not self._watcher.is_alive():
             self._watcher = Thread(target=self._yield_gpu, name="yield-gpu", daemon=True)
             self._watcher.start()
@@ -179,22 +180,18 @@ class Engine:
     def _yield_gpu(self) -> None:
         while self.cache.uses_device("cuda"):
             time.sleep(WATCH_SECONDS)
-            if (
-                not self._insists
-                and device_policy.training_on(device_policy.device())
-                and self._using.acquire(blocking=False)
-            ):
+            if not self._gpu_insisted and device_policy.competing_run() and self._in_use.acquire(blocking=False):
                 try:
                     self.cache.clear("cuda")
                 finally:
-                    self._using.release()
+                    self._in_use.release()
 
 
 def leave_a_core() -> None:
-    """Leave the page a core of its own, unless the person chose how many threads there are (`OMP_NUM_THREADS`).
+    """Leave one CPU core to the page, unless the person set the number of threads (`OMP_NUM_THREADS`).
 
-    torch's threads wait for each other by spinning: one that has to wait for the page holds up all, and on two cores
-    a reply takes twice as long.
+    torch's threads wait for each other by spinning: one that has to wait for the page holds up all of them, and on two
+    cores a reply takes twice as long.
     """
     import torch
 
@@ -205,24 +202,24 @@ def leave_a_core() -> None:
 ENGINE = Engine()
 
 
-class Stops:
-    """Which replies go on: of each browser session the one that was begun last, until somebody asks to stop it."""
+class ActiveReplies:
+    """The reply that each browser session is waiting for: the one started last, until the person stops it."""
 
     def __init__(self) -> None:
         self._current: dict[str, object] = {}
         self._lock = Lock()
 
-    def begin(self, session: str) -> Callable[[], bool]:
-        """Begin a reply, which ends the session's former one; gives what tells whether to stop."""
-        mine = object()
+    def start(self, session: str) -> Callable[[], bool]:
+        """Start a reply, which ends the session's previous one; returns a function that tells whether to stop."""
+        this_reply = object()
         with self._lock:
-            self._current[session] = mine
-        return lambda: self._current.get(session) is not mine
+            self._current[session] = this_reply
+        return lambda: self._current.get(session) is not this_reply
 
-    def ask(self, session: str) -> None:
-        """End the session's reply after the token it is at."""
+    def stop(self, session: str) -> None:
+        """End the session's reply after its current token."""
         with self._lock:
             self._current.pop(session, None)
 
 
-STOPS = Stops()
+ACTIVE_REPLIES = ActiveReplies()

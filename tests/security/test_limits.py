@@ -192,9 +192,9 @@ def test_what_is_asked_of_a_model(message: str, system: str, tokens: float, fiel
     with pytest.raises(InputError) as caught:
         settings.check_asked(message, system, tokens)
     assert caught.value.field == field and len(str(caught.value)) < 300
-    question = answering.Question({"max_new_tokens": tokens}, system)
-    lane = answering.Lane("nobody", [Turn(message)])
-    (*_, last) = answering.answer_all([lane], question, {})
+    question = answering.ReplyRequest({"max_new_tokens": tokens}, system)
+    column = answering.ChatColumn("nobody", [Turn(message)])
+    (*_, last) = answering.answer_columns([column], question, {})
     assert "Not answered" in (last.status or "") and field in (last.status or "").replace("\\", "")
     with pytest.raises(Exception, match=field):
         endpoints.reply("nobody", message, max_new_tokens=tokens if tokens == tokens else 0, system=system)

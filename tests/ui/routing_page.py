@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.services.routing_records import REELS, Reel
+from app.services.routing_stream import ROUTING_RECORDS, RoutingRecord
 from app.views.routing import routing_view
 
 import gradio as gr  # isort: skip
@@ -22,10 +22,10 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 EARLIER = "earlier"
 
 
-def filmed(tokens: int, layers: int = LAYERS, experts: int = EXPERTS, seed: int = 0, **meta: Any) -> Reel:
-    """A reel of random routing, a layer's weights the mean of its projections'; its sixth token is HTML."""
+def recorded(tokens: int, layers: int = LAYERS, experts: int = EXPERTS, seed: int = 0, **meta: Any) -> RoutingRecord:
+    """A record of random routing, a layer's weights the mean of its projections'; its sixth token is HTML."""
     chance = random.Random(seed)
-    reel = REELS.new(
+    record = ROUTING_RECORDS.new(
         names=PROJECTIONS * layers,
         layer_of=[layer for layer in range(layers) for _ in PROJECTIONS],
         router="dynmole", layers=layers, experts=experts, counts=[experts] * layers, prompt=PROMPT, threshold=0.8,
@@ -36,39 +36,39 @@ def filmed(tokens: int, layers: int = LAYERS, experts: int = EXPERTS, seed: int 
         parts = [[chance.randbytes(experts) for _ in PROJECTIONS] for _ in range(layers)]
         weights = bytes(round(sum(column) / len(column)) for layer in parts for column in zip(*layer, strict=True))
         packed = b"".join(row for layer in parts for row in layer)
-        reel.extend([text], weights, chance.randbytes(layers), chance.randbytes(layers), parts=packed)
-    return reel
+        record.extend([text], weights, chance.randbytes(layers), chance.randbytes(layers), projections=packed)
+    return record
 
 
-def until(reel: Reel, end: int) -> Reel:
-    """The reel as it was after its first `end` tokens."""
-    layers, experts = reel.meta["layers"], reel.meta["experts"]
-    part = Reel(reel.meta, tokens=reel.tokens[:end], weights=reel.weights[: end * layers * experts])
-    part.entropy, part.active = reel.entropy[: end * layers], reel.active[: end * layers]
+def until(record: RoutingRecord, end: int) -> RoutingRecord:
+    """The record as it was after its first `end` tokens."""
+    layers, experts = record.meta["layers"], record.meta["experts"]
+    part = RoutingRecord(record.meta, tokens=record.tokens[:end], weights=record.weights[: end * layers * experts])
+    part.entropy, part.active = record.entropy[: end * layers], record.active[: end * layers]
     return part
 
 
 def play(tokens: int, losing: bool = False) -> Iterator[dict[str, Any]]:
-    """The deltas of a reel, token by token at 40 a second; `losing` leaves out every other one."""
-    reel = filmed(tokens)
+    """The deltas of a record, token by token at 40 a second; `losing` leaves out every other one."""
+    record = recorded(tokens)
     for end in range(PROMPT, tokens + 1):
         if not losing or end % 2:
-            yield until(reel, end).since(0 if end == PROMPT else end - 1)
+            yield until(record, end).since(0 if end == PROMPT else end - 1)
         time.sleep(1 / 40)
 
 
 def at_once(tokens: int) -> dict[str, Any]:
     """A whole reply in one delta, to be compared with an earlier one."""
-    before = filmed(tokens, 4, 3, seed=1)
+    before = recorded(tokens, 4, 3, seed=1)
     words = {"against": before.meta["id"], "against_label": "the first try", "finished": True}
-    return filmed(tokens, 4, 3, **words).since(0)
+    return recorded(tokens, 4, 3, **words).since(0)
 
 
 def long_reply(tokens: int) -> Iterator[dict[str, Any]]:
     """A long reply that is nearly there, then its last tokens one by one."""
-    reel = filmed(tokens, 8, 8)
+    record = recorded(tokens, 8, 8)
     for end in range(tokens - 60, tokens + 1):
-        yield until(reel, end).since(0 if end == tokens - 60 else end - 1)
+        yield until(record, end).since(0 if end == tokens - 60 else end - 1)
         time.sleep(1 / 40)
 
 

@@ -15,7 +15,7 @@ from serving import Studio, free_port, serve
 
 from app.views.component import KIT, script
 
-from .routing_page import HOSTILE, PROJECTIONS, PROMPT, filmed
+from .routing_page import HOSTILE, PROJECTIONS, PROMPT, recorded
 
 pytestmark = pytest.mark.ui
 TOKENS = 164
@@ -124,7 +124,7 @@ def opened(scratch: Studio, page: Page) -> Locator:
 
 def known(seed: int = 0) -> np.ndarray:
     """The weights `(tokens, layers, experts)` of the reply, or with seed 1 of the earlier one."""
-    return np.frombuffer(filmed(SMALL, 4, 3, seed=seed).weights, np.uint8).reshape(SMALL, 4, 3) / 255
+    return np.frombuffer(recorded(SMALL, 4, 3, seed=seed).weights, np.uint8).reshape(SMALL, 4, 3) / 255
 
 
 def drawn(view: Locator) -> np.ndarray:
@@ -210,8 +210,8 @@ def test_the_difference_from_an_earlier_reply_is_that_of_the_means(view: Locator
 
 
 def test_an_opened_layer_shows_its_projections_and_one_of_them_in_every_layer(view: Locator) -> None:
-    reel = filmed(SMALL, 4, 3)
-    parts = np.frombuffer(reel.parts, np.uint8).reshape(SMALL, 4, len(PROJECTIONS), 3) / 255
+    record = recorded(SMALL, 4, 3)
+    parts = np.frombuffer(record.projections, np.uint8).reshape(SMALL, 4, len(PROJECTIONS), 3) / 255
     choose(view, 5)
     view.locator(".heatmap").focus()
     view.page.keyboard.press("End")
@@ -240,7 +240,7 @@ def test_the_tables_say_what_the_pictures_show(view: Locator) -> None:
     assert [row[1:4] for row in cells] == [[f"{value:.3f}" for value in layer] for layer in known()[PROMPT + 2]]
     tokens = view.locator(".tokens tbody tr").evaluate_all(rows)
     load = known()[PROMPT:].mean(1)
-    assert [row[1] for row in tokens] == filmed(SMALL, 4, 3).tokens[PROMPT:]
+    assert [row[1] for row in tokens] == recorded(SMALL, 4, 3).tokens[PROMPT:]
     assert [int(row[2]) for row in tokens] == (load.argmax(1) + 1).tolist()
     np.testing.assert_allclose([float(row[3]) for row in tokens], load.max(1) / load.sum(1), atol=6e-4)
 

@@ -13,7 +13,7 @@ from app.views.steering import steering_view
 
 @dataclass
 class SteeringPanel:
-    """The components; `shown` are the outputs of `show`."""
+    """The components; `shown` are the outputs of `show_steering`."""
 
     box: gr.Accordion
     view: gr.HTML
@@ -23,7 +23,7 @@ class SteeringPanel:
         return [self.box, self.view]
 
 
-def build() -> SteeringPanel:
+def build_steering() -> SteeringPanel:
     """Make the panel where we stand in the layout; hidden as long as there is nothing to steer."""
     with gr.Accordion(
         "Under your hand", open=False, visible=False, elem_classes="accordion-card", elem_id="steering"
@@ -32,7 +32,7 @@ def build() -> SteeringPanel:
     return SteeringPanel(box, view)
 
 
-def show(target: str) -> list[Any]:
+def show_steering(target: str) -> list[Any]:
     """The panel for a target, as trained, for `shown`."""
     value = steering_options(target)
     return [gr.Accordion(visible=value is not None), value]

@@ -1,4 +1,4 @@
-"""The Chat tab: a conversation with the base model or an adapter, the routing of every token beside it, others too."""
+"""The Chat tab: a conversation with a model, the routing of every token, and other models beside it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import gradio as gr
 
 from app import settings
 from app.services import device_policy
-from app.services.answering import BASE, LANES, Moment, Question, answer_all, lanes_of, name_of, targets
-from app.services.conversation import parse, render, said, turn_at
-from app.services.engine import ENGINE, STOPS
+from app.services.answering import MAX_COLUMNS, ReplyRequest, UIUpdate, answer_columns, chat_columns
+from app.services.chat_targets import DEFAULT_TARGET, chat_targets, target_label
+from app.services.conversation import Turn, history_of, message_text, turn_index, turns_of
+from app.services.engine import ACTIVE_REPLIES, ENGINE
 from app.services.steering_options import chosen_steering
 from app.ui.panels import steering as panel
 from app.ui.panels.steering import SteeringPanel
@@ -26,12 +27,12 @@ from mole.core.errors import MoleError
 PLACEHOLDER = "### Ask something\nChoose an example, or write your own. The routing beside it moves with every token."
 TARGETS = "A run, checkpoint, base, or a folder."
 OTHER = "Answers the same message, with the same seed, when you send one or write the last one anew."
-NOTHING: dict[str, Any] = {"meta": None}
+NO_ROUTING: dict[str, Any] = {"meta": None}
 
 
 @dataclass
-class LaneView:
-    """A column of the conversation: whose it is, what was said, and its routing in short."""
+class ColumnView:
+    """A column of the conversation: its title, its messages, and its routing in a small view."""
 
     column: gr.Column
     title: gr.Markdown
@@ -41,13 +42,13 @@ class LaneView:
 
 @dataclass
 class ChatTab:
-    """The tab's components; the other tabs and the page's start need `target` and `touched` of them."""
+    """The tab's components; the page itself needs `target` and `touched`."""
 
     target: gr.Dropdown
     touched: gr.State
-    """Whether the person chose the target, so that the page does not choose for them any more."""
+    """Whether the person chose the target; until then the page chooses it."""
     compare: gr.Dropdown
-    lanes: list[LaneView]
+    columns: list[ColumnView]
     status: gr.Markdown
     notice: gr.Markdown
     where: gr.Radio
@@ -59,74 +60,95 @@ class ChatTab:
     options: list[Any]
     card: gr.Column
     view: gr.HTML
-    reels: gr.State
-    """The last reply's reel of each target, by id."""
+    records: gr.State
+    """The routing record of each target's last reply, as in `LastRecords.by_target`."""
 
     @property
     def chatbots(self) -> list[gr.Chatbot]:
-        return [lane.chatbot for lane in self.lanes]
+        return [column.chatbot for column in self.columns]
 
     @property
     def views(self) -> list[gr.HTML]:
-        return [self.view, *(lane.routing for lane in self.lanes)]
+        return [self.view, *(column.routing for column in self.columns)]
+
+    @property
+    def replies(self) -> list[Any]:
+        """The outputs of `stream_replies`."""
+        return [*self.chatbots, *self.views, self.status, self.records]
 
 
-def build() -> ChatTab:
-    """Make the tab's components and handlers where we stand in the layout."""
+def build_chat_tab() -> ChatTab:
+    """Create the tab's components and handlers in the current layout block."""
     with gr.Row(elem_classes="two-columns"):
         with gr.Column(scale=11, min_width=320, elem_classes="card"):
             with gr.Row(elem_classes="chat-targets"):
-                target = gr.Dropdown(
-                    choices=[("Base model", BASE)],
-                    value=BASE,
-                    label="Chat with",
-                    info="A run, a checkpoint or a base model." if settings.space_id() else TARGETS,
-                    allow_custom_value=not settings.space_id(),
-                    elem_id="target",
-                )
-                compare = gr.Dropdown(
-                    choices=[("Base model", BASE)],
-                    value=[],
-                    multiselect=True,
-                    max_choices=LANES - 1,
-                    label="Compare with",
-                    info="Same message, same seed, side by side.",
-                    allow_custom_value=not settings.space_id(),
-                    elem_id="compare-with",
-                )
+                target, compare = build_targets()
             with gr.Row(elem_classes="lanes"):
-                lanes = [build_lane(place) for place in range(LANES)]
+                columns = [build_column(number) for number in range(MAX_COLUMNS)]
             status = gr.Markdown("", elem_classes=["quiet", "chat-status"], elem_id="chat-status")
             notice = gr.Markdown("", visible=False, elem_classes=["notice", "chat-notice"], elem_id="chat-notice")
             where = gr.Radio(
-                device_policy.CHOICES,
+                device_policy.DEVICE_CHOICES,
                 value=device_policy.CPU,
                 show_label=False,
                 visible=False,
                 container=False,
                 elem_id="where",
             )
-            message = build_message()
+            message = gr.Textbox(
+                label="Message",
+                show_label=False,
+                placeholder="Write a message",
+                submit_btn=True,
+                lines=1,
+                max_lines=8,
+                container=False,
+                elem_id="message",
+            )
             with gr.Row(elem_classes="buttons"):
                 stop = gr.Button("Stop", size="md", visible=False, elem_id="chat-stop")
                 again = gr.Button("New conversation", size="md", elem_id="chat-new")
-            steering = panel.build()
+            steering = panel.build_steering()
             options, free = build_options()
         with gr.Column(scale=12, min_width=320, elem_classes=["card", "sticky"]) as card:
             view = routing_view(elem_id="routing-view")
     tab = ChatTab(
-        target, gr.State(False), compare, lanes, status, notice, where, message, stop, again, free, steering, options,
+        target, gr.State(False), compare, columns, status, notice, where, message, stop, again, free, steering, options,
         card, view, gr.State({}),
     )  # fmt: skip
-    wire(tab)
+    wire_messages(tab)
     wire_choices(tab)
     return tab
 
 
-def build_lane(place: int) -> LaneView:
+def build_targets() -> tuple[gr.Dropdown, gr.Dropdown]:
+    """The model to chat with, and those to compare it with."""
+    on_space = bool(settings.space_id())
+    target = gr.Dropdown(
+        choices=[("Base model", DEFAULT_TARGET)],
+        value=DEFAULT_TARGET,
+        label="Chat with",
+        info="A run, a checkpoint or a base model." if on_space else TARGETS,
+        allow_custom_value=not on_space,
+        elem_id="target",
+    )
+    compare = gr.Dropdown(
+        choices=[("Base model", DEFAULT_TARGET)],
+        value=[],
+        multiselect=True,
+        max_choices=MAX_COLUMNS - 1,
+        label="Compare with",
+        info="Same message, same seed, side by side.",
+        allow_custom_value=not on_space,
+        elem_id="compare-with",
+    )
+    return target, compare
+
+
+def build_column(number: int) -> ColumnView:
     """One column; the first holds the conversation, the others are for comparison."""
-    first = place == 0
-    with gr.Column(min_width=260, visible=first, elem_classes="lane", elem_id=f"lane-{place + 1}") as column:
+    first = number == 0
+    with gr.Column(min_width=260, visible=first, elem_classes="lane", elem_id=f"lane-{number + 1}") as column:
         title = gr.Markdown("", visible=False, elem_classes="lane-title")
         chatbot = gr.Chatbot(
             show_label=False,
@@ -138,30 +160,16 @@ def build_lane(place: int) -> LaneView:
             feedback_options=None,
             editable="user" if first else None,
             placeholder=PLACEHOLDER if first else OTHER,
-            examples=examples() if first else None,  # type: ignore[arg-type]
-            elem_id="chatbot" if first else f"chatbot-{place + 1}",
+            examples=example_prompts() if first else None,  # type: ignore[arg-type]
+            elem_id="chatbot" if first else f"chatbot-{number + 1}",
             elem_classes="chatbot",
         )
-        routing = routing_view(compact=True, visible=not first, elem_id=f"routing-{place + 1}")
-    return LaneView(column, title, chatbot, routing)
-
-
-def build_message() -> gr.Textbox:
-    """The box to write in."""
-    return gr.Textbox(
-        label="Message",
-        show_label=False,
-        placeholder="Write a message",
-        submit_btn=True,
-        lines=1,
-        max_lines=8,
-        container=False,
-        elem_id="message",
-    )
+        routing = routing_view(compact=True, visible=not first, elem_id=f"routing-{number + 1}")
+    return ColumnView(column, title, chatbot, routing)
 
 
 def build_options() -> tuple[list[Any], gr.Button]:
-    """System prompt, length, temperature, top-p and seed, in the order `respond` takes them; a button for memory."""
+    """System prompt, length, temperature, top-p and seed, in the order `stream_replies` takes them; Unload's button."""
     with gr.Accordion("Options", open=False, elem_classes="accordion-card", elem_id="chat-options"):
         system = gr.Textbox(label="System prompt", info="Empty: the model's own.", lines=2)
         with gr.Row():
@@ -181,183 +189,179 @@ def build_options() -> tuple[list[Any], gr.Button]:
     return [system, length, temperature, top_p, seed], free
 
 
-def examples() -> list[dict[str, str]]:
+def example_prompts() -> list[dict[str, str]]:
     """One prompt of each skill in the held-out sample data."""
     path = settings.sample("skills_heldout.jsonl")
-    found: dict[str, str] = {}
+    prompts: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path else ():
         row = json.loads(line)
-        found.setdefault(row["skill"], row["prompt"])
-    return [{"text": prompt, "display_text": prompt} for prompt in found.values()]
+        prompts.setdefault(row["skill"], row["prompt"])
+    return [{"text": prompt, "display_text": prompt} for prompt in prompts.values()]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Wiring
 
 
-def wire(tab: ChatTab) -> None:
-    """Sending, editing, writing anew, stopping. Whatever asks, the same handler answers."""
-    main, before = tab.chatbots[0], [tab.message, *tab.chatbots, tab.status, tab.stop]
-    asking = [
-        tab.message.submit(ask, [tab.message, main], before, queue=False, **QUIET),
-        main.example_select(pick, main, before, queue=False, **QUIET),
-        main.edit(edit, main, before, queue=False, **QUIET),
-        main.retry(retry, main, before, queue=False, **QUIET),
+def wire_messages(tab: ChatTab) -> None:
+    """Sending, editing, regenerating and stopping: all of them end in `stream_replies`."""
+    main, asked = tab.chatbots[0], [tab.message, *tab.chatbots, tab.status, tab.stop]
+    questions = [
+        tab.message.submit(submit_message, [tab.message, main], asked, queue=False, **QUIET),
+        main.example_select(pick_example, main, asked, queue=False, **QUIET),
+        main.edit(edit_message, main, asked, queue=False, **QUIET),
+        main.retry(retry_message, main, asked, queue=False, **QUIET),
     ]
-    given = [*tab.chatbots, tab.target, tab.compare, tab.steering.view, tab.where, tab.reels, *tab.options]
-    for event in asking:
-        answered = event.then(
-            respond, given, [*tab.chatbots, *tab.views, tab.status, tab.reels], concurrency_limit=limits.CHATS, **QUIET
+    given = [*tab.chatbots, tab.target, tab.compare, tab.steering.view, tab.where, tab.records, *tab.options]
+    for question in questions:
+        question.then(stream_replies, given, tab.replies, concurrency_limit=limits.CHATS, **QUIET).then(
+            lambda: (gr.Textbox(interactive=True), gr.Button(visible=False)),
+            None,
+            [tab.message, tab.stop],
+            queue=False,
+            **QUIET,
         )
-        answered.then(ready, None, [tab.message, tab.stop], queue=False, **QUIET)
-    main.undo(undo, tab.chatbots, [tab.message, *tab.chatbots], queue=False, **QUIET)
-    tab.stop.click(ask_to_stop, None, None, queue=False, **QUIET)
-    tab.again.click(start_anew, None, [*tab.chatbots, *tab.views, tab.status, tab.reels], queue=False, **QUIET)
-    tab.free.click(unload, None, tab.status, **QUIET)
+    main.undo(undo_message, tab.chatbots, [tab.message, *tab.chatbots], queue=False, **QUIET)
+    tab.stop.click(stop_reply, None, None, queue=False, **QUIET)
+    tab.again.click(new_conversation, None, tab.replies, queue=False, **QUIET)
+    tab.free.click(unload_models, None, tab.status, **QUIET)
 
 
 def wire_choices(tab: ChatTab) -> None:
-    """What follows from the chosen targets: the panel, the columns, where to compute."""
+    """What depends on the chosen targets: the overrides, the columns, where to compute."""
     tab.target.input(lambda: True, None, tab.touched, queue=False, **QUIET)
-    on_change([tab.target], panel.show, tab.target, tab.steering.shown, queue=False)
+    on_change([tab.target], panel.show_steering, tab.target, tab.steering.shown, queue=False)
     on_change([tab.target], comparable, None, tab.compare, queue=False)
     tab.compare.focus(comparable, None, tab.compare, queue=False, **QUIET)
-    columns = [part for lane in tab.lanes for part in (lane.column, lane.title, lane.routing)]
-    on_change([tab.target, tab.compare], arrange, [tab.target, tab.compare], [tab.card, *columns], queue=False)
-    on_change([tab.target], place, tab.target, [tab.notice, tab.where])
-    tab.message.focus(place, tab.target, [tab.notice, tab.where], **QUIET)
+    parts = [part for column in tab.columns for part in (column.column, column.title, column.routing)]
+    on_change([tab.target, tab.compare], arrange_columns, [tab.target, tab.compare], [tab.card, *parts], queue=False)
+    on_change([tab.target], show_device_hint, tab.target, [tab.notice, tab.where])
+    tab.message.focus(show_device_hint, tab.target, [tab.notice, tab.where], **QUIET)
 
 
 def comparable() -> Any:
-    """What may be compared with, as it is now."""
-    return gr.Dropdown(choices=targets())
+    """The models to compare with, as of now."""
+    return gr.Dropdown(choices=chat_targets())
 
 
-def refreshed(chosen: str, touched: bool) -> Any:
-    """The targets as they are now; the choice stays if somebody made it, else the first one is it."""
-    known = targets()
-    values = [value for _, value in known]
+def refresh_targets(chosen: str, touched: bool) -> Any:
+    """The targets as of now; the choice stays if the person made it, else it becomes the first target."""
+    choices = chat_targets()
+    values = [value for _, value in choices]
     keep = touched and (chosen in values or not settings.space_id())
-    return gr.Dropdown(choices=known, value=chosen if keep else values[0])
+    return gr.Dropdown(choices=choices, value=chosen if keep else values[0])
 
 
-def arrange(target: str, compare: list[str]) -> list[Any]:
-    """The columns for what is compared; alone, the conversation has the large routing view beside it."""
-    chosen = [target, *compare[: LANES - 1]]
-    several = len(chosen) > 1
+def arrange_columns(target: str, compare: list[str]) -> list[Any]:
+    """The columns for the compared models; a single conversation has the large routing view beside it."""
+    targets = [target, *compare[: MAX_COLUMNS - 1]]
+    several = len(targets) > 1
     parts: list[Any] = [gr.Column(visible=not several)]
-    for number in range(LANES):
-        here = number < len(chosen)
-        title = f"**{escaped(name_of(chosen[number]))}**" if here and several else ""
-        if here and number and chosen[number] == target:
+    for number in range(MAX_COLUMNS):
+        used = number < len(targets)
+        title = f"**{escaped(target_label(targets[number]))}**" if used and several else ""
+        if used and number and targets[number] == target:
             title += " · as trained"
-        parts += [gr.Column(visible=here), gr.Markdown(title, visible=several), gr.HTML(visible=several and here)]
+        parts += [gr.Column(visible=used), gr.Markdown(title, visible=several), gr.HTML(visible=several and used)]
     return parts
 
 
-def place(target: str) -> tuple[Any, Any]:
-    """What a training means for the next reply, and what there is to choose."""
-    advice = device_policy.advise(device_policy.look(target))
-    return gr.Markdown(escaped(advice.text), visible=bool(advice.text)), gr.Radio(visible=advice.choose)
+def show_device_hint(target: str) -> tuple[Any, Any]:
+    """What a training run means for the next reply, and what there is to choose."""
+    hint = device_policy.device_hint(device_policy.device_status(target))
+    return gr.Markdown(escaped(hint.text), visible=bool(hint.text)), gr.Radio(visible=hint.choose)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Asking
 
 
-def waiting(turns: list[Any]) -> list[Any]:
-    """Message box, conversation and Stop button while a reply is written; the other columns follow with it."""
-    others = [gr.skip()] * (LANES - 1)
-    return [gr.Textbox(value="", interactive=False), render(turns), *others, "", gr.Button(visible=True)]
+def ask(history: list[Any], keep: int, text: str, request: gr.Request) -> list[Any]:
+    """Ask `text` after the first `keep` turns, for the outputs `asked`; a reply still being generated ends.
+
+    The message box stays disabled until the reply is complete; the other columns follow with it.
+    """
+    stop_reply(request)
+    turns = [*turns_of(history)[:keep], Turn(message_text(text))]
+    others = [gr.skip()] * (MAX_COLUMNS - 1)
+    return [gr.Textbox(value="", interactive=False), history_of(turns), *others, "", gr.Button(visible=True)]
 
 
-def asking(history: list[Any], keep: int, text: str, request: gr.Request) -> list[Any]:
-    """Ask `text` after the first `keep` turns; a reply that is still being written ends."""
-    STOPS.ask(request.session_hash or "")
-    return waiting([*parse(history)[:keep], *parse([{"role": "user", "content": text}])])
+def submit_message(text: str, history: list[Any], request: gr.Request) -> list[Any]:
+    """Ask the message in the box; nothing happens when it is empty."""
+    return ask(history, len(history), text, request) if text.strip() else [gr.skip()] * (MAX_COLUMNS + 3)
 
 
-def ask(text: str, history: list[Any], request: gr.Request) -> list[Any]:
-    """Put the message into the conversation, and keep the next one out until it is answered."""
-    if not text.strip():
-        return [gr.skip()] * (LANES + 3)
-    return asking(history, len(history), text, request)
-
-
-def pick(history: list[Any], event: gr.SelectData, request: gr.Request) -> list[Any]:
+def pick_example(history: list[Any], event: gr.SelectData, request: gr.Request) -> list[Any]:
     """Ask the chosen example."""
-    return asking(history, len(history), event.value["text"], request)
+    return ask(history, len(history), event.value["text"], request)
 
 
-def edit(history: list[Any], event: gr.EditData, request: gr.Request) -> list[Any]:
-    """Ask the changed message instead; what came after it is gone."""
-    return asking(history, turn_at(history, event.index), said(event.value), request)
+def edit_message(history: list[Any], event: gr.EditData, request: gr.Request) -> list[Any]:
+    """Ask the edited message instead; the turns after it are removed."""
+    return ask(history, turn_index(history, event.index), message_text(event.value), request)
 
 
-def retry(history: list[Any], event: gr.RetryData, request: gr.Request) -> list[Any]:
-    """Ask the message once more."""
-    number = turn_at(history, event.index)
-    return asking(history, number, parse(history)[number].user, request)
+def retry_message(history: list[Any], event: gr.RetryData, request: gr.Request) -> list[Any]:
+    """Ask the message again."""
+    number = turn_index(history, event.index)
+    return ask(history, number, turns_of(history)[number].user, request)
 
 
-def undo(event: gr.UndoData, *histories: list[Any]) -> list[Any]:
-    """Take the last message back into the box, with its answers."""
-    number = turn_at(histories[0], event.index)
-    return [parse(histories[0])[number].user, *(render(parse(history)[:number]) for history in histories)]
+def undo_message(event: gr.UndoData, *histories: list[Any]) -> list[Any]:
+    """Take the last message, with its answers, back into the box."""
+    number = turn_index(histories[0], event.index)
+    return [turns_of(histories[0])[number].user, *(history_of(turns_of(history)[:number]) for history in histories)]
 
 
-def ready() -> tuple[Any, Any]:
-    """Message box and Stop button when it is the person's turn."""
-    return gr.Textbox(interactive=True), gr.Button(visible=False)
+def new_conversation() -> list[Any]:
+    """An empty conversation, for `ChatTab.replies`."""
+    return [*[[]] * MAX_COLUMNS, *[NO_ROUTING] * (MAX_COLUMNS + 1), "", {}]
 
 
-def start_anew() -> list[Any]:
-    """An empty conversation."""
-    return [*[[]] * LANES, *[NOTHING] * (LANES + 1), "", {}]
-
-
-def unload() -> str:
-    """Give the memory of all models back."""
+def unload_models() -> str:
+    """Release the memory of all models."""
     ENGINE.unload()
     return "The models are unloaded; the next reply loads what it needs."
 
 
-def ask_to_stop(request: gr.Request) -> None:
-    """End this session's reply after the token it is at."""
-    STOPS.ask(request.session_hash or "")
+def stop_reply(request: gr.Request) -> None:
+    """End this session's reply after its current token."""
+    ACTIVE_REPLIES.stop(request.session_hash or "")
 
 
-def respond(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
-    """Write the replies: conversations, routing deltas and status line, some times a second.
+def stream_replies(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
+    """Generate the replies: conversations, routing and status line for `ChatTab.replies`, several times a second.
 
-    `given` are the columns' conversations, target, compared targets, steering, where to compute, the last reels, and
+    `given` are the columns' conversations, target, compared targets, overrides, where to compute, the last records, and
     the values of `build_options`.
     """
-    histories, (target, compare, steering, where, reels), options = given[:LANES], given[LANES:-5], given[-5:]
+    histories, options = list(given[:MAX_COLUMNS]), given[-5:]
+    target, compare, steering, where, records = given[MAX_COLUMNS:-5]
     if not histories[0] or histories[0][-1]["role"] != "user":
         return
     session = request.session_hash or ""
-    should_stop = STOPS.begin(session)
+    should_stop = ACTIVE_REPLIES.start(session)
     system, length, temperature, top_p, seed = options
     chosen = {"max_new_tokens": int(length), "temperature": temperature, "top_p": top_p, "seed": int(seed or 0)}
     try:
-        lanes = lanes_of(target, compare, chosen_steering(steering), list(histories))
-        question = Question(chosen, system or "", where, should_stop)
-        for moment in answer_all(lanes, question, reels):
-            yield outputs(moment, len(lanes) > 1)
+        columns = chat_columns(target, compare, chosen_steering(steering), histories)
+        question = ReplyRequest(chosen, system or "", where, should_stop)
+        for update in answer_columns(columns, question, records):
+            yield update_outputs(update, several=len(columns) > 1)
     except MoleError as error:
-        yield outputs(Moment(status=f"**Not answered.** {escaped(str(error))}"), False)
+        yield update_outputs(UIUpdate(status=f"**Not answered.** {escaped(str(error))}"), several=False)
     finally:
         if not should_stop():
-            STOPS.ask(session)
+            ACTIVE_REPLIES.stop(session)
 
 
-def outputs(moment: Moment, several: bool) -> list[Any]:
-    """A moment for the outputs of `respond`; alone, the first column's routing is in the large view."""
-    chatbots, views = [gr.skip()] * LANES, [gr.skip()] * (LANES + 1)
-    if moment.history is not None:
-        chatbots[moment.place] = moment.history
-    if moment.view is not None:
-        views[moment.place + 1 if several else 0] = moment.view
-    status = gr.skip() if moment.status is None else moment.status
-    return [*chatbots, *views, status, gr.skip() if moment.reels is None else moment.reels]
+def update_outputs(update: UIUpdate, several: bool) -> list[Any]:
+    """An update for `ChatTab.replies`; the routing of a single conversation is shown in the large view."""
+    chatbots, views = [gr.skip()] * MAX_COLUMNS, [gr.skip()] * (MAX_COLUMNS + 1)
+    if update.history is not None:
+        chatbots[update.place] = update.history
+    if update.view is not None:
+        views[update.place + 1 if several else 0] = update.view
+    status = gr.skip() if update.status is None else update.status
+    return [*chatbots, *views, status, gr.skip() if update.records is None else update.records]

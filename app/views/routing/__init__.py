@@ -1,7 +1,7 @@
-"""The live routing component: what the routers did for every token of a reply, drawn while it is written.
+"""The routing view: which experts handled each token of a reply, drawn while the reply is generated.
 
-One `gr.HTML` with a constant template. Its value is a delta (see `Reel.since`), so what travels is the new tokens only;
-what projections did stays here until somebody opens a layer.
+One `gr.HTML` with a constant template. Its value is what `RoutingRecord.since` returns, so that only new tokens are
+sent; the weights of single projections are fetched when a layer is opened.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.services.routing_records import projections, routing
+from app.services.routing_stream import fetch_projections, fetch_routing
 from app.views.component import component
 
 HERE = Path(__file__).parent
@@ -28,4 +28,4 @@ def routing_view(compact: bool = False, **given: Any) -> gr.HTML:
     if compact:
         template = (HERE / "routing.html").read_text(encoding="utf-8")
         given["html_template"] = template.replace('class="routing"', 'class="routing compact"')
-    return component(HERE, "routing", *PARTS, server_functions=[routing, projections], **given)
+    return component(HERE, "routing", *PARTS, server_functions=[fetch_routing, fetch_projections], **given)

@@ -41,7 +41,7 @@ async function fetchMissed() {
   view.fetching = true;
   try {
     for (let more = true; more && view.tokens.length < view.wanted; ) {
-      const missed = await server.routing([meta.id, view.tokens.length]);
+      const missed = await server.fetch_routing([meta.id, view.tokens.length]);
       more = Boolean(missed) && view.meta === meta && missed.at === view.tokens.length && missed.tokens.length > 0;
       if (more) append(missed);
     }
@@ -56,13 +56,13 @@ async function fetchMissed() {
 async function fetchEarlier(id) {
   view.earlier = { mean: null };
   const { meta } = view;
-  const reel = await server.routing([id, 0]);
-  const same = reel && view.meta === meta && reel.meta.layers === meta.layers && reel.meta.experts === meta.experts;
-  const count = reel ? reel.tokens.length - reel.meta.prompt : 0;
+  const record = await server.fetch_routing([id, 0]);
+  const same = record && view.meta === meta && record.meta.layers === meta.layers && record.meta.experts === meta.experts;
+  const count = record ? record.tokens.length - record.meta.prompt : 0;
   if (!same || count < 1) return;
-  const [bytes, size] = [decode(reel.weights), meta.layers * meta.experts];
+  const [bytes, size] = [decode(record.weights), meta.layers * meta.experts];
   view.earlier.mean = new Float32Array(size);
-  for (let i = reel.meta.prompt * size; i < bytes.length; i++) view.earlier.mean[i % size] += bytes[i] / count;
+  for (let i = record.meta.prompt * size; i < bytes.length; i++) view.earlier.mean[i % size] += bytes[i] / count;
   const button = $('[data-scope="earlier"]');
   button.hidden = false;
   button.title = `The mean over this reply minus that of ${earlierName()}`;
@@ -166,7 +166,7 @@ async function askCloser(key, token, reply) {
   const { meta, closer } = view;
   view.asking = true;
   try {
-    const found = await server.projections([reply, token]);
+    const found = await server.fetch_projections([reply, token]);
     if (view.meta !== meta) return;
     const look = found && unpacked(found);
     closer.set(key, look);

@@ -6,22 +6,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.services.conversation import JOINER, Turn, aligned, messages, parse, render, said, shown, turn_at
+from app.services.conversation import (
+    JOINER,
+    Turn,
+    align_turns,
+    escape_markup,
+    history_of,
+    message_text,
+    model_messages,
+    turn_index,
+    turns_of,
+)
 
 TURNS = [Turn("one", "eins"), Turn("two", "zwei", "Under your hand: expert 2 muted"), Turn("three", None), Turn("four")]
 
 
 def test_turns_there_and_back_with_their_notes() -> None:
-    assert parse(render(TURNS)) == TURNS
+    assert turns_of(history_of(TURNS)) == TURNS
 
 
 def test_the_component_may_give_text_in_parts() -> None:
     parts = [{"type": "text", "text": "a <b"}, {"type": "text", "text": ">"}]
-    assert parse([{"role": "user", "content": parts, "metadata": None}]) == [Turn("a <b>")]
+    assert turns_of([{"role": "user", "content": parts, "metadata": None}]) == [Turn("a <b>")]
 
 
 def test_the_model_gets_neither_notes_nor_messages_without_an_answer() -> None:
-    assert messages(TURNS, " be kind ") == [
+    assert model_messages(TURNS, " be kind ") == [
         {"role": "system", "content": "be kind"},
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "eins"},
@@ -32,19 +42,23 @@ def test_the_model_gets_neither_notes_nor_messages_without_an_answer() -> None:
 
 
 def test_an_entry_of_the_page_belongs_to_its_turn() -> None:
-    history = render(TURNS)
-    assert [turn_at(history, place) for place in range(len(history))] == [0, 0, 1, 1, 1, 2, 3]
+    history = history_of(TURNS)
+    assert [turn_index(history, place) for place in range(len(history))] == [0, 0, 1, 1, 1, 2, 3]
 
 
 def test_another_model_keeps_its_own_answers_to_the_same_messages() -> None:
     main = [Turn("a", "1"), Turn("b", "2"), Turn("c")]
-    assert aligned(main, []) == main, "it has none: the main ones are the context"
-    assert aligned(main, [Turn("a", "x"), Turn("b", "y"), Turn("c", "z")]) == [
+    assert align_turns(main, []) == main, "it has none: the main ones are the context"
+    assert align_turns(main, [Turn("a", "x"), Turn("b", "y"), Turn("c", "z")]) == [
         Turn("a", "x"),
         Turn("b", "y"),
         Turn("c"),
     ]
-    assert aligned(main, [Turn("a", "x"), Turn("before the edit", "y")]) == [Turn("a", "x"), Turn("b", "2"), Turn("c")]
+    assert align_turns(main, [Turn("a", "x"), Turn("before the edit", "y")]) == [
+        Turn("a", "x"),
+        Turn("b", "2"),
+        Turn("c"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -63,19 +77,19 @@ def test_another_model_keeps_its_own_answers_to_the_same_messages() -> None:
     ],
 )
 def test_tags_and_images_are_text_in_what_looks_like_code_too(text: str) -> None:
-    safe = shown(text)
+    safe = escape_markup(text)
     for part in ("<img", "<script", "</", "<b>", "<i>", "<!", "!["):
         assert part not in safe
-    assert said(safe) == text
+    assert message_text(safe) == text
 
 
 @pytest.mark.parametrize("text", ["```python\nif a < b:\n```", "`a<-b`", "1 < 2", "wow! [link](x)", "**bold** $x<1$"])
 def test_everything_else_is_left_as_it_is(text: str) -> None:
-    assert shown(text) == text
+    assert escape_markup(text) == text
 
 
 @given(st.text(alphabet="a<>!`[]/\\ \n", max_size=60))
 def test_what_is_shown_is_what_was_said(text: str) -> None:
-    assert said(shown(text)) == text and said(text) == text
-    assert shown(said(shown(text))) == shown(text)
-    assert shown(text).replace(JOINER, "") == text
+    assert message_text(escape_markup(text)) == text and message_text(text) == text
+    assert escape_markup(message_text(escape_markup(text))) == escape_markup(text)
+    assert escape_markup(text).replace(JOINER, "") == text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.services import device_policy
-from app.services.device_policy import Advice, Situation, advise, device_for
+from app.services.device_policy import DeviceHint, DeviceStatus, device_hint, reply_device
 from mole import runs
 from mole.core import locks
 
@@ -15,19 +15,19 @@ GB = 10**9
 
 
 def test_with_nobody_training_there_is_nothing_to_say() -> None:
-    assert advise(Situation("cpu")) == advise(Situation("cuda:0", need=99 * GB, free=0)) == Advice()
+    assert device_hint(DeviceStatus("cpu")) == device_hint(DeviceStatus("cuda:0", need=99 * GB, free=0)) == DeviceHint()
     assert (
-        device_for(device_policy.CPU, "")
-        == device_for(device_policy.WAIT, "")
-        == device_for(device_policy.GPU, "")
+        reply_device(device_policy.CPU, "")
+        == reply_device(device_policy.WAIT, "")
+        == reply_device(device_policy.GPU, "")
         == "auto"
     )
 
 
 def test_on_a_cpu_there_is_no_choice_but_patience() -> None:
-    advice = advise(Situation("cpu", "demo"))
-    assert advice.text == "The run demo is training on this machine: replies are slow until it has ended."
-    assert not advice.choose
+    hint = device_hint(DeviceStatus("cpu", "demo"))
+    assert hint.text == "The run demo is training on this machine: replies are slow until it has ended."
+    assert not hint.choose
 
 
 @pytest.mark.parametrize(
@@ -40,21 +40,21 @@ def test_on_a_cpu_there_is_no_choice_but_patience() -> None:
     ],
 )
 def test_on_a_gpu_it_says_what_fits_and_the_person_chooses(need: int, free: int | None, words: str) -> None:
-    advice = advise(Situation("cuda:0", "demo", need, free))
-    assert advice.choose and words in advice.text and "The run demo is training on the GPU." in advice.text
+    hint = device_hint(DeviceStatus("cuda:0", "demo", need, free))
+    assert hint.choose and words in hint.text and "The run demo is training on the GPU." in hint.text
 
 
 def test_only_who_says_so_gets_on_the_gpu_beside_a_training() -> None:
-    assert device_for(device_policy.GPU, "demo") == "auto"
-    assert device_for(device_policy.CPU, "demo") == "cpu"
-    assert device_policy.CHOICES[0][1] == device_policy.CPU, "which is what is chosen at first"
+    assert reply_device(device_policy.GPU, "demo") == "auto"
+    assert reply_device(device_policy.CPU, "demo") == "cpu"
+    assert device_policy.DEVICE_CHOICES[0][1] == device_policy.CPU, "which is what is chosen at first"
 
 
 def test_the_lock_tells_who_trains(home: Path) -> None:
     path = runs.device_lock_path("cpu")
-    assert device_policy.training_on("cpu") == ""
+    assert device_policy.run_on_device("cpu") == ""
     path.parent.mkdir(parents=True)
     lock = locks.acquire(path, run="demo")
-    assert lock is not None and device_policy.training_on("cpu") == "demo"
+    assert lock is not None and device_policy.run_on_device("cpu") == "demo"
     lock.release()
-    assert device_policy.training_on("cpu") == ""
+    assert device_policy.run_on_device("cpu") == ""

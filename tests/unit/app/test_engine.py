@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.services.engine import Engine, Stops
+from app.services.engine import ActiveReplies, Engine
 from mole.config import ModelConfig
 from mole.core.errors import InputError, ModelError
 from mole.mixture.steering import Steering
@@ -26,7 +26,7 @@ def engine(home: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def said(engine: Engine, target: str, **given: Any) -> Any:
-    *_, last = engine.say(target, HELLO, SHORT, device="cpu", **given)
+    *_, last = engine.reply(target, HELLO, SHORT, device="cpu", **given)
     return last
 
 
@@ -46,13 +46,13 @@ def test_base_and_adapter_in_turn_on_one_base(engine: Engine, tiny_adapter: Path
 
 def test_steering_is_for_one_reply(engine: Engine, tiny_adapter: Path) -> None:
     before = said(engine, str(tiny_adapter))
-    steered = said(engine, str(tiny_adapter), steering=Steering(muted=frozenset({1})), against=before.reel.meta["id"])
+    steered = said(engine, str(tiny_adapter), steering=Steering(muted=frozenset({1})), against=before.record.meta["id"])
     after = said(engine, str(tiny_adapter))
     weights = {name: last.trace_json()["weights"] for name, last in (("before", before), ("steered", steered))}
     assert all(layer[1] == 0 for token in weights["steered"] for layer in token)
     assert any(layer[1] > 0 for token in weights["before"] for layer in token)
     assert after.text == before.text and after.trace_json()["weights"] == weights["before"]
-    assert steered.reel.meta["against"] == before.reel.meta["id"] and after.reel.meta.get("against") is None
+    assert steered.record.meta["against"] == before.record.meta["id"] and after.record.meta.get("against") is None
 
 
 def test_the_trace_covers_prompt_and_reply(engine: Engine, tiny_adapter: Path) -> None:
@@ -69,22 +69,22 @@ def test_the_base_cannot_be_steered(engine: Engine, tiny_adapter: Path, tiny_fol
 
 
 def test_a_second_reply_waits_its_turn_and_may_be_stopped_meanwhile(engine: Engine, tiny_adapter: Path) -> None:
-    going = engine.say(str(tiny_adapter), HELLO, SHORT, device="cpu")
+    going = engine.reply(str(tiny_adapter), HELLO, SHORT, device="cpu")
     next(going)
     waited: list[Any] = []
     stops = iter([False, True])
     thread = Thread(
-        target=lambda: waited.append(list(engine.say(str(tiny_adapter), HELLO, SHORT, lambda: next(stops))))
+        target=lambda: waited.append(list(engine.reply(str(tiny_adapter), HELLO, SHORT, lambda: next(stops))))
     )
     thread.start()
     thread.join(20)
     assert waited == [[]], "stopped before its turn, it says nothing"
-    assert [saying.finished for saying in going][-1]
+    assert [part.finished for part in going][-1]
     assert said(engine, str(tiny_adapter)).count == 6, "the next one has its turn"
 
 
 def test_an_abandoned_reply_gives_its_turn_back(engine: Engine, tiny_adapter: Path) -> None:
-    going = engine.say(str(tiny_adapter), HELLO, SHORT, device="cpu", steering=Steering(muted=frozenset({0})))
+    going = engine.reply(str(tiny_adapter), HELLO, SHORT, device="cpu", steering=Steering(muted=frozenset({0})))
     next(going)
     going.close()
     assert any(layer[0] > 0 for token in said(engine, str(tiny_adapter)).trace_json()["weights"] for layer in token)
@@ -107,12 +107,12 @@ def test_too_little_memory_is_said_in_one_line(
 
 
 def test_asking_stops_a_sessions_reply_and_so_does_its_next_one() -> None:
-    stops = Stops()
-    first, other = stops.begin("a"), stops.begin("b")
+    replies = ActiveReplies()
+    first, other = replies.start("a"), replies.start("b")
     assert not first() and not other()
-    second = stops.begin("a")
+    second = replies.start("a")
     assert first() and not second()
-    stops.ask("a")
+    replies.stop("a")
     assert second() and not other()
 
 
@@ -142,7 +142,7 @@ engine = Engine()
 engine.warm_up()
 [thread.join() for thread in threading.enumerate() if thread.name == "warm-up"]
 before = set(sys.modules)
-list(engine.say({str(tiny_adapter)!r}, {HELLO!r}, {SHORT!r}, device="cpu"))
+list(engine.reply({str(tiny_adapter)!r}, {HELLO!r}, {SHORT!r}, device="cpu"))
 print(sorted(name for name in set(sys.modules) - before if name.startswith(("torch", "transformers", "peft"))))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

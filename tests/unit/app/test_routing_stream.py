@@ -9,66 +9,76 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.services.routing_records import Reel, Reels, projections, routing
-from app.services.routing_stream import film, names_in_layer, new_reel
+from app.services.routing_stream import (
+    RoutingRecord,
+    RoutingRecords,
+    append_step,
+    fetch_projections,
+    fetch_routing,
+    new_record,
+    short_names,
+)
 
 HALF = 0.5 / 255 + 1e-6
 MESSAGES = [{"role": "user", "content": "Convert 3 km to metres."}]
 
 
 @pytest.fixture(scope="module")
-def filmed(tiny_adapter: Path) -> tuple[Reel, Any]:
-    """A short reply on a reel, and the trace it was made from."""
+def recorded(tiny_adapter: Path) -> tuple[RoutingRecord, Any]:
+    """A short reply on a record, and the trace it was made from."""
     from mole.chat.generate import ChatSettings, stream
     from mole.runs.targets import load_target
 
     loaded = load_target(str(tiny_adapter))
     steps = stream(loaded, MESSAGES, ChatSettings(max_new_tokens=6))
     step = next(steps)
-    reel = new_reel(loaded, step)
-    film(reel, step)
+    record = new_record(loaded, step)
+    append_step(record, step)
     for step in steps:
-        film(reel, step)
-    return reel, step.trace
+        append_step(record, step)
+    return record, step.trace
 
 
 def unpacked(text: str, *shape: int) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), np.uint8).reshape(shape) / 255
 
 
-def test_the_bytes_are_the_trace_to_half_a_step(filmed: tuple[Reel, Any]) -> None:
-    reel, trace = filmed
-    told, sent, delta = len(trace), reel.since(0), trace.since(0)
-    assert len(sent["tokens"]) == told > reel.meta["prompt"]
+def test_the_bytes_are_the_trace_to_half_a_step(recorded: tuple[RoutingRecord, Any]) -> None:
+    record, trace = recorded
+    told, sent, delta = len(trace), record.since(0), trace.since(0)
+    assert len(sent["tokens"]) == told > record.meta["prompt"]
     layers, experts = trace.layers, trace.experts
     assert np.abs(unpacked(sent["weights"], told, layers, experts) - delta.weights.numpy()).max() <= HALF
     assert np.abs(unpacked(sent["entropy"], told, layers) - delta.entropy.numpy()).max() <= HALF
     assert np.abs(unpacked(sent["active"], told, layers) - delta.active.numpy() / experts).max() <= HALF
 
 
-def test_a_delta_holds_only_what_is_new(filmed: tuple[Reel, Any]) -> None:
-    reel, trace = filmed
-    whole, rest = reel.since(0), routing([reel.meta["id"], 5])
+def test_a_delta_holds_only_what_is_new(recorded: tuple[RoutingRecord, Any]) -> None:
+    record, trace = recorded
+    whole, rest = record.since(0), fetch_routing([record.meta["id"], 5])
     assert rest is not None
     assert rest["at"] == 5 and rest["tokens"] == whole["tokens"][5:]
     assert base64.b64decode(whole["weights"]).endswith(base64.b64decode(rest["weights"]))
     assert len(base64.b64decode(rest["weights"])) == (len(trace) - 5) * trace.layers * trace.experts
 
 
-def test_an_opened_layer_gets_every_projections_own_weights(filmed: tuple[Reel, Any]) -> None:
-    reel, trace = filmed
-    for token, expected in ((7, trace.weights[7]), (None, trace.weights[reel.meta["prompt"] :].mean(0))):
-        sent = projections([reel.meta["id"], token])
+def test_an_opened_layer_gets_every_projections_own_weights(recorded: tuple[RoutingRecord, Any]) -> None:
+    record, trace = recorded
+    for token, expected in ((7, trace.weights[7]), (None, trace.weights[record.meta["prompt"] :].mean(0))):
+        sent = fetch_projections([record.meta["id"], token])
         assert sent is not None and sent["layers"] == trace.layer_of
         assert sent["names"] == [name.rsplit(".", 1)[-1] for name in trace.modules]
         values = np.frombuffer(base64.b64decode(sent["weights"]), "<f4").reshape(len(trace.modules), -1)
         assert np.abs(values - expected.numpy()).max() <= HALF
 
 
-def test_a_reply_or_a_token_that_is_not_there_is_none(filmed: tuple[Reel, Any]) -> None:
-    reel, trace = filmed
-    assert routing(["unknown", 0]) is None and projections(["unknown", 0]) is None
-    assert projections([reel.meta["id"], len(trace)]) is None and projections([reel.meta["id"], -1]) is None
+def test_a_reply_or_a_token_that_is_not_there_is_none(recorded: tuple[RoutingRecord, Any]) -> None:
+    record, trace = recorded
+    assert fetch_routing(["unknown", 0]) is None and fetch_projections(["unknown", 0]) is None
+    assert (
+        fetch_projections([record.meta["id"], len(trace)]) is None
+        and fetch_projections([record.meta["id"], -1]) is None
+    )
 
 
 def test_the_entropy_threshold_shown_is_the_one_this_reply_used(tiny_adapter: Path) -> None:
@@ -78,9 +88,9 @@ def test_the_entropy_threshold_shown_is_the_one_this_reply_used(tiny_adapter: Pa
 
     loaded = load_target(str(tiny_adapter))
     step = next(stream(loaded, MESSAGES, ChatSettings(max_new_tokens=1)))
-    assert new_reel(loaded, step).meta["threshold"] == 0.9
+    assert new_record(loaded, step).meta["threshold"] == 0.9
     changed = Steering({"entropy_threshold": 0.25}, muted=frozenset({2}))
-    meta = new_reel(loaded, step, changed, against="before").meta
+    meta = new_record(loaded, step, changed, against="before").meta
     assert (meta["threshold"], meta["muted"], meta["against"]) == (0.25, [2], "before")
     assert meta["even"] == [1 / 2] * meta["layers"]
 
@@ -106,10 +116,8 @@ def test_adamoles_threshold_of_every_token_is_filmed(tiny_model: Any) -> None:
 
 
 def test_projections_keep_the_part_of_their_name_that_tells_them_apart() -> None:
-    assert names_in_layer(["model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj"]) == ["q_proj", "up_proj"]
-    assert names_in_layer(
-        ["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.c_fc"]
-    ) == [
+    assert short_names(["model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj"]) == ["q_proj", "up_proj"]
+    assert short_names(["transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.c_fc"]) == [
         "attn.c_proj",
         "mlp.c_proj",
         "c_fc",
@@ -117,7 +125,7 @@ def test_projections_keep_the_part_of_their_name_that_tells_them_apart() -> None
 
 
 def test_the_oldest_replies_are_forgotten_by_number_and_by_bytes() -> None:
-    kept = Reels(keep=2, most=1000)
+    kept = RoutingRecords(max_records=2, max_bytes=1000)
     first, second, third = (kept.new(layers=1, experts=2, counts=[2]) for _ in range(3))
     assert kept.get(first.meta["id"]) is None and kept.get(second.meta["id"]) is second
     third.extend(["x"] * 300, b"\0" * 600, b"\0" * 300, b"\0" * 300)
@@ -126,9 +134,13 @@ def test_the_oldest_replies_are_forgotten_by_number_and_by_bytes() -> None:
 
 
 def test_a_reply_too_long_for_memory_stays_complete_without_its_projections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.services.routing_records.KEPT_BYTES", 18)
-    reel = Reels().new(names=["q", "k"], layer_of=[0, 0], layers=1, experts=2, counts=[2])
+    monkeypatch.setattr("app.services.routing_stream.KEPT_BYTES", 18)
+    record = RoutingRecords().new(names=["q", "k"], layer_of=[0, 0], layers=1, experts=2, counts=[2])
     for text in "abc":
-        reel.extend([text], b"\1\2", b"\3", b"\4", parts=b"\1\2\3\4")
-    assert len(reel.weights) == 6 and len(reel.since(0)["tokens"]) == 3
-    assert reel.projections(1) is not None and reel.projections(2) is None and reel.projections(None) is None
+        record.extend([text], b"\1\2", b"\3", b"\4", projections=b"\1\2\3\4")
+    assert len(record.weights) == 6 and len(record.since(0)["tokens"]) == 3
+    assert (
+        record.projection_weights(1) is not None
+        and record.projection_weights(2) is None
+        and record.projection_weights(None) is None
+    )

@@ -26,7 +26,7 @@ def switched_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def reply(engine: Engine, target: Path) -> Any:
-    *_, last = engine.say(str(target), HELLO, {"max_new_tokens": 12}, device="cpu")
+    *_, last = engine.reply(str(target), HELLO, {"max_new_tokens": 12}, device="cpu")
     return last
 
 
