@@ -1,4 +1,4 @@
-"""What `mole preflight` prints: the estimate of a run, what real steps took, and the ways out."""
+"""Output of `mole preflight`: the estimate of a run, measured steps, and ways to reduce memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mole.preflight.job import FINAL, Check
 
 VERDICTS = {
     "yes": "It fits.",
-    "tight": "It is tight: the estimate is close to what is free.",
+    "tight": "Borderline: the estimate is close to the free memory.",
     "no": "It does not fit.",
-    "unknown": "Whether it fits cannot be told.",
+    "unknown": "Whether it fits is unknown.",
 }
 POLL_SECONDS = 0.2
 
 
 def report(config: RunConfig, *, measure: bool, wait: bool) -> dict[str, Any]:
-    """Estimate a run, measure it too if asked, print both → `{"estimate": …, "measurement": … or None}`.
+    """Estimate a run, measure it if requested, print both → `{"estimate": …, "measurement": … or None}`.
 
     Raises `InputError` for bad input, `BusyError` when a run has the device, `MoleError` when the check failed.
     """
@@ -66,7 +66,7 @@ def follow(check: Check, config: RunConfig, kind: str, wait: bool = False) -> di
 
 
 def print_estimate(values: dict[str, Any]) -> None:
-    """The estimate as a table, its verdict, and the ways out."""
+    """Print the estimate as a table, whether it fits, and ways to reduce memory."""
     share = values["trainable_parameters"] / values["total_parameters"]
     rows = [
         ("Trainable parameters", f"{values['trainable_parameters']:,} of {values['total_parameters']:,} ({share:.2%})"),
@@ -86,21 +86,21 @@ def print_estimate(values: dict[str, Any]) -> None:
     print(f"\n{VERDICTS[values['fits']]} (an estimate; --measure takes real steps)")
     for note in values["notes"]:
         print(f"Note: {note}")
-    if values["ways"]:
-        print("Ways out, the least costly for the result first:")
-    for way in values["ways"]:
-        flags = " ".join(f"--set {name}={str(value).lower()}" for name, value in way["overrides"].items())
-        mark = {"yes": "fits", "tight": "tight", "no": "not enough"}.get(way["fits"], "")
-        print(f"  {way['label']}: {bytes_text(way['peak'])}, {mark}. {way['effect']}\n    {flags}")
+    if values["suggestions"]:
+        print("Ways to reduce memory, those that affect the result least first:")
+    for change in values["suggestions"]:
+        flags = " ".join(f"--set {name}={str(value).lower()}" for name, value in change["overrides"].items())
+        mark = {"yes": "fits", "tight": "borderline", "no": "not enough"}.get(change["fits"], "")
+        print(f"  {change['label']}: {bytes_text(change['peak'])}, {mark}. {change['effect']}\n    {flags}")
 
 
 def print_measurement(values: dict[str, Any]) -> None:
-    """What the real steps took."""
+    """Print what the measured steps took."""
     print(f"\nMeasured on {values['device']} ({values['dtype']}):")
     rows = [
         ("peak memory", bytes_text(values["peak"])),
         ("a step, longest rows", duration_text(values["longest_seconds"])),
-        ("a step, usual rows", duration_text(values["typical_seconds"])),
+        ("a step, random rows", duration_text(values["typical_seconds"])),
         ("speed", f"{values['tokens_per_second']:,.0f} tokens/s"),
         ("the whole run", f"{duration_text(values['seconds'])} ({values['total_steps']:,} steps)"),
     ]

@@ -1,9 +1,9 @@
-"""What a training step takes, told without taking it.
+"""Memory and compute of a training step, estimated without running a step.
 
-The model is built on the `meta` device, where tensors have shapes and no contents, and one step of it is rehearsed
-there: every operation is asked what it would allocate and compute. Attention, routing, checkpointing, autocast and the
-backward pass are those of the real step, so nothing has to be known about an architecture. Layers repeat, so a model
-of one and one of two layers are rehearsed and the rest is counted on.
+The model is built on the `meta` device, where tensors have shapes but no data, and one step is run there while every
+operation's allocations and FLOPs are counted. Attention, routing, checkpointing, autocast and the backward pass are
+those of the real step, so no knowledge about the architecture is needed. Layers repeat, so models of one and of two
+layers are profiled and the other layers are extrapolated.
 """
 
 from __future__ import annotations
@@ -29,34 +29,40 @@ from mole.mixture.routing_log import auxiliary_loss
 from mole.models.logits import summed_loss_at
 
 
-class Counts(NamedTuple):
-    """Sizes of an adapted model; `width` and `inner` are those of its largest projection `(inner, width)`."""
+class ParameterCounts(NamedTuple):
+    """Sizes of an adapted model.
+
+    Attributes:
+        trainable, total: numbers of parameters.
+        base_bytes, adapter_bytes: their bytes, in the dtype in which the model was counted.
+        projections: number of base weights in adapted projections, which quantisation makes smaller.
+        in_features, out_features: those of the largest adapted projection.
+    """
 
     trainable: int
     total: int
     base_bytes: int
     adapter_bytes: int
     projections: int
-    """Numbers in the base's adapted projections: what quantisation makes smaller."""
-    width: int
-    inner: int
+    in_features: int
+    out_features: int
 
 
-class Shape(NamedTuple):
-    """A micro-batch: rows, tokens in each, and labelled tokens in all."""
+class BatchShape(NamedTuple):
+    """A micro-batch: its rows, the tokens of each row, and its total of labelled tokens."""
 
-    batch: int
+    rows: int
     length: int
     labelled: int
 
 
-class Cost(NamedTuple):
-    """What a forward and backward pass takes beside weights and optimizer.
+class StepCost(NamedTuple):
+    """The cost of a forward and backward pass, without weights and optimizer.
 
     Attributes:
         activations, logits: bytes at the peak.
-        flops: multiplications and additions of its matrix products.
-        calls: operations, each of which takes some time however small it is.
+        flops: multiplications and additions of the matrix products.
+        calls: number of operations, each of which has a minimum time.
     """
 
     activations: float
@@ -66,12 +72,12 @@ class Cost(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """All of it."""
+        """Bytes at the peak."""
         return self.activations + self.logits
 
 
-def build(config: Any, adapter: AdapterConfig, dtype: torch.dtype) -> Any:
-    """The adapted model of a transformers config, in training mode on the `meta` device: no memory, no weights."""
+def build_meta_model(config: Any, adapter: AdapterConfig, dtype: torch.dtype) -> Any:
+    """The adapted model of a transformers config in training mode, on the `meta` device: it allocates no weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), warnings.catch_warnings():
@@ -80,56 +86,58 @@ def build(config: Any, adapter: AdapterConfig, dtype: torch.dtype) -> Any:
         return get_peft_model(model, mole_config(adapter, task_type="CAUSAL_LM")).train()
 
 
-def count(config: Any, adapter: AdapterConfig, dtype: torch.dtype) -> Counts:
-    """The exact numbers of parameters, and the bytes they take."""
+def count_parameters(config: Any, adapter: AdapterConfig, dtype: torch.dtype) -> ParameterCounts:
+    """Exact numbers of parameters of the adapted model, and their bytes."""
     from mole.mixture.layer import MoleLinear
 
-    model = build(config, adapter, dtype)
+    model = build_meta_model(config, adapter, dtype)
     weights = list(model.parameters())
-    ours = [weight for weight in weights if weight.requires_grad]
+    trainable = [weight for weight in weights if weight.requires_grad]
     adapted = [module for module in model.modules() if isinstance(module, MoleLinear)]
-    widest = max(adapted, key=lambda module: module.in_features * module.out_features)
-    return Counts(
-        trainable=sum(weight.numel() for weight in ours),
+    largest = max(adapted, key=lambda module: module.in_features * module.out_features)
+    return ParameterCounts(
+        trainable=sum(weight.numel() for weight in trainable),
         total=sum(weight.numel() for weight in weights),
         base_bytes=sum(weight.numel() * weight.element_size() for weight in weights if not weight.requires_grad),
-        adapter_bytes=sum(weight.numel() * weight.element_size() for weight in ours),
+        adapter_bytes=sum(weight.numel() * weight.element_size() for weight in trainable),
         projections=sum(module.in_features * module.out_features for module in adapted),
-        width=widest.in_features,
-        inner=widest.out_features,
+        in_features=largest.in_features,
+        out_features=largest.out_features,
     )
 
 
-def cost(config: Any, adapter: AdapterConfig, dtype: torch.dtype, shape: Shape, checkpointing: bool) -> Cost:
-    """What a forward and backward pass over one micro-batch takes.
+def step_cost(
+    config: Any, adapter: AdapterConfig, dtype: torch.dtype, shape: BatchShape, checkpointing: bool
+) -> StepCost:
+    """The cost of a forward and backward pass over one micro-batch.
 
-    Raises whatever the architecture raises when it cannot be run on tensors without contents.
+    Raises whatever the architecture raises if it cannot run on tensors without data.
     """
 
-    def rehearsed(layers: int, experts: int) -> Cost:
+    def profiled(layers: int, experts: int) -> StepCost:
         small = dataclasses.replace(adapter, num_experts=experts)
-        return rehearse(build(shortened(config, layers), small, dtype), dtype, shape, checkpointing)
+        return profile_step(build_meta_model(with_layers(config, layers), small, dtype), dtype, shape, checkpointing)
 
-    layers = depth_of(config)
-    experts = adapter.experts_by_layer(layers)
-    one, two = rehearsed(1, experts[0]), rehearsed(2, experts[0])
+    experts = adapter.experts_by_layer(layer_count(config))
+    # the cost is fixed + layers · per_layer, so: fixed = 2 · one - two, per_layer = two - one
+    one, two = profiled(1, experts[0]), profiled(2, experts[0])
     fixed = [2 * a - b for a, b in zip(one, two, strict=True)]
     per_layer = {experts[0]: [b - a for a, b in zip(one, two, strict=True)]}
     for other in {*experts} - {*per_layer}:
-        per_layer[other] = [(b - a) / 2 for a, b in zip(fixed, rehearsed(2, other), strict=True)]
+        per_layer[other] = [(b - a) / 2 for a, b in zip(fixed, profiled(2, other), strict=True)]
     columns = zip(*(per_layer[number] for number in experts), strict=True)
-    return Cost(*(start + sum(column) for start, column in zip(fixed, columns, strict=True)))
+    return StepCost(*(start + sum(column) for start, column in zip(fixed, columns, strict=True)))
 
 
-def depth_of(config: Any) -> int:
+def layer_count(config: Any) -> int:
     """Number of layers of a transformers config."""
     holder: Any = nn.Module()
     holder.config = config
     return depth(holder)
 
 
-def shortened(config: Any, layers: int) -> Any:
-    """A copy of a transformers config with its first `layers` layers."""
+def with_layers(config: Any, layers: int) -> Any:
+    """A copy of a transformers config with only the first `layers` layers."""
     short = copy.deepcopy(config)
     text = short.get_text_config()
     before, text.num_hidden_layers = text.num_hidden_layers, layers
@@ -139,23 +147,23 @@ def shortened(config: Any, layers: int) -> Any:
     return short
 
 
-def rehearse(model: Any, dtype: torch.dtype, shape: Shape, checkpointing: bool) -> Cost:
-    """One forward and backward pass of a model on the `meta` device, counted."""
+def profile_step(model: Any, dtype: torch.dtype, shape: BatchShape, checkpointing: bool) -> StepCost:
+    """The cost of one forward and backward pass of a model on the `meta` device."""
     if checkpointing:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     mode = FakeTensorMode()
-    pretend(model, mode)
+    to_fake(model, mode)
     base = model.get_base_model()
     vocabulary = base.get_output_embeddings().weight.shape[0]
-    ledger = Ledger([*model.parameters(), *model.buffers()], vocabulary)
+    tracker = MemoryTracker([*model.parameters(), *model.buffers()], vocabulary)
     half = dtype if dtype != torch.float32 else torch.bfloat16
-    with mode, ledger:
+    with mode, tracker:
         inputs = {
-            "input_ids": torch.zeros(shape.batch, shape.length, dtype=torch.long),
-            # as transformers makes it of one with padding; making it would ask for the contents
-            "attention_mask": torch.zeros(shape.batch, 1, shape.length, shape.length, dtype=torch.bool),
+            "input_ids": torch.zeros(shape.rows, shape.length, dtype=torch.long),
+            # the 4D mask that transformers makes of a padding mask; making it here would need the mask's data
+            "attention_mask": torch.zeros(shape.rows, 1, shape.length, shape.length, dtype=torch.bool),
         }
         positions = torch.zeros(shape.labelled, dtype=torch.long)
         with torch.autocast("cpu", dtype=half, enabled=dtype != torch.float32):
@@ -163,43 +171,44 @@ def rehearse(model: Any, dtype: torch.dtype, shape: Shape, checkpointing: bool) 
             if any(weight.requires_grad for weight in model.parameters()) and has_router(model):
                 loss = loss + auxiliary_loss(model)
         loss.backward()
-    return Cost(ledger.peak - ledger.peak_logits, ledger.peak_logits, ledger.flops, ledger.calls)
+    return StepCost(tracker.peak - tracker.peak_logits, tracker.peak_logits, tracker.flops, tracker.calls)
 
 
 def has_router(model: Any) -> bool:
-    """Whether the adapter chooses between experts."""
+    """Whether the adapter has a router."""
     return bool(model.active_peft_config.router != "lora")
 
 
-def pretend(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Let a model's `meta` tensors pass for tensors of the CPU, so that its kernels are the ones that are counted."""
-    made: dict[int, Any] = {}
+def to_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace a model's `meta` tensors with fake CPU tensors, so that the operations of the CPU are counted."""
+    converted: dict[int, Any] = {}  # by id: tied weights stay tied
 
-    def fake(tensor: torch.Tensor) -> Any:
-        if id(tensor) not in made:
-            pretended = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+    def converted_tensor(tensor: torch.Tensor) -> Any:
+        if id(tensor) not in converted:
+            fake = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
             is_weight = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(pretended, tensor.requires_grad) if is_weight else pretended
-        return made[id(tensor)]
+            converted[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
+        return converted[id(tensor)]
 
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = fake(tensor)
+                    tensors[name] = converted_tensor(tensor)
 
 
-class Ledger(TorchDispatchMode):
-    """Counts the memory that operations allocate and give back, its peak, and the multiplications they do.
+class MemoryTracker(TorchDispatchMode):
+    """Tracks the memory that operations allocate and free, its peak, and the operations' FLOPs.
 
     Args:
-        known: tensors that were there before and do not count.
-        vocabulary: size of the last dimension of logits, which are counted apart.
+        known: tensors that existed before, which do not count.
+        vocabulary: size of the last dimension of logits, which are also counted separately.
     """
 
     def __init__(self, known: list[torch.Tensor], vocabulary: int) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        # address of a storage → its bytes, and those of them that are logits; views share a storage and count once
         self.live: dict[int, tuple[int, int]] = {tensor.untyped_storage()._cdata: (0, 0) for tensor in known}
         self.now = self.logits = self.peak = self.peak_logits = self.calls = 0
         self.flops = 0.0
@@ -219,7 +228,7 @@ class Ledger(TorchDispatchMode):
         return output
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's memory, once, for as long as it lives."""
+        """Count a tensor's memory until it is freed, once per storage."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.live:
@@ -233,6 +242,6 @@ class Ledger(TorchDispatchMode):
             self.peak, self.peak_logits = self.now, self.logits
 
     def remove(self, key: int) -> None:
-        """A tensor's memory is free again."""
+        """Subtract the memory of a freed storage."""
         size, logits = self.live.pop(key)
         self.now, self.logits = self.now - size, self.logits - logits

@@ -1,7 +1,7 @@
-"""What the model sees: rows of a run's data as the very tokens training makes of them, and what became of all rows.
+"""Previews a run's data as the model will see it: rows as tokens, exactly as in training, and statistics of all rows.
 
-The work is bounded: of a large file the first rows are read, and `Preview.complete` says so. No torch until a tokenizer
-is loaded.
+The work is bounded: of a large file only the first rows are read, and `Preview.complete` is False. Does not import
+torch until a tokenizer is loaded.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from mole.core.errors import ConfigError, DataError
 from mole.data.encoding import IGNORED, Encoded, Example, Rejected, Rows, encode_all, read_examples, split
 from mole.data.examples import none_left
 from mole.models.loading import IMPORTING, load_tokenizer, local_folder, resolve
+from mole.preflight.plan import character_count
 
-MOST_ROWS = 2000
-MOST_CHARACTERS = 4_000_000
-"""How much of a file is read and tokenised, whichever comes first."""
-MOST_REJECTED = 50
-BINS = 40
+MAX_ROWS = 2000
+MAX_CHARACTERS = 4_000_000
+"""Limits of what is read and tokenised of a file; the one that is reached first counts."""
+MAX_REJECTIONS = 50
+MAX_BINS = 40
 
 
-class Token(NamedTuple):
-    """A token as training has it; `learnt` when it carries loss, `special` when the tokenizer gives it a meaning."""
+class PreviewToken(NamedTuple):
+    """A token of the encoded row: `learnt` if it counts for the loss, `special` if it is a special token."""
 
     id: int
     text: str
@@ -34,17 +35,19 @@ class Token(NamedTuple):
 
 
 @dataclass
-class Row:
-    """One example: its row number, its tokens, and how many were cut off to fit `max_length`.
+class PreviewRow:
+    """One encoded example.
 
     Attributes:
-        dropped: tokens of the prompt cut off at its beginning.
-        cut: tokens of the answer cut off at its end.
-        held_out: it is not learnt from.
+        number: its row number in the file.
+        tokens: its tokens.
+        dropped: tokens cut off at the beginning of the prompt to fit `max_length`.
+        cut: tokens cut off at the end of the answer to fit `max_length`.
+        held_out: whether it is held out from training.
     """
 
     number: int
-    tokens: list[Token]
+    tokens: list[PreviewToken]
     dropped: int = 0
     cut: int = 0
     held_out: bool = False
@@ -52,12 +55,13 @@ class Row:
 
 @dataclass
 class Histogram:
-    """Examples by their length in tokens before anything is cut off.
+    """Distribution of the examples' lengths in tokens, before truncation.
 
     Attributes:
-        counts: how many have a length from `i * width` to below `(i + 1) * width`.
-        longest: the greatest length.
-        open: the last bin holds all that are longer, too.
+        width: tokens per bin.
+        counts: `counts[i]` examples have a length in `[i * width, (i + 1) * width)`.
+        longest: the maximum length.
+        open: whether the last bin also holds all longer examples.
     """
 
     width: int = 1
@@ -71,12 +75,17 @@ class Preview:
     """The data of a run as its model will see it.
 
     Attributes:
-        shape: which of the known shapes the rows have.
-        used, held_out: examples to learn from and held out.
-        rejected: how many rows cannot be used; `rejections` are the first of them.
-        truncated: examples of which something was cut off.
-        complete: False when only the first rows of a large file were looked at; the counts are of those.
-        notices: what should be looked into, in sentences.
+        source: the data's path or hub id.
+        shape: the shape of the rows, such as `messages`.
+        used, held_out: numbers of training and held-out examples.
+        rejected, rejections: number of rows that cannot be used, and the first of them with their reasons.
+        truncated: number of truncated examples.
+        complete: False if only the first rows of a large file were read; all counts are of those.
+        max_length: the run's limit, in tokens.
+        tokens, learnt_tokens: tokens of the training examples, and those of them that count for the loss.
+        lengths: distribution of the examples' lengths.
+        rows: the examples shown token by token.
+        notices: likely mistakes in the data, in sentences.
     """
 
     source: str
@@ -91,7 +100,7 @@ class Preview:
     learnt_tokens: int
     rejections: list[Rejected]
     lengths: Histogram
-    rows: list[Row]
+    rows: list[PreviewRow]
     notices: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,8 +109,8 @@ class Preview:
 
 
 @dataclass
-class Part:
-    """A file's examples as tokens, and the rows it cannot use."""
+class EncodedFile:
+    """The encoded examples of a file, and the rows that cannot be used."""
 
     source: Rows
     examples: list[Example]
@@ -111,39 +120,39 @@ class Part:
 
 
 def preview(config: RunConfig, rows: int = 8) -> Preview:
-    """Read and encode the data of a run as training would, and show `rows` examples of it token by token.
+    """Read and encode the data of a run as training does, and show `rows` of its examples token by token.
 
-    Raises `DataError`, `ModelError` and `ConfigError` as training would.
+    Raises the same `DataError`, `ModelError` and `ConfigError` as training.
     """
     data = config.data
     if not data.path:
         raise ConfigError("data.path", "", "a JSON, JSONL, CSV or Parquet file, or a hub id")
-    source = glance_at(data, data.path, "data.path")  # before the tokenizer: a bad file is said at once
+    source = read_beginning(data, data.path, "data.path")  # before loading the tokenizer: a bad file fails at once
     folder = local_folder(resolve(config.model.name), weights=False)
     tokenizer = load_tokenizer(config.model.name, folder)
-    part = encode_part(source, tokenizer, data.max_length, "data.path")
+    main = encode_file(source, tokenizer, data.max_length, "data.path")
     held_file = None
     if data.eval_path:
-        held_source = glance_at(data, data.eval_path, "data.eval_path")
-        held_file = encode_part(held_source, tokenizer, data.max_length, "data.eval_path")
-        held = {len(part.encoded) + place for place in range(len(held_file.encoded))}
+        held_source = read_beginning(data, data.eval_path, "data.eval_path")
+        held_file = encode_file(held_source, tokenizer, data.max_length, "data.eval_path")
+        held_out = {len(main.encoded) + index for index in range(len(held_file.encoded))}
     else:
-        held = set(split(list(range(len(part.encoded))), data.eval_fraction, config.training.seed)[1])
-    return summary(part, held_file, held, tokenizer, data, rows)
+        held_out = set(split(list(range(len(main.encoded))), data.eval_fraction, config.training.seed)[1])
+    return build_preview(main, held_file, held_out, tokenizer, data, rows)
 
 
-def glance_at(data: DataConfig, path: str, setting: str) -> Rows:
-    """The first rows of a file or data set."""
-    return read_examples(path, data.columns, MOST_ROWS, setting=setting, glance=True)
+def read_beginning(data: DataConfig, path: str, setting: str) -> Rows:
+    """Read the first rows of a file or data set."""
+    return read_examples(path, data.columns, MAX_ROWS, setting=setting, glance=True)
 
 
-def encode_part(source: Rows, tokenizer: Any, max_length: int, setting: str) -> Part:
-    """The rows as tokens, up to `MOST_CHARACTERS` of text. Raises `DataError` when no row can be used."""
+def encode_file(source: Rows, tokenizer: Any, max_length: int, setting: str) -> EncodedFile:
+    """Encode the rows, up to `MAX_CHARACTERS` of text. Raises `DataError` when no row can be used."""
     examples: list[Example] = []
     characters = 0
     for example in source.examples:
-        characters += sum(len(message["content"]) for message in example.messages) + len(example.text or "")
-        if examples and characters > MOST_CHARACTERS:
+        characters += character_count(example)
+        if examples and characters > MAX_CHARACTERS:
             break
         examples.append(example)
     last = examples[-1].row if len(examples) < len(source.examples) else math.inf
@@ -158,42 +167,44 @@ def encode_part(source: Rows, tokenizer: Any, max_length: int, setting: str) -> 
     rejected.sort(key=lambda item: item.row)
     if not encoded:
         raise none_left(source.source, rejected, setting)
-    return Part(source, good, encoded, rejected, source.complete and last == math.inf)
+    return EncodedFile(source, good, encoded, rejected, source.complete and last == math.inf)
 
 
-def summary(part: Part, held_file: Part | None, held: set[int], tokenizer: Any, data: DataConfig, rows: int) -> Preview:
-    """All that is shown of the encoded rows."""
-    parts = [part, *([held_file] if held_file else [])]
-    encoded = [item for one in parts for item in one.encoded]
-    numbers = [example.row for one in parts for example in one.examples]
-    rejected = part.rejected + [
+def build_preview(
+    main: EncodedFile, held_file: EncodedFile | None, held_out: set[int], tokenizer: Any, data: DataConfig, rows: int
+) -> Preview:
+    """The preview of the encoded files; `held_out` are indices into their examples, those of `main` first."""
+    files = [main, *([held_file] if held_file else [])]
+    encoded = [item for file in files for item in file.encoded]
+    numbers = [example.row for file in files for example in file.examples]
+    rejected = main.rejected + [
         Rejected(item.row, f"in the held-out file: {item.reason}") for item in (held_file.rejected if held_file else [])
     ]
-    learnt_from = [item for place, item in enumerate(encoded) if place not in held]
-    pieces = Pieces(tokenizer)
+    trained_on = [item for index, item in enumerate(encoded) if index not in held_out]
+    labeller = TokenLabeller(tokenizer)
     return Preview(
         source=data.path,
-        shape=part.source.shape,
-        used=len(learnt_from),
-        held_out=len(held),
+        shape=main.source.shape,
+        used=len(trained_on),
+        held_out=len(held_out),
         rejected=len(rejected),
         truncated=sum(item.truncated for item in encoded),
-        complete=all(one.complete for one in parts),
+        complete=all(file.complete for file in files),
         max_length=data.max_length,
-        tokens=sum(len(item.input_ids) for item in learnt_from),
-        learnt_tokens=sum(label != IGNORED for item in learnt_from for label in item.labels),
-        rejections=rejected[:MOST_REJECTED],
-        lengths=histogram([length_of(item) for item in encoded], 3 * data.max_length),
+        tokens=sum(len(item.input_ids) for item in trained_on),
+        learnt_tokens=sum(label != IGNORED for item in trained_on for label in item.labels),
+        rejections=rejected[:MAX_REJECTIONS],
+        lengths=histogram([untruncated_length(item) for item in encoded], 3 * data.max_length),
         rows=[
-            Row(numbers[at], pieces.of(encoded[at]), encoded[at].dropped, encoded[at].cut, at in held)
-            for at in chosen(encoded, rows)
+            PreviewRow(numbers[at], labeller.tokens(encoded[at]), encoded[at].dropped, encoded[at].cut, at in held_out)
+            for at in rows_to_show(encoded, rows)
         ],
-        notices=notices(part, tokenizer),
+        notices=find_notices(main, tokenizer),
     )
 
 
-class Pieces:
-    """Tokens with their texts, by one tokenizer; put together, the texts are the text of the whole row."""
+class TokenLabeller:
+    """Labels the tokens of encoded examples with their texts; joined, the texts are the text of the row."""
 
     def __init__(self, tokenizer: Any) -> None:
         with IMPORTING:
@@ -203,55 +214,57 @@ class Pieces:
         self.special = special_ids(tokenizer)
         self.texts = TokenTexts
 
-    def of(self, encoded: Encoded) -> list[Token]:
-        """The tokens of one example; a character that several tokens make is the text of the last of them."""
+    def tokens(self, encoded: Encoded) -> list[PreviewToken]:
+        """The tokens of an example; a character made of several tokens is the text of the last of them."""
         texts = [text for _, text in self.texts(self.tokenizer).push(encoded.input_ids)]
-        # What was cut off in the middle of a character never becomes one: it is shown as it would be printed.
+        # truncation in the middle of a character leaves bytes without a text: show them as the tokenizer decodes them
         whole = self.tokenizer.decode(encoded.input_ids, clean_up_tokenization_spaces=False)
         texts[-1] += whole[len("".join(texts)) :]
         return [
-            Token(token, text, label != IGNORED, token in self.special)
+            PreviewToken(token, text, label != IGNORED, token in self.special)
             for token, text, label in zip(encoded.input_ids, texts, encoded.labels, strict=True)
         ]
 
 
-def length_of(encoded: Encoded) -> int:
-    """The example's length in tokens before anything was cut off."""
+def untruncated_length(encoded: Encoded) -> int:
+    """The example's length in tokens before truncation."""
     return len(encoded.input_ids) + encoded.dropped + encoded.cut
 
 
-def chosen(encoded: Sequence[Encoded], rows: int) -> list[int]:
-    """The examples to show: the first ones, and as the last of them one that was truncated if none is."""
-    places = list(range(min(rows, len(encoded))))
-    cut = next((place for place, item in enumerate(encoded) if item.truncated), None)
-    if cut is not None and places and cut > places[-1]:
-        places[-1] = cut
-    return places
+def rows_to_show(encoded: Sequence[Encoded], rows: int) -> list[int]:
+    """Indices of the examples to show: the first ones, the last of them replaced by a truncated one if none is."""
+    shown = list(range(min(rows, len(encoded))))
+    truncated = next((index for index, item in enumerate(encoded) if item.truncated), None)
+    if truncated is not None and shown and truncated > shown[-1]:
+        shown[-1] = truncated
+    return shown
 
 
 def histogram(lengths: Sequence[int], most: int) -> Histogram:
-    """Lengths in at most `BINS` + 1 bins of a round width; those above `most` are all in the last."""
+    """Count lengths in at most `MAX_BINS` + 1 bins of a round width; all lengths above `most` are in the last bin."""
     longest = min(max(lengths), most)
-    power = 10 ** math.floor(math.log10(max(longest / BINS, 1)))
-    width = next(step * power for step in (1, 2, 5, 10) if step * power * BINS >= longest)
+    power = 10 ** math.floor(math.log10(max(longest / MAX_BINS, 1)))
+    width = next(step * power for step in (1, 2, 5, 10) if step * power * MAX_BINS >= longest)
     counts = [0] * (longest // width + 1)
     for length in lengths:
         counts[min(length, most) // width] += 1
     return Histogram(width, counts, max(lengths), max(lengths) > most)
 
 
-def notices(part: Part, tokenizer: Any) -> list[str]:
-    """What is allowed and yet seldom meant, in sentences."""
+def find_notices(file: EncodedFile, tokenizer: Any) -> list[str]:
+    """Likely mistakes in valid data, in sentences."""
     found = []
-    count = len(part.examples)
-    if part.source.shape != "text":
+    count = len(file.examples)
+    if file.source.shape != "text":
         if tokenizer.chat_template is None:
-            found.append("The tokenizer has no chat template: messages are headed “### User:” and “### Assistant:”.")
-        if count > 2 and len({example.target for example in part.examples}) == 1:
+            found.append(
+                "The tokenizer has no chat template: messages get the headings “### User:” and “### Assistant:”."
+            )
+        if count > 2 and len({example.target for example in file.examples}) == 1:
             found.append(f"All {count} rows have the same answer; is the right column mapped?")
-        if count > 2 and len({example.prompt[-1]["content"] for example in part.examples}) == 1:
+        if count > 2 and len({example.prompt[-1]["content"] for example in file.examples}) == 1:
             found.append(f"All {count} rows have the same question; is the right column mapped?")
-    cut = sum(item.cut > 0 for item in part.encoded)
+    cut = sum(item.cut > 0 for item in file.encoded)
     if cut:
         found.append(f"{cut} {'row loses' if cut == 1 else 'rows lose'} the end of the answer; raise data.max_length.")
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import warnings
 from pathlib import Path
@@ -30,6 +29,7 @@ from mole.models.sources import fingerprint
 from mole.runs.run import Run
 from mole.training import state
 from mole.training.callbacks import CALMER, EventLog
+from mole.training.steps import count_steps
 
 TRAINER_STATE = "trainer_state.json"
 OVERHEAD = {"cpu": 24}
@@ -250,12 +250,7 @@ class MoleTrainer(Trainer):
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        settings = self.run_config.training
-        if settings.max_steps:
-            return settings.max_steps
-        batches = math.ceil(len(self.data.train) / settings.per_device_train_batch_size)
-        per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
-        return math.ceil(per_epoch * settings.num_train_epochs)
+        return count_steps(self.run_config.training, len(self.data.train))[0]
 
     def take_over(self, source: Path) -> None:
         """Take the weights of the last step's checkpoint: of nothing left to do, Trainer would do one step more."""

@@ -1,4 +1,4 @@
-"""The preflight in a browser: the estimate, a way out that changes the form, real steps, and their end."""
+"""The preflight in a browser: the estimate, a suggestion that changes the form, real steps, and their end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_estimate_is_there_before_anything_starts_and_again_after_a_refresh(
     expect(page.locator("#preflight .chip").first).to_have_text("Fits", timeout=LONG)
     expect(page.locator("#preflight .stack")).to_have_attribute("aria-label", re.compile("base model .*activations"))
     expect(page.locator("#preflight .result > .tiles")).to_contain_text("Trainable parameters")
-    expect(page.locator("#preflight .ways")).to_be_hidden()
+    expect(page.locator("#preflight .suggestions")).to_be_hidden()
     assert not (shared_studio.home / "runs").exists()
 
     choose(page, "training-per_device_train_batch_size", "4")
@@ -54,7 +54,7 @@ def test_the_estimate_is_there_before_anything_starts_and_again_after_a_refresh(
     expect(page.locator("#preflight .chip").first).to_have_text("Fits")
 
 
-def test_a_way_out_is_one_click_and_is_checked_at_once(
+def test_a_suggestion_is_one_click_and_is_checked_at_once(
     shared_studio: Studio, page: Page, tiny_folder: Path, data: Path
 ) -> None:
     ready(shared_studio, page, tiny_folder, data, batch="1024")
@@ -62,13 +62,13 @@ def test_a_way_out_is_one_click_and_is_checked_at_once(
     choose(page, "adapter-r", "1024")
     page.click("#preflight-check")
     expect(page.locator("#preflight .chip").first).to_have_text("Does not fit", timeout=LONG)
-    expect(page.locator("#preflight .verdict")).to_contain_text("You can start it all the same")
+    expect(page.locator("#preflight .verdict")).to_contain_text("You can still start the run")
     expect(page.locator("#start")).to_be_enabled()
-    way = page.locator("#preflight .ways button").first
-    expect(way).to_contain_text("accumulated")
-    way.click()
+    suggestion = page.locator("#preflight .suggestions button").first
+    expect(suggestion).to_contain_text("accumulated")
+    suggestion.click()
     expect(page.locator("#field-training-gradient_accumulation_steps input")).not_to_have_value("1")
-    expect(page.locator("#preflight .chip").first).to_have_text(re.compile("Fits|Tight"), timeout=LONG)
+    expect(page.locator("#preflight .chip").first).to_have_text(re.compile("Fits|Borderline"), timeout=LONG)
 
 
 def test_real_steps_are_measured_and_can_be_ended(

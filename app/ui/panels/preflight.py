@@ -1,7 +1,7 @@
-"""Before the start: what the run takes, whether it fits, real steps on request, and ways out with one click each.
+"""Whether a run fits: an estimate, measured steps on request, and suggestions that reduce memory with one click each.
 
-The checks are processes of their own that this panel starts and looks at; it holds nothing itself, so
-another page, or this one after a refresh, shows the same for the same settings.
+The checks are separate processes that this panel starts and polls. The panel keeps no state, so another page, or this
+one after a refresh, shows the same for the same settings.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def build(form: forms.RunForm, note: gr.HTML) -> Preflight:
 
 
 def wire(panel: Preflight, form: forms.RunForm, note: gr.HTML) -> None:
-    """The view follows the settings and the process; the buttons start and end it; a way out fills the form."""
+    """The view follows the settings and the process; the buttons start and end it; a suggestion fills the form."""
 
     def look(known: dict[str, Any], *values: Any) -> list[Any]:
         try:
@@ -83,7 +83,7 @@ def wire(panel: Preflight, form: forms.RunForm, note: gr.HTML) -> None:
 
     def take(event: gr.EventData, *values: Any) -> list[Any]:
         try:
-            return [problem.told(), *form.fill(varied(form.config(values), int(event._data["at"])))]
+            return [problem.told(), *form.fill(with_suggestion(form.config(values), int(event._data["at"])))]
         except MoleError as error:
             return [form.told(values, error, reveal=True), *[gr.skip()] * len(form.inputs)]
 
@@ -146,9 +146,9 @@ def begin(config: RunConfig, kind: str, wait: bool) -> None:
     check.start(config, kind, wait=wait)
 
 
-def varied(config: RunConfig, at: int) -> RunConfig:
-    """The run with the `at`-th way out of its estimate."""
-    ways = Check.of(config).read("estimate").get("ways", [])
-    if not 0 <= at < len(ways):
+def with_suggestion(config: RunConfig, at: int) -> RunConfig:
+    """The run's config with the `at`-th suggestion of its estimate applied."""
+    suggestions = Check.of(config).read("estimate").get("suggestions", [])
+    if not 0 <= at < len(suggestions):
         raise InputError("These settings have changed since they were checked; check them again.")
-    return RunConfig.from_dict(apply_overrides(config.to_dict(), ways[at]["overrides"]))
+    return RunConfig.from_dict(apply_overrides(config.to_dict(), suggestions[at]["overrides"]))

@@ -16,7 +16,7 @@ from app.views.preview import preview_view
 from mole.config import RunConfig
 from mole.core.errors import MoleError
 from mole.data.examples import Rejected
-from mole.preflight.preview import MOST_REJECTED, Preview, Row, preview
+from mole.preflight.preview import MAX_REJECTIONS, Preview, PreviewRow, preview
 
 ROWS = 8
 
@@ -60,7 +60,7 @@ def wire(panel: PreviewPanel, form: forms.RunForm, note: gr.HTML) -> None:
 
 def listed(rejected: Sequence[Rejected]) -> list[dict[str, Any]]:
     """Rejected rows with their reasons."""
-    return [{"row": item.row, "reason": item.reason} for item in rejected[:MOST_REJECTED]]
+    return [{"row": item.row, "reason": item.reason} for item in rejected[:MAX_REJECTIONS]]
 
 
 def refused(rejected: Sequence[Rejected]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def packed(seen: Preview, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def packed_row(row: Row) -> dict[str, Any]:
+def packed_row(row: PreviewRow) -> dict[str, Any]:
     """A row with its tokens side by side: texts, ids, and a digit each (1: carries loss, 2: special, 3: both)."""
     return {
         "number": row.number,

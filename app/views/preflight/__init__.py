@@ -13,8 +13,8 @@ HERE = Path(__file__).parent
 
 
 def preflight_view(**given: Any) -> gr.HTML:
-    """The estimate, the measurement and the ways out; its value is what `app.ui.panels.preflight.value_of` gives.
+    """The estimate, the measurement and the suggestions; its value is what `app.ui.panels.preflight.value_of` gives.
 
-    Its event `select` carries `{"at"}`: the way out that was clicked, from 0.
+    Its event `select` carries `{"at"}`: the index of the suggestion that was clicked.
     """
     return component(HERE, "preflight", kit=False, **given)

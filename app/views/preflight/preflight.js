@@ -1,7 +1,7 @@
-// What a run takes. Value: {estimate, measurement, state}, each null or as `mole.checks` writes it.
+// What a run takes. Value: {estimate, measurement, state}, each null or as `mole.preflight.job` writes it.
 const $ = (selector) => element.querySelector(selector);
 const COLOURS = { "base model": "#0072b2", "experts and optimizer": "#e69f00", activations: "#009e73", logits: "#cc79a7", libraries: "#8a8a8a" };
-const FITS = { yes: "Fits", tight: "Tight", no: "Does not fit", unknown: "Not known" };
+const FITS = { yes: "Fits", tight: "Borderline", no: "Does not fit", unknown: "Unknown" };
 const FINAL = ["done", "busy", "cancelled", "no_memory", "failed"];
 
 function make(tag, text = "", className = "") {
@@ -68,7 +68,7 @@ function draw(estimate, measurement, state) {
     ["Time, roughly", estimate.seconds ? duration(estimate.seconds) : "–", estimate.seconds ? `${duration(estimate.seconds_per_step)} a step` : "measure to know"],
     ["Longest row", `${estimate.longest} tokens`, `mean ${Math.round(estimate.typical)}`],
   ]);
-  waysOut(estimate.ways, fits);
+  suggest(estimate.suggestions ?? [], fits); // an estimate of an earlier version has none
   $(".notes").replaceChildren(...estimate.notes.map((note) => make("li", note)));
 }
 
@@ -86,7 +86,7 @@ function sentence(fits, estimate, measurement) {
   const where = `on ${estimate.device} in ${estimate.dtype}`;
   const free = estimate.available ? ` of ${bytes(estimate.available)} free` : "";
   const peak = measurement ? `Measured: ${bytes(measurement.peak)}${free} ${where}.` : estimate.peak ? `About ${bytes(estimate.peak)}${free} ${where}; an estimate.` : "";
-  const more = { no: " You can start it all the same; most likely it runs out of memory.", tight: " Measure it to be sure." };
+  const more = { no: " You can still start the run; most likely it runs out of memory.", tight: " Measure it to be sure." };
   return peak + (measurement && fits === "tight" ? "" : more[fits] || "");
 }
 
@@ -138,19 +138,19 @@ function measured(values) {
   tiles($(".measured .tiles"), [
     ["Peak memory", bytes(values.peak), `${values.device}, ${values.dtype}`],
     ["Step, longest rows", duration(values.longest_seconds), `${values.longest} tokens a row`],
-    ["Step, usual rows", duration(values.typical_seconds), `${Math.round(values.tokens_per_second).toLocaleString("en")} tokens/s`],
+    ["Step, random rows", duration(values.typical_seconds), `${Math.round(values.tokens_per_second).toLocaleString("en")} tokens/s`],
     ["The whole run", duration(values.seconds), `${values.total_steps.toLocaleString("en")} steps`],
   ]);
 }
 
-function waysOut(ways, fits) {
-  $(".ways").hidden = !ways.length || fits === "yes";
-  $(".ways ul").replaceChildren(
-    ...ways.map((way, at) => {
-      const item = make("li"), button = make("button"), chip = make("b", FITS[way.fits], "chip");
+function suggest(suggestions, fits) {
+  $(".suggestions").hidden = !suggestions.length || fits === "yes";
+  $(".suggestions ul").replaceChildren(
+    ...suggestions.map((change, at) => {
+      const item = make("li"), button = make("button"), chip = make("b", FITS[change.fits], "chip");
       button.type = "button";
-      chip.dataset.fits = way.fits;
-      button.append(make("span", way.label, "label"), make("span", bytes(way.peak), "size"), chip, make("span", way.effect, "effect"));
+      chip.dataset.fits = change.fits;
+      button.append(make("span", change.label, "label"), make("span", bytes(change.peak), "size"), chip, make("span", change.effect, "effect"));
       button.addEventListener("click", () => trigger("select", { at }));
       item.append(button);
       return item;

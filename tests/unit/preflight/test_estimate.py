@@ -25,7 +25,10 @@ from mole.models.loading import load_base
 from mole.preflight import dry_run, estimate, memory_profile, suggestions
 from mole.preflight import job as preflight_job
 from mole.preflight.job import Check
+from mole.preflight.plan import Planner
+from mole.preflight.suggestions import MemorySuggestion
 from mole.runs.targets import load_target
+from mole.training.steps import count_steps
 from mole.training.trainer import train
 
 Make = Callable[..., Any]
@@ -57,7 +60,7 @@ def config(home: Path, tiny_folder: Path, data: Path) -> RunConfig:
 
 def changed(config: RunConfig, **overrides: Any) -> RunConfig:
     """The config with settings changed, `section__field=value`."""
-    return suggestions.varied(config, {name.replace("__", "."): value for name, value in overrides.items()})
+    return suggestions.with_overrides(config, {name.replace("__", "."): value for name, value in overrides.items()})
 
 
 def ended(check: Check) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def test_the_counts_are_those_of_the_real_model(router: str, arch: str, tiny_mod
     model = tiny_model(arch, layers=4)
     experts = 1 if router == "lora" else [2, 3, 5, 7]
     adapter = AdapterConfig.from_flat({"router": router, "num_experts": experts, "r": 4})
-    counted = memory_profile.count(model.config, adapter, torch.float32)
+    counted = memory_profile.count_parameters(model.config, adapter, torch.float32)
     real = get_peft_model(model, mole_config(adapter, task_type="CAUSAL_LM"))
     assert counted.trainable == sum(p.numel() for p in real.parameters() if p.requires_grad)
     assert counted.total == sum(p.numel() for p in real.parameters())
@@ -88,68 +91,71 @@ def test_the_counts_are_those_of_the_real_model(router: str, arch: str, tiny_mod
 @pytest.mark.parametrize(
     ("arch", "checkpointing"), [("llama", False), ("llama", True), ("gemma3", False), ("gpt2", False), ("phi", False)]
 )
-def test_the_rehearsal_of_two_layers_foretells_five(arch: str, checkpointing: bool, tiny_model: Make) -> None:
+def test_the_profile_of_two_layers_predicts_five(arch: str, checkpointing: bool, tiny_model: Make) -> None:
     config = tiny_model(arch, layers=5).config
     adapter = AdapterConfig.from_flat({"router": "topk", "num_experts": [2, 8], "r": 4})
-    shape = memory_profile.Shape(4, 48, 60)
-    told = memory_profile.cost(config, adapter, torch.float32, shape, checkpointing)
-    whole = memory_profile.rehearse(
-        memory_profile.build(config, adapter, torch.float32), torch.float32, shape, checkpointing
-    )
-    assert 0.95 * whole.bytes < told.bytes < (1.25 if checkpointing else 1.05) * whole.bytes
-    assert told.flops == pytest.approx(whole.flops, rel=0.02)
+    shape = memory_profile.BatchShape(4, 48, 60)
+    predicted = memory_profile.step_cost(config, adapter, torch.float32, shape, checkpointing)
+    model = memory_profile.build_meta_model(config, adapter, torch.float32)
+    whole = memory_profile.profile_step(model, torch.float32, shape, checkpointing)
+    assert 0.95 * whole.bytes < predicted.bytes < (1.25 if checkpointing else 1.05) * whole.bytes
+    assert predicted.flops == pytest.approx(whole.flops, rel=0.02)
 
 
-def test_the_rehearsal_allocates_what_the_real_step_allocates(tiny_model: Make) -> None:
-    """The same ledger, held against real tensors and the kernels that really run."""
+def test_the_profile_allocates_what_the_real_step_allocates(tiny_model: Make) -> None:
+    """The same tracker, on real tensors and the kernels that really run."""
     model = tiny_model("llama", layers=4)
     adapter = AdapterConfig.from_flat({"router": "dynmole"})
-    shape = memory_profile.Shape(8, 96, 200)
-    told = memory_profile.cost(model.config, adapter, torch.float32, shape, False)
+    shape = memory_profile.BatchShape(8, 96, 200)
+    predicted = memory_profile.step_cost(model.config, adapter, torch.float32, shape, False)
     real = get_peft_model(model, mole_config(adapter, task_type="CAUSAL_LM")).train()
     head = real.get_base_model().get_output_embeddings()
-    ledger = memory_profile.Ledger([*real.parameters(), *real.buffers()], head.weight.shape[0])
-    with ledger:
+    tracker = memory_profile.MemoryTracker([*real.parameters(), *real.buffers()], head.weight.shape[0])
+    with tracker:
         positions = torch.arange(200)
         mask = torch.ones(8, 96, dtype=torch.long)
         mask[0, -5:] = 0
         ids = torch.zeros(8, 96, dtype=torch.long)
         loss = memory_profile.summed_loss_at(real, head, positions, positions, input_ids=ids, attention_mask=mask)
         (loss + memory_profile.auxiliary_loss(real)).backward()
-    assert told.bytes == pytest.approx(ledger.peak, rel=0.1)
+    assert predicted.bytes == pytest.approx(tracker.peak, rel=0.1)
 
 
 def test_steps_and_epochs_are_those_of_the_trainer(config: RunConfig) -> None:
     result = estimate.estimate(changed(config, data__eval_fraction=0.0, training__max_steps=0))
     assert (result.rows, result.total_steps, result.epochs) == (41, 6, 1.0)
     assert result.longest > 5 * result.typical
-    assert result.fits == "yes" and not result.ways and result.seconds is not None
+    assert result.fits == "yes" and not result.suggestions and result.seconds is not None
     accumulated = changed(config, data__eval_fraction=0.0, training__gradient_accumulation_steps=4)
-    assert estimate.steps_of(accumulated, 41) == (10, 5.0)
+    assert count_steps(accumulated.training, 41) == (10, 5.0)
 
 
-def test_what_does_not_fit_gets_ways_out_that_are_settings_and_make_it_smaller(config: RunConfig) -> None:
-    free = estimate.estimate(config)
-    result = estimate.estimate(config, available=free.peak - 1)
-    assert result.fits == "no"
-    batch, checkpointing = result.ways[:2]
-    settings = varied_training(config, batch)
+def test_suggestions_for_a_run_that_does_not_fit_are_settings_that_make_it_smaller(config: RunConfig) -> None:
+    plan = Planner.of(config)
+    peak = sum(plan.memory(config)[0].values())
+    plan.available = peak - 1
+    assert plan.fits(peak) == "no"
+    found = suggestions.suggest(config, plan)
+    batch, checkpointing = found[:2]
+    settings = suggested_training(config, batch)
     before = config.training
     assert settings.per_device_train_batch_size < before.per_device_train_batch_size
     assert settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 8, "the same effective batch"
-    assert varied_training(config, checkpointing).gradient_checkpointing
-    assert all(suggestions.varied(config, way.overrides) != config for way in result.ways)
-    assert batch.peak < free.peak and checkpointing.peak < free.peak
-    assert any("data.max_length" in way.overrides for way in result.ways)
+    assert suggested_training(config, checkpointing).gradient_checkpointing
+    assert all(suggestions.with_overrides(config, one.overrides) != config for one in found)
+    assert batch.peak < peak and checkpointing.peak < peak
+    assert any("data.max_length" in one.overrides for one in found)
 
 
-def varied_training(config: RunConfig, way: estimate.Way) -> Any:
-    """The training section with a way out taken."""
-    return suggestions.varied(config, way.overrides).training
+def suggested_training(config: RunConfig, suggestion: MemorySuggestion) -> Any:
+    """The training section with a suggestion applied."""
+    return suggestions.with_overrides(config, suggestion.overrides).training
 
 
-def test_where_no_single_way_is_enough_they_are_offered_together(config: RunConfig) -> None:
-    assert [way.label for way in estimate.estimate(config, available=1).ways][-1].count(" + ") >= 2
+def test_where_no_single_suggestion_is_enough_they_are_combined(config: RunConfig) -> None:
+    plan = Planner.of(config)
+    plan.available = 1
+    assert suggestions.suggest(config, plan)[-1].label.count(" + ") >= 2
 
 
 def test_bad_input_names_its_field(config: RunConfig) -> None:
@@ -178,18 +184,20 @@ def test_real_steps_tell_the_truth_and_leave_nothing(config: RunConfig, tmp_path
 
 def test_the_longest_rows_come_first(config: RunConfig, tmp_path: Path) -> None:
     rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in (3, 9, 5, 7)]
-    chosen = [len(row["input_ids"]) for row in dry_run.chosen(rows, 3)]
-    assert chosen[:6] == [9, 7, 5, 9, 7, 5] and len(chosen) == 9
+    lengths = [len(row["input_ids"]) for row in dry_run.rows_for_steps(rows, 3)]
+    assert lengths[:6] == [9, 7, 5, 9, 7, 5] and len(lengths) == 9
 
 
-def test_too_little_memory_is_an_answer_with_ways_out(config: RunConfig) -> None:
+def test_too_little_memory_is_an_answer_with_suggestions(config: RunConfig) -> None:
     wide = changed(config, adapter__num_experts=64, adapter__r=64, training__per_device_train_batch_size=40)
     check = Check.of(wide)
     check.start(wide, "measurement", limit=700 << 20)
     state = ended(check)
     assert state["phase"] == "no_memory" and "memory ran out" in state["text"].lower(), state
-    ways = estimate.estimate(wide, available=700 << 20).ways
-    assert ways and ways[0].overrides["training.per_device_train_batch_size"] < 40
+    plan = Planner.of(wide)
+    plan.available = 700 << 20
+    first, *_ = suggestions.suggest(wide, plan)
+    assert first.overrides["training.per_device_train_batch_size"] < 40
 
 
 def test_after_cancelling_the_process_is_gone(config: RunConfig) -> None:

@@ -14,7 +14,7 @@ from mole.config import RunConfig
 from mole.core.errors import DataError, ModelError
 from mole.data import columns
 from mole.data.encoding import build_datasets
-from mole.preflight.preview import MOST_REJECTED, MOST_ROWS, Preview, preview
+from mole.preflight.preview import MAX_REJECTIONS, MAX_ROWS, Preview, preview
 from mole.preflight.preview import histogram as histogram_of
 
 BLANKING = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.text }}<|im_end|>\n{% endfor %}"
@@ -94,8 +94,8 @@ def test_rejected_rows_are_named_in_their_order(tiny_folder: Path, tmp_path: Pat
     for number in range(1, 160, 2):
         rows[number] = {"prompt": "Hi", "completion": None} if number % 4 == 1 else [number]
     seen = preview(config_of(tiny_folder, write(tmp_path, rows)))
-    assert seen.rejected == 80 and len(seen.rejections) == MOST_REJECTED
-    assert [item.row for item in seen.rejections] == [number + 1 for number in range(1, 160, 2)][:MOST_REJECTED]
+    assert seen.rejected == 80 and len(seen.rejections) == MAX_REJECTIONS
+    assert [item.row for item in seen.rejections] == [number + 1 for number in range(1, 160, 2)][:MAX_REJECTIONS]
     assert seen.rejections[0].reason == "completion is null" and "not an object" in seen.rejections[1].reason
     assert seen.used + seen.held_out == 120
 
@@ -141,14 +141,14 @@ def test_of_a_large_file_only_the_first_rows_are_read(tiny_folder: Path, tmp_pat
     begun = time.process_time()
     seen = preview(config_of(tiny_folder, path))
     assert time.process_time() - begun < 20
-    assert not seen.complete and seen.used + seen.held_out == MOST_ROWS
-    assert preview(config_of(tiny_folder, write(tmp_path, pairs(MOST_ROWS)))).complete
+    assert not seen.complete and seen.used + seen.held_out == MAX_ROWS
+    assert preview(config_of(tiny_folder, write(tmp_path, pairs(MAX_ROWS)))).complete
 
 
 def test_very_long_rows_are_not_all_tokenised(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mole.preflight.preview.MOST_CHARACTERS", 3000)
+    monkeypatch.setattr("mole.preflight.preview.MAX_CHARACTERS", 3000)
     rows = [{"prompt": "x" * 1000, "completion": "yes"}] * 9
     seen = preview(config_of(tiny_folder, write(tmp_path, [*rows[:1], {"prompt": "?"}, *rows, {"prompt": "?"}])))
     assert seen.used + seen.held_out == 2 and not seen.complete
