@@ -9,7 +9,8 @@ from mole import runs
 from mole.analysis import health
 from mole.analysis.history import HISTORIES, STEP_COLUMNS, History
 from mole.core.errors import InputError, RunError
-from mole.runs.run import Run, number, text_in
+from mole.runs.event_reader import number, text_in
+from mole.runs.run import Run
 
 LAST = ("loss", "tokens_per_second", "memory_mb", "eta_s", "learning_rate", "grad_norm")
 LOG_BYTES, LOG_LINES = 6_000, 14
@@ -49,12 +50,12 @@ def delta(run: Run, cursor: Cursor) -> tuple[dict[str, Any], Cursor]:
             "reading": history.share if more else None,
             "rows": {"at": rows, "columns": list(STEP_COLUMNS), "rows": tidy(history.steps.rows(rows))},
             "evals": {"at": evals, "rows": tidy(history.evals.rows(evals))},
-            "marks": list(history.marks) if fresh or cursor.read != history.offset else None,
+            "marks": list(history.marks) if fresh or cursor.read != history.reader.offset else None,
         }
         value |= newest_of(history, known["total_steps"]) if fresh or cursor.newest != moment else {}
         if known["state"] != cursor.state or fresh:
             value["trouble"] = trouble(run, known)
-        told = len(history.steps.closed), len(history.evals.closed), moment, history.offset
+        told = len(history.steps.closed), len(history.evals.closed), moment, history.reader.offset
         return value, Cursor(run.name, history.generation, *told, known["state"])
 
 

@@ -15,7 +15,8 @@ from mole import runs
 from mole.core import checkpoint, locks
 from mole.core.errors import RunError
 from mole.evaluation import job as evaluation_job
-from mole.runs.run import Run, number, numbers, parse_event
+from mole.runs.event_reader import EventReader, number, numbers, parse_event
+from mole.runs.run import Run
 
 FRESH_SECONDS = 0.5
 """Looks at the folders that are no older than this serve every page."""
@@ -35,32 +36,32 @@ class Cursor:
     change: int = 0
 
 
-@dataclass
 class HeldOut:
     """The lowest held-out loss of a run, read on from where the last look ended."""
 
-    inode: int = 0
-    offset: int = 0
-    best: float | None = None
-    behind: bool = False
+    def __init__(self, run: Run) -> None:
+        self.reader = EventReader(run.events_path)
+        self.best: float | None = None
 
-    def read(self, run: Run, most: int) -> int:
+    @property
+    def behind(self) -> bool:
+        """Whether there is more to read."""
+        return not self.reader.at_end
+
+    def read(self, most: int) -> int:
         """Read at most so many bytes more; returns how many it took."""
-        try:
-            file = run.events_path.open("rb")
-        except OSError:
+        self.reader.at_end = False
+        if most <= 0:
             return 0
-        with file:
-            found = os.fstat(file.fileno())
-            if found.st_ino != self.inode or found.st_size < self.offset:
-                self.inode, self.offset, self.best = found.st_ino, 0, None
-            file.seek(self.offset)
-            data = file.read(most)
-        complete = data.rfind(b"\n") + 1
-        self._take(data, complete)
-        self.offset += complete
-        self.behind = self.offset < found.st_size and complete > 0
-        return len(data)
+        try:
+            if self.reader.refresh():
+                self.best = None
+            start, block = self.reader.next_block(most)
+        except OSError:
+            self.reader.at_end = True
+            return 0
+        self._take(block, len(block))
+        return self.reader.offset - start
 
     def _take(self, data: bytes, end: int) -> None:
         at = data.find(b'"eval_loss"', 0, end)
@@ -80,7 +81,10 @@ class Entry:
     shows: tuple[Any, ...] = ()
     row: dict[str, Any] = field(default_factory=dict)
     change: int = 0
-    held_out: HeldOut = field(default_factory=HeldOut)
+    held_out: HeldOut = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held_out = HeldOut(self.run)
 
 
 class Listing:
@@ -160,12 +164,11 @@ class Listing:
             return 0
         if entry.shows and shows[0][0] != entry.shows[0][0]:
             entry.run = runs.get(entry.run.name)  # another run took the name
-        read = entry.held_out.read(entry.run, min(left, READ_AT_ONCE)) if left > 0 else 0
+        read = entry.held_out.read(min(left, READ_AT_ONCE))
         row = row_of(entry.run, entry.held_out.best)
         if row != entry.row:
             entry.row, entry.change, self._change = row, change, change
         entry.shows = shows
-        entry.held_out.behind |= left <= 0
         return read
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from mole.analysis.run_metrics import LossCurve, LossPoint, RunMetrics, evenly_spaced, read_metrics
 from mole.core.errors import InputError, RunError
 from mole.evaluation import job as evaluation_job
-from mole.runs.run import Run, number, numbers
+from mole.runs.event_reader import number, numbers
+from mole.runs.run import Run
 from mole.runs.store import get
 
 MAX_DRAWN = 8

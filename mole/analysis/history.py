@@ -7,21 +7,19 @@ never waits for the whole of it, and only ever reads what is new. It is a cache:
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
-from mole.runs.run import Run, number, parse_event
+from mole.runs.event_reader import BLOCK, EventReader, lines_of, number, parse_event, parse_without_routing, routing_of
+from mole.runs.run import Run
 
 BUDGET_S = 0.05
 """Time one poll may spend on reading; the rest of the file waits for the next poll."""
-BLOCK = 1 << 20
-"""Bytes read at a time; no line of an event is longer."""
 MOST_ROWS = 1_200
 """Rows kept of a curve: about as many as a screen has pixels for."""
 MOST_PLACES = 1 << 17
@@ -31,7 +29,6 @@ RECENT = 20
 """Last logged steps that are kept whole, with their routing."""
 LOOK_BACK = 64
 """Events looked at from the end of the file to find those."""
-ROUTING_KEY = b'"routing":'
 MARKS = ("checkpoint", "stopped", "failed", "interrupted")
 
 Row = list[Any]
@@ -159,6 +156,7 @@ class History:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.lock = threading.RLock()
+        self.reader = EventReader(run.events_path)
         self._forget()
 
     def _forget(self) -> None:
@@ -167,14 +165,12 @@ class History:
         self.steps, self.evals, self.places = Curve(STEP_COLUMNS), Curve(EVAL_COLUMNS), Places()
         self.marks: deque[list[Any]] = deque(maxlen=MOST_MARKS)
         self.newest: deque[dict[str, Any]] = deque(maxlen=RECENT)
-        self.offset = self.size = self._seen_size = 0
-        self._file: tuple[int, int] | None = None
-        self._head = b""
+        self._seen_size = 0
 
     @property
     def share(self) -> float:
         """How much of the file has been read, 0…1."""
-        return self.offset / self.size if self.size else 1.0
+        return self.reader.offset / self.reader.size if self.reader.size else 1.0
 
     # Reading -----------------------------------------------------------------------------------------------
 
@@ -183,28 +179,22 @@ class History:
         ends = time.perf_counter() + budget_s
         with self.lock:
             try:
-                with self.run.events_path.open("rb") as file:
-                    self._recognise(file)
-                    self._look_at_end()
-                    while self._read_block(file):
-                        if time.perf_counter() >= ends:
-                            return True
+                if self.reader.refresh():
+                    self._forget()
+                self._look_at_end()
+                while not self.reader.at_end:
+                    for at, line in lines_of(*self.reader.next_block()):
+                        self._take(line, at)
+                    if time.perf_counter() >= ends:
+                        return not self.reader.at_end
             except OSError:
+                self.reader = EventReader(self.run.events_path)
                 self._forget()
             return False
 
-    def _recognise(self, file: BinaryIO) -> None:
-        """Start over when this is not the file that was read before: shorter, another one, or another beginning."""
-        about = os.fstat(file.fileno())
-        head = file.read(64)
-        same = self._file in (None, (about.st_dev, about.st_ino)) and head.startswith(self._head)
-        if not same or about.st_size < self.offset:
-            self._forget()
-        self._file, self._head, self.size = (about.st_dev, about.st_ino), head, about.st_size
-
     def _look_at_end(self) -> None:
         """Take the step events that have come since the last look, from the end of the file."""
-        if self.size == self._seen_size:
+        if self.reader.size == self._seen_size:
             return
         known = self.newest[-1]["time"] if self.newest else None
         fresh: list[dict[str, Any]] = []
@@ -215,26 +205,11 @@ class History:
                 fresh.append({**event, "routing": routing_of(event)})
         kept = [event for event in self.newest if not fresh or event["step"] < fresh[-1]["step"]]
         self.newest = deque([*kept, *reversed(fresh)], maxlen=RECENT)
-        self._seen_size = self.size
-
-    def _read_block(self, file: BinaryIO) -> bool:
-        """Read up to a block of whole lines; false at the end of the file."""
-        file.seek(self.offset)
-        data = file.read(BLOCK)
-        end = data.rfind(b"\n") + 1
-        if end:
-            at = self.offset
-            for line in data[: end - 1].split(b"\n"):
-                self._take(line, at)
-                at += len(line) + 1
-            self.offset = at
-        elif len(data) == BLOCK:
-            self.offset += BLOCK  # no event is that long: what follows it on its line is not one either
-        return len(data) == BLOCK
+        self._seen_size = self.reader.size
 
     def _take(self, line: bytes, at: int) -> None:
         """Add the event of a line that begins at byte `at`."""
-        event, routed = parse_head(line)
+        event, routed = parse_without_routing(line)
         if event is None:
             return
         kind, step = event["type"], event["step"]
@@ -310,39 +285,3 @@ class Histories:
 
 
 HISTORIES = Histories()
-
-# ---------------------------------------------------------------------------------------------------------
-# Lines
-
-
-def parse_head(line: bytes) -> tuple[dict[str, Any] | None, bool]:
-    """A line's event without its routing, and whether it has some; None for a line that is no event.
-
-    The routing is by far the longest part and the last one, so it is cut off before parsing; where it is not the
-    last, or the rest does not parse without it, the whole line is parsed.
-    """
-    at = line.find(ROUTING_KEY)
-    value = at + len(ROUTING_KEY)
-    plain = line[value : value + 2].lstrip()[:1] == b"{" and line.find(b"}", value) == len(line) - 2
-    if at > 0 and line.endswith(b"}") and (plain or line[value:].strip() == b"null}"):
-        event = parse_event(line[:at].rstrip(b" ,") + b"}")
-        if event is not None:
-            return event, plain
-    event = parse_event(line)
-    return event, bool(event and event.pop("routing", None))
-
-
-def routing_of(event: dict[str, Any]) -> dict[str, Any] | None:
-    """The routing statistics of a step event, if they are whole: a table `load` and three lists by layer."""
-    routing = event.get("routing")
-    if not isinstance(routing, dict):
-        return None
-    layers, experts, load = (routing.get(key) for key in ("layers", "experts", "load"))
-    if not (isinstance(layers, int) and isinstance(experts, int) and experts):
-        return None
-    lists = [routing.get(key) for key in ("entropy", "active", "dead")]
-    if not layers or not all(isinstance(each, list) and len(each) == layers for each in (load, *lists)):
-        return None
-    rows = [row for row in load or [] if isinstance(row, list) and len(row) == experts]
-    numbers = [value for values in (*rows, *lists) for value in values or []]
-    return routing if len(rows) == layers and all(number(value) is not None for value in numbers) else None

@@ -6,16 +6,24 @@ torch.
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
-from mole.analysis.history import parse_head, routing_of
-from mole.runs.run import Run, number, numbers, parse_event
+from mole.runs.event_reader import (
+    EventReader,
+    lines_of,
+    number,
+    numbers,
+    parse_event,
+    parse_without_routing,
+    routing_of,
+)
+from mole.runs.run import Run
 
 FACTS = {
     "started": {"device": "device used", "dtype": "number format used"},
@@ -107,33 +115,28 @@ class RunMetrics:
 class MetricsReader:
     """Reads the events of a run incrementally: each event is parsed once."""
 
-    def __init__(self) -> None:
-        self._file: tuple[int, int] | None = None
+    def __init__(self, path: Path) -> None:
+        self.reader = EventReader(path)
         self._start_over()
 
     def _start_over(self) -> None:
         self.metrics = RunMetrics()
-        self._offset = self._sessions = 0
+        self._sessions = 0
         self._clock, self._tokens = 0.0, 0.0
         self._mark: float | None = None
         """Time of the last counted event; training time since then is not counted yet."""
         self._routed = b""
 
-    def read(self, run: Run) -> RunMetrics:
+    def read(self) -> RunMetrics:
         """The metrics up to the last complete line of the events."""
         try:
-            with run.events_path.open("rb") as file:
-                about = os.fstat(file.fileno())
-                if (about.st_dev, about.st_ino) != self._file or about.st_size < self._offset:
-                    self._start_over()
-                    self._file = about.st_dev, about.st_ino
-                file.seek(self._offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break  # still being written
-                    self._offset += len(line)
-                    self._take(line[:-1])
+            if self.reader.refresh():
+                self._start_over()
+            while not self.reader.at_end:
+                for _, line in lines_of(*self.reader.next_block()):
+                    self._take(line)
         except OSError:
+            self.reader = EventReader(self.reader.path)
             self._start_over()
         last = parse_event(self._routed) if self._routed else None
         if last is not None and (routing := routing_of(last)):
@@ -142,7 +145,7 @@ class MetricsReader:
         return replace(self.metrics, train=self.metrics.train.copy(), evals=self.metrics.evals.copy())
 
     def _take(self, line: bytes) -> None:
-        event, routed = parse_head(line)
+        event, routed = parse_without_routing(line)
         if event is None:
             return
         if routed:
@@ -196,8 +199,8 @@ _LOCK = Lock()
 def read_metrics(run: Run) -> RunMetrics:
     """The current metrics of a run."""
     with _LOCK:
-        reader = _READERS.pop(str(run.path), None) or MetricsReader()
+        reader = _READERS.pop(str(run.path), None) or MetricsReader(run.events_path)
         _READERS[str(run.path)] = reader
         while len(_READERS) > CACHED_READERS:
             _READERS.popitem(last=False)
-        return reader.read(run)
+        return reader.read()

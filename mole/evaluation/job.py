@@ -21,7 +21,8 @@ from mole.core.errors import ConfigError, DataError, RunError
 from mole.core.paths import local_path
 from mole.core.text import explain
 from mole.runs import job
-from mole.runs.run import Run, number
+from mole.runs.event_reader import number
+from mole.runs.run import Run
 
 FOLDER = "evaluations"
 ALIVE = ("queued", "running")

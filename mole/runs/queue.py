@@ -18,7 +18,8 @@ from mole.core.devices import physical_device
 from mole.core.errors import BusyError, MoleError, RunError, writing
 from mole.core.paths import device_lock_path, home
 from mole.runs import job
-from mole.runs.run import WAITING, Run, number
+from mole.runs.event_reader import number
+from mole.runs.run import WAITING, Run
 from mole.runs.store import get, list_runs
 
 QUEUE_LIMIT = limits.QUEUE

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,17 +18,14 @@ from mole.config import RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import BusyError, InputError, RunError
 from mole.runs import job
+from mole.runs.event_reader import EventReader, events_backwards, lines_of, number, numbers, parse_event, text_in
 
 STATES = ("queued", "running", "finished", "stopped", "interrupted", "failed")
 WAITING = ("created", "queued")
-HEAD, BLOCK = 1 << 13, 1 << 14
-"""Bytes read at a time from the start and from the end of the events."""
+HEAD_BYTES = 1 << 13
+"""Beginning of the events that is read for how the run was made."""
 NO_ROOM = 1 << 16
 """Bytes free on a disk that is as good as full."""
-HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
-"""What may be half a character, which no page and no file can take."""
-LARGEST_METRIC = 1e40
-"""Above all that 32-bit floating point can come to; sums and squares of such numbers are still finite."""
 
 
 @dataclass(frozen=True)
@@ -101,36 +97,21 @@ class Run:
     def read_events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
         """The events of the complete lines from byte `offset` on, and the offset for the next call.
 
-        An offset behind the end of the file (another run took the name) starts over.
+        An offset beyond the end of the file (another run took the name) starts over.
         """
+        reader, events = EventReader(self.events_path, offset), list[dict[str, Any]]()
         try:
-            with self.events_path.open("rb") as file:
-                if offset > file.seek(0, os.SEEK_END):
-                    offset = 0
-                file.seek(offset)
-                data = file.read()
+            reader.refresh()
+            while not reader.at_end:
+                lines = lines_of(*reader.next_block())
+                events += [event for _, line in lines if (event := parse_event(line))]
         except OSError:
             return [], 0
-        complete = data[: data.rfind(b"\n") + 1]
-        return [event for line in complete.splitlines() if (event := parse_event(line))], offset + len(complete)
+        return events, reader.offset
 
     def events_backwards(self) -> Iterator[dict[str, Any]]:
         """The events from the last to the first, reading no more of the file than is asked for."""
-        if not self.events_path.is_file():
-            return
-        with self.events_path.open("rb") as file:
-            start, rest, complete = file.seek(0, os.SEEK_END), b"", False
-            while start > 0:
-                size = min(max(BLOCK, len(rest)), start)  # of a line without end each time as much again
-                start -= size
-                file.seek(start)
-                rest, *lines = (file.read(size) + rest).split(b"\n")
-                if lines and not complete:
-                    lines.pop()  # what follows the last newline is still being written
-                    complete = True
-                yield from filter(None, map(parse_event, reversed(lines)))
-            if complete and (event := parse_event(rest)):
-                yield event
+        return events_backwards(self.events_path)
 
     @property
     def last_event(self) -> dict[str, Any]:
@@ -143,7 +124,7 @@ class Run:
         events: list[dict[str, Any]] = []
         try:
             with self.events_path.open("rb") as file:
-                lines = file.read(HEAD).split(b"\n")[:-1]
+                lines = file.read(HEAD_BYTES).split(b"\n")[:-1]
         except OSError:
             return events
         for event in filter(None, map(parse_event, lines)):
@@ -316,53 +297,6 @@ def made_of(config: RunConfig) -> dict[str, Any]:
         "total_steps": config.training.max_steps,
         **({"group": config.group} if config.group else {}),
     }
-
-
-def parse_event(line: bytes) -> dict[str, Any] | None:
-    """The event in a line; None for what is not one: garbage, or the rest of a write that was cut off."""
-    try:
-        event = json.loads(line, parse_int=_whole)
-        if HALF_PAIR.search(line):
-            json.dumps(event, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        return None
-    return event if is_event(event) else None
-
-
-def _whole(digits: str) -> float:
-    """A whole number, as a page can take it: one of more than 64 bits is as good as its first digits."""
-    return int(digits) if len(digits) < 19 else float(digits)
-
-
-def is_event(event: Any) -> bool:
-    """Whether a parsed line has what every event has: a type, and a step and a time that can be."""
-    if not isinstance(event, dict):
-        return False
-    step, moment = event.get("step"), event.get("time")
-    return (
-        isinstance(event.get("type"), str)
-        and isinstance(step, int)
-        and 0 <= step < 1 << 53
-        and isinstance(moment, (int, float))
-        and 0 <= moment < 1 << 40
-    )
-
-
-def text_in(event: dict[str, Any], key: str) -> str | None:
-    """A text of an event; None when it is none."""
-    value = event.get(key)
-    return value if isinstance(value, str) else None
-
-
-def number(value: Any) -> float | None:
-    """A number as it is, None for anything else, and for one that no training comes to."""
-    return value if isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC else None
-
-
-def numbers(values: Any) -> dict[str, float]:
-    """The numbers among named values; none when they are no such thing."""
-    known = {name: number(value) for name, value in values.items()} if isinstance(values, dict) else {}
-    return {name: value for name, value in known.items() if value is not None}
 
 
 def _finite(value: Any) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from app.services import charts
-from mole.analysis.history import MOST_ROWS, RECENT, STEP_COLUMNS, Histories, History, Places, parse_head
+from mole.analysis.history import MOST_ROWS, RECENT, STEP_COLUMNS, Histories, History, Places
+from mole.runs.event_reader import parse_without_routing
 from mole.runs.run import Run
 
 LAYERS, EXPERTS = 30, 8
@@ -221,7 +222,7 @@ def test_of_very_many_steps_evenly_spaced_places_are_kept() -> None:
     ],
 )
 def test_cutting_the_routing_off_reads_the_same_as_parsing_everything(line: str) -> None:
-    event, routed = parse_head(line.encode())
+    event, routed = parse_without_routing(line.encode())
     try:
         whole = json.loads(line)
     except ValueError:

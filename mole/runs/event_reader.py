@@ -1,0 +1,181 @@
+"""Reading `events.jsonl`: lines that are events, told from damage, and each read once from where the last read stopped.
+
+The file is append-only, may be gigabytes long, may be written to at this moment, and may be another run's under the
+same name: its content is never trusted. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BLOCK = 1 << 20
+"""Bytes read at a time; no line of an event is longer."""
+TAIL_BLOCK = 1 << 14
+"""Bytes read at a time from the end."""
+IDENTITY_BYTES = 64
+"""First bytes of the file, which tell another file under the same name and number."""
+ROUTING_KEY = b'"routing":'
+LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""What may be half of a surrogate pair, which neither a page nor UTF-8 can hold."""
+LARGEST_METRIC = 1e40
+"""Beyond 32-bit floating point, but squares and sums of such numbers are still finite in 64 bits."""
+
+
+class EventReader:
+    """Reads the complete lines of a run's events once, a block at a time, from where it stopped.
+
+    Attributes:
+        offset: bytes read so far.
+        size: bytes of the file at the last `refresh`.
+        at_end: whether nothing complete is left to read.
+    """
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path, self.offset, self.size, self.at_end = path, offset, 0, False
+        self._file: tuple[int, int] | None = None
+        self._head = b""
+
+    def refresh(self) -> bool:
+        """Look at the file again; true when reading starts over: it is shorter, another one, or begins differently.
+
+        Raises `OSError` when it cannot be read.
+        """
+        with self.path.open("rb") as file:
+            stat, head = os.fstat(file.fileno()), file.read(IDENTITY_BYTES)
+        identity = stat.st_dev, stat.st_ino
+        same = self._file in (None, identity) and head.startswith(self._head) and stat.st_size >= self.offset
+        self._file, self._head, self.size, self.at_end = identity, head, stat.st_size, False
+        if not same:
+            self.offset = 0
+        return not same
+
+    def next_block(self, most: int = BLOCK) -> tuple[int, bytes]:
+        """The next complete lines in at most `most` bytes, and the offset of the first. Raises `OSError`."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(most)
+        start, complete = self.offset, data.rfind(b"\n") + 1
+        self.at_end = len(data) < most
+        if not complete and not self.at_end:
+            complete = len(data)  # no event is that long: what follows it on its line is not one either
+        self.offset += complete
+        return start, data[:complete]
+
+
+def lines_of(start: int, block: bytes) -> Iterator[tuple[int, bytes]]:
+    """The lines of a block that begins at byte `start`, each with its own offset and without its newline."""
+    for line in block.split(b"\n")[:-1]:
+        yield start, line
+        start += len(line) + 1
+
+
+def events_backwards(path: Path) -> Iterator[dict[str, Any]]:
+    """The events from the last to the first, reading no more of the file than is asked for."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start, rest, complete = file.seek(0, os.SEEK_END), b"", False
+        while start > 0:
+            size = min(max(TAIL_BLOCK, len(rest)), start)  # doubled for a line that does not end
+            start -= size
+            file.seek(start)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            if lines and not complete:
+                lines.pop()  # what follows the last newline is still being written
+                complete = True
+            yield from filter(None, map(parse_event, reversed(lines)))
+        if complete and (event := parse_event(rest)):
+            yield event
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Lines
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line; None for what is not one: damage, or the rest of a write that was cut off."""
+    try:
+        event = json.loads(line, parse_int=_parse_int)
+        if LONE_SURROGATE.search(line):
+            json.dumps(event, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return event if is_event(event) else None
+
+
+def _parse_int(digits: str) -> float:
+    """A whole number as JavaScript can hold it: of more than 64 bits only the first digits count."""
+    return int(digits) if len(digits) < 19 else float(digits)
+
+
+def is_event(event: Any) -> bool:
+    """Whether a parsed line has what every event has: a type, and a plausible step and time."""
+    if not isinstance(event, dict):
+        return False
+    step, moment = event.get("step"), event.get("time")
+    return (
+        isinstance(event.get("type"), str)
+        and isinstance(step, int)
+        and 0 <= step < 1 << 53
+        and isinstance(moment, (int, float))
+        and 0 <= moment < 1 << 40
+    )
+
+
+def parse_without_routing(line: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """A line's event without its routing, and whether it has some; None for a line that is no event.
+
+    The routing is by far the longest part and the last one, so it is cut off before parsing; where it is not the
+    last, or the rest does not parse without it, the whole line is parsed.
+    """
+    at = line.find(ROUTING_KEY)
+    value = at + len(ROUTING_KEY)
+    plain = line[value : value + 2].lstrip()[:1] == b"{" and line.find(b"}", value) == len(line) - 2
+    if at > 0 and line.endswith(b"}") and (plain or line[value:].strip() == b"null}"):
+        event = parse_event(line[:at].rstrip(b" ,") + b"}")
+        if event is not None:
+            return event, plain
+    event = parse_event(line)
+    return event, bool(event and event.pop("routing", None))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Values
+
+
+def text_in(event: dict[str, Any], key: str) -> str | None:
+    """A text of an event; None when it is none."""
+    value = event.get(key)
+    return value if isinstance(value, str) else None
+
+
+def number(value: Any) -> float | None:
+    """A number as it is; None for anything else, and for one that no training reaches."""
+    return value if isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC else None
+
+
+def numbers(values: Any) -> dict[str, float]:
+    """The numbers among named values; none when they are no mapping."""
+    known = {name: number(value) for name, value in values.items()} if isinstance(values, dict) else {}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def routing_of(event: dict[str, Any]) -> dict[str, Any] | None:
+    """The routing statistics of a step event, if they are whole: a table `load` and three lists by layer."""
+    routing = event.get("routing")
+    if not isinstance(routing, dict):
+        return None
+    layers, experts, load = (routing.get(key) for key in ("layers", "experts", "load"))
+    if not (isinstance(layers, int) and isinstance(experts, int) and experts):
+        return None
+    lists = [routing.get(key) for key in ("entropy", "active", "dead")]
+    if not layers or not all(isinstance(each, list) and len(each) == layers for each in (load, *lists)):
+        return None
+    rows = [row for row in load or [] if isinstance(row, list) and len(row) == experts]
+    entries = [value for values in (*rows, *lists) for value in values or []]
+    return routing if len(rows) == layers and all(number(value) is not None for value in entries) else None
