@@ -25,7 +25,7 @@ from mole import models
 from mole.config import ModelConfig, RunConfig
 from mole.data.encoding import Datasets, build_datasets
 from mole.runs.run import Run
-from mole.training.trainer import MoleTrainer, assemble
+from mole.training.trainer import MoleTrainer, build_trainer
 
 LORA, TRAINER = f"LoRA r {EQUAL}", f"Trainer with LoRA r {EQUAL}"
 SAMPLE = Path(__file__).parents[1] / "assets" / "data" / "skills_train.jsonl"
@@ -79,7 +79,7 @@ def ours(config: RunConfig, layers: int, folder: Path) -> tuple[Trainer, Any, Da
     loaded = models.load_base(ModelConfig(device="cpu", dtype="float32"))
     shortened(loaded.model, layers)
     data = build_datasets(config.data, loaded.tokenizer, config.training.seed)
-    trainer = assemble(MoleTrainer, Run(folder.name, folder), config, loaded, data, {}, progress=False)
+    trainer = build_trainer(MoleTrainer, Run(folder.name, folder), config, loaded, data, {}, progress=False)
     return trainer, trainer.peft_model, data
 
 

@@ -134,19 +134,16 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(step=values["step"], files=values["files"], meta=values["meta"])
 
 
-def newest_good(checkpoints: Path, quarantine: bool = True) -> Path | None:
-    """The newest checkpoint that verifies, or None.
+def newest_good(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that verifies, or None; for the process that holds the run.
 
-    With `quarantine`, which is for the one who holds the run, broken ones on the way are renamed `step-N.bad` and what
-    a killed writer has left is removed.
+    Broken checkpoints that are newer are renamed to `step-N.bad`; temporary folders of a killed process are removed.
     """
-    if quarantine:
-        _clear_leftovers(checkpoints)
+    _clear_leftovers(checkpoints)
     for step, folder in reversed(steps(checkpoints)):
         if _is_good(folder, step):
             return folder
-        if quarantine:
-            set_aside(folder)
+        set_aside(folder)
     return None
 
 

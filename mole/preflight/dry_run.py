@@ -24,7 +24,7 @@ from mole.data.encoding import Datasets, build_datasets
 from mole.models.loading import load_base, on_its_gpu
 from mole.runs.run import Run
 from mole.training.steps import count_steps
-from mole.training.trainer import MoleTrainer, assemble
+from mole.training.trainer import MoleTrainer, build_trainer
 
 STEPS = ("warming up on the longest rows", "timing the longest rows", "timing random rows")
 EncodedRow = dict[str, list[int]]
@@ -84,7 +84,7 @@ def measure(config: RunConfig, folder: Path, report: Callable[[str, float], None
     short = dataclasses.replace(config, training=training)
     rows = rows_for_steps(data.train, batch * config.training.gradient_accumulation_steps)
     run = Run("dry-run", folder)
-    trainer = assemble(DryRunTrainer, run, short, base, Datasets(rows, [], data.report), {}, False)
+    trainer = build_trainer(DryRunTrainer, run, short, base, Datasets(rows, [], data.report), {}, False)
     timer = StepTimer(base.device, report)
     trainer.add_callback(timer)
     trainer.train()

@@ -1,6 +1,7 @@
-"""The state of a training, kept without pickle: optimizer, schedule and random generators as safetensors and JSON.
+"""The training state of a checkpoint: optimizer, schedule, scaler and random generators, without pickle.
 
-Floating-point numbers survive both formats exactly, so a resumed run continues bit for bit.
+Tensors are stored as safetensors and values as JSON. Both keep floating-point numbers exactly, so a resumed run
+continues bit for bit.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from mole.core.errors import CheckpointError
 TENSORS, VALUES = "training_state.safetensors", "training_state.json"
 
 
-def save_state(folder: Path, optimizer: Any, scheduler: Any, scaler: Any = None) -> None:
-    """Write the state of an optimizer, a learning-rate schedule, a gradient scaler and all random generators."""
+def save_training_state(folder: Path, optimizer: Any, scheduler: Any, scaler: Any = None) -> None:
+    """Write the state of the optimizer, the schedule, the gradient scaler and all random generators."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for place, slots in state["state"].items():
+    for index, slots in state["state"].items():
         for name, value in slots.items():
             target = tensors if isinstance(value, Tensor) else scalars
-            target[f"optimizer.{place}.{name}"] = value
+            target[f"optimizer.{index}.{name}"] = value
     tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         for device, generator in enumerate(torch.cuda.get_rng_state_all()):
@@ -46,8 +47,8 @@ def save_state(folder: Path, optimizer: Any, scheduler: Any, scaler: Any = None)
     (folder / VALUES).write_text(json.dumps(values), encoding="utf-8")
 
 
-def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and values that `save_state` wrote. Raises `CheckpointError` when they cannot be read."""
+def read_training_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and values that `save_training_state` wrote. Raises `CheckpointError` when they cannot be read."""
     try:
         return load_file(folder / TENSORS), json.loads((folder / VALUES).read_text(encoding="utf-8"))
     except Exception as error:
@@ -55,13 +56,13 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_optimizer(folder: Path, optimizer: Any, scheduler: Any, scaler: Any = None) -> None:
-    """Put the optimizer, schedule and scaler back where `save_state` saw them."""
-    tensors, values = read_state(folder)
+    """Restore the optimizer, the schedule and the scaler."""
+    tensors, values = read_training_state(folder)
     slots: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **values["optimizer"]}.items():
-        kind, place, *rest = name.split(".")
-        if kind == "optimizer":
-            slots.setdefault(int(place), {})[".".join(rest)] = value
+        prefix, index, *rest = name.split(".")
+        if prefix == "optimizer":
+            slots.setdefault(int(index), {})[".".join(rest)] = value
     optimizer.load_state_dict({"state": slots, "param_groups": values["param_groups"]})
     scheduler.load_state_dict(values["scheduler"])
     if scaler is not None and values["scaler"]:
@@ -69,8 +70,8 @@ def restore_optimizer(folder: Path, optimizer: Any, scheduler: Any, scaler: Any 
 
 
 def restore_random(folder: Path) -> None:
-    """Put Python's, NumPy's and torch's random generators back where `save_state` saw them."""
-    tensors, values = read_state(folder)
+    """Restore the random generators of Python, NumPy and torch."""
+    tensors, values = read_training_state(folder)
     version, state, gauss = values["random"]["python"]
     random.setstate((version, tuple(state), gauss))
     kind, *position = values["random"]["numpy"]

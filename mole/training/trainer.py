@@ -1,14 +1,12 @@
-"""One run's training in this process: transformers' Trainer, the auxiliary losses, the event log, exact resume."""
+"""Trains a run in this process: transformers' Trainer with auxiliary losses, events, and exact resume."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -21,124 +19,79 @@ from mole.core import checkpoint
 from mole.core.errors import CheckpointError, TrainingError
 from mole.data.encoding import Collator, Datasets, build_datasets, by_length, chat_template
 from mole.mixture.model import mole_config
-from mole.mixture.routing_log import auxiliary_loss, one_batch
+from mole.mixture.routing_log import auxiliary_loss, layer_statistics, one_batch
 from mole.models.adapter_files import WEIGHTS
 from mole.models.loading import TEMPLATE_FILE, Base, load_base, on_its_gpu
 from mole.models.logits import summed_loss_at
-from mole.models.sources import fingerprint
 from mole.runs.run import Run
-from mole.training import state
-from mole.training.callbacks import CALMER, EventLog
+from mole.training.callbacks import DIVERGENCE_ADVICE, EventLog
+from mole.training.resume import check_resumable, run_identity
+from mole.training.state import restore_optimizer, restore_random, save_training_state
 from mole.training.steps import count_steps
 
 TRAINER_STATE = "trainer_state.json"
-OVERHEAD = {"cpu": 24}
-OVERHEAD_GPU = 1024
-"""What one more pass through the model costs, in tokens, by device."""
-FREE_TO_CHANGE = {"save_steps", "save_total_limit", "logging_steps", "eval_steps"}
-"""Training settings that may differ on resume: they do not change what is learnt."""
+PASS_OVERHEAD = {"cpu": 24}
+PASS_OVERHEAD_GPU = 1024
+"""Cost of an additional forward pass by kind of device, as the number of tokens that take equally long."""
 
 AnyTrainer = TypeVar("AnyTrainer", bound="MoleTrainer")
 
 
 def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
-    """Train a run from its config to its adapter, or until its stop is requested.
+    """Train a run to its end, or until a stop is requested; progress is written to the run's events.
 
-    The caller holds the locks of the run and the device. What happens is told in the run's events.
+    The caller holds the locks of the run and the device.
 
     Args:
-        run: the run; its folder gets checkpoints and, at the end, the adapter.
-        resume: go on from the newest checkpoint that verifies; from the start when there is none.
-        progress: draw a progress bar on the terminal.
+        run: the run; checkpoints and finally the adapter are written to its folder.
+        resume: continue from the newest valid checkpoint; start from the beginning if there is none.
+        progress: show a progress bar on the terminal.
 
     Raises:
         InputError: model, data or a setting cannot be used.
-        CheckpointError: config or data are not those of the checkpoint.
-        TrainingError: the loss is no longer finite.
+        CheckpointError: settings, data or base model differ from those of the checkpoint.
+        TrainingError: the loss is not finite.
     """
     config = run.config
     base = load_base(on_its_gpu(config.model))
     datasets = build_datasets(config.data, base.tokenizer, config.training.seed)
     source = checkpoint.newest_good(run.checkpoints_dir) if resume else None
-    meta = {
-        "config": config.to_dict(),
-        "data": datasets.report.fingerprint,
-        "tokens": fingerprint_of_tokens(datasets),
-        "base": fingerprint(base.folder) if base.folder else {},
-    }
+    identity = run_identity(config, datasets, base)
     if source is not None:
-        require_same(checkpoint.read_manifest(source).meta, meta)
-    trainer = assemble(MoleTrainer, run, config, base, datasets, meta, progress)
-    trainer.announce(source)
+        check_resumable(checkpoint.read_manifest(source).meta, identity)
+    trainer = build_trainer(MoleTrainer, run, config, base, datasets, identity, progress)
+    trainer.log_start(source)
     try:
         if source is not None and checkpoint.read_manifest(source).step >= trainer.total_steps():
-            trainer.take_over(source)
+            trainer.load_final_checkpoint(source)
         else:
             trainer.train(resume_from_checkpoint=None if source is None else str(source))
     finally:
         trainer.log_callback.close()
-    trainer.conclude()
+    trainer.finish()
 
 
-def assemble(
-    kind: type[AnyTrainer],
+def build_trainer(
+    trainer_class: type[AnyTrainer],
     run: Run,
     config: RunConfig,
     base: Base,
     datasets: Datasets,
-    meta: dict[str, Any],
+    identity: dict[str, Any],
     progress: bool,
 ) -> AnyTrainer:
-    """A trainer of that kind, the fresh adapter on the base model, ready to train."""
+    """Put a new adapter on the base model and make a trainer of that class for it."""
     set_seed(config.training.seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # checkpointing has other names in newer transformers
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of transformers rename gradient checkpointing
         model = get_peft_model(base.model, mole_config(config.adapter, task_type="CAUSAL_LM"))
         if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return kind(run, config, base, model, datasets, meta, progress)
-
-
-def require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise `CheckpointError` naming every setting that differs from the checkpoint's, the data, and the base model.
-
-    What a checkpoint of an earlier version does not tell is not compared.
-    """
-    changes = []
-    config = RunConfig.from_dict(before["config"]).to_dict()  # a setting that is newer than the checkpoint: its default
-    for section in ("model", "data", "adapter", "training"):
-        old, new = config[section], now["config"][section]
-        for key in sorted({*old, *new} - FREE_TO_CHANGE):
-            if old.get(key) != new.get(key):
-                changes.append(f"{section}.{key} was {old.get(key)!r} and is now {new.get(key)!r}")
-    data, model = now["config"]["data"], now["config"]["model"]["name"]
-    if before["data"] != now["data"]:
-        files = " or ".join(data[key] for key in ("path", "eval_path") if data[key])
-        changes.append(f"the content of the training data has changed ({files})")
-    elif before.get("tokens", now["tokens"]) != now["tokens"]:
-        changes.append(f"the same data gives other tokens: tokenizer or chat template of {model} have changed")
-    base = before.get("base", now["base"])
-    files = ", ".join(name for name in sorted({*base, *now["base"]}) if base.get(name) != now["base"].get(name))
-    if files:
-        changes.append(f"the base model {model} is another one now ({files})")
-    if changes:
-        raise CheckpointError(
-            f"The run cannot be resumed, because it is no longer the same: {'; '.join(changes)}. "
-            "Undo the change, or start a new run with the new settings."
-        )
-
-
-def fingerprint_of_tokens(datasets: Datasets) -> str:
-    """The sha256 of everything that is learnt from, as the model sees it."""
-    digest = hashlib.sha256()
-    for row in [*datasets.train, *datasets.eval]:
-        for values in (row["input_ids"], row["labels"]):
-            digest.update(np.asarray([len(values), *values], dtype=np.int64).tobytes())
-    return digest.hexdigest()
+    return trainer_class(run, config, base, model, datasets, identity, progress)
 
 
 def training_arguments(run: Run, config: RunConfig, base: Base) -> TrainingArguments:
-    """transformers' arguments for a run; evaluation, logging and checkpoints are ours."""
+    """transformers' `TrainingArguments` of a run; `MoleTrainer` replaces its evaluation, logging and checkpoints."""
     settings = config.training
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints_dir),
@@ -169,12 +122,12 @@ def training_arguments(run: Run, config: RunConfig, base: Base) -> TrainingArgum
         disable_tqdm=True,
         report_to="none",
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one run, one device: more GPUs must not make it nn.DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one device per run: Trainer would use nn.DataParallel on several
     return arguments
 
 
 def model_card(config: RunConfig) -> str:
-    """The README of an adapter: what it is and how to load it."""
+    """The README of an adapter: its settings and how to load it."""
     adapter = config.adapter
     return f"""---
 base_model: {config.model.name}
@@ -184,22 +137,22 @@ tags: [mole-studio, mixture-of-lora-experts, {adapter.router}]
 
 A mixture of LoRA experts for `{config.model.name}`, trained with MoLE Studio.
 
-Router {adapter.params.title}, {adapter.num_experts} experts of rank {adapter.r} at a projection.
+Router {adapter.params.title}, {adapter.num_experts} experts of rank {adapter.r} per projection.
 {adapter.params.summary}
 
 ```python
-import mole  # first: without it PEFT does not know the adapter type MOLE_STUDIO and says KeyError
+import mole  # first: it registers the adapter type MOLE_STUDIO, without which PEFT raises KeyError
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("this folder")
 ```
 
-It was trained with the chat template in `chat_template.jinja`; use the same one for prompts.
+The adapter was trained with the chat template in `chat_template.jinja`; use the same template for prompts.
 """
 
 
 class MoleTrainer(Trainer):
-    """Trainer with logits only where there are labels, auxiliary losses counted once a batch, and safe checkpoints."""
+    """Trainer with logits of labelled tokens only, the auxiliary losses, and atomic checkpoints."""
 
     def __init__(
         self,
@@ -208,14 +161,15 @@ class MoleTrainer(Trainer):
         base: Base,
         model: PeftModel,
         datasets: Datasets,
-        meta: dict[str, Any],
+        identity: dict[str, Any],
         progress: bool,
     ) -> None:
-        self.run, self.run_config, self.base, self.data, self.meta = run, config, base, datasets, meta
+        self.run, self.run_config, self.base, self.data, self.identity = run, config, base, datasets, identity
         self.peft_model = model
         self.losses: dict[str, Tensor] = {}
         self.batch_tokens: Tensor | int = 1
-        self.evaluated: tuple[int, dict[str, float]] | None = None
+        self.last_eval: tuple[int, dict[str, float]] | None = None
+        """The step and the metrics of the last evaluation."""
         self.log_callback = EventLog(self, progress)
         super().__init__(
             model=model,
@@ -230,8 +184,8 @@ class MoleTrainer(Trainer):
         base_model: Any = model.get_base_model()
         self.head: nn.Module = base_model.get_output_embeddings()
 
-    def announce(self, source: Path | None) -> None:
-        """Write the `started` and `data` events."""
+    def log_start(self, source: Path | None) -> None:
+        """Write the `started` and `data` events; `source` is the checkpoint that is resumed from."""
         report = self.data.report
         step = 0 if source is None else checkpoint.read_manifest(source).step
         trainable = sum(p.numel() for p in self.peft_model.parameters() if p.requires_grad)
@@ -252,32 +206,34 @@ class MoleTrainer(Trainer):
         """Optimizer steps of the whole run."""
         return count_steps(self.run_config.training, len(self.data.train))[0]
 
-    def take_over(self, source: Path) -> None:
-        """Take the weights of the last step's checkpoint: of nothing left to do, Trainer would do one step more."""
+    def load_final_checkpoint(self, source: Path) -> None:
+        """Load a checkpoint of the last step; `Trainer.train` would take one more step from there."""
         self._load_from_checkpoint(str(source))
         self.state = TrainerState.load_from_json(str(source / TRAINER_STATE))
 
-    def conclude(self) -> None:
-        """After the last step: write the adapter and the `finished` event, or `stopped`."""
+    def finish(self) -> None:
+        """Evaluate, write the adapter and the `finished` event; only the `stopped` event before the last step."""
         step = self.state.global_step
         if step < self.total_steps():
             self.run.append_event("stopped", step)
             return
-        metrics = {key: value for key, value in self.log_callback.summary().items() if value is not None}
+        metrics = self.log_callback.summary()
         if self.data.eval is not None and len(self.data.eval):
             metrics.update(self.evaluate())
-        checkpoint.write_folder(self.run.adapter_dir, self.write_adapter, step=step, meta=self.meta)
+        checkpoint.write_folder(self.run.adapter_dir, self.write_adapter, step=step, meta=self.identity)
         self.run.append_event("finished", step, metrics=metrics)
 
     def write_adapter(self, folder: Path) -> None:
-        """Put the adapter in PEFT's format, and the chat template it was trained with, into a folder.
+        """Write the adapter in PEFT's format, its README and the chat template of the training into a folder.
 
-        Raises `TrainingError` when its weights are not finite: such a checkpoint must not push out a good one.
+        Raises `TrainingError` when its weights are not finite, so that such a checkpoint never replaces a good one.
         """
         finite = [weight.isfinite().all() for weight in self.peft_model.parameters() if weight.requires_grad]
         if not torch.stack(finite).all():
-            raise TrainingError(f"The adapter's weights are not finite after step {self.state.global_step}. {CALMER}")
-        # without a look for resized embeddings, which asks the hub and can take long
+            raise TrainingError(
+                f"The adapter's weights are not finite after step {self.state.global_step}. {DIVERGENCE_ADVICE}"
+            )
+        # save_embedding_layers=False: the search for resized embeddings would ask the hub, which can take long
         self.peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
         (folder / TEMPLATE_FILE).write_text(chat_template(self.base.tokenizer), encoding="utf-8")
         (folder / "README.md").write_text(model_card(self.run_config), encoding="utf-8")
@@ -297,52 +253,63 @@ class MoleTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean cross-entropy of the labelled tokens of the whole accumulated batch, plus the auxiliary loss.
+        """Cross-entropy of a micro-batch divided by the labels of the whole accumulated batch, plus the auxiliary loss.
 
-        The auxiliary loss of a micro-batch is weighted by its share of tokens, so that means over tokens add up
-        to those of one big batch.
+        The auxiliary loss is weighted by the micro-batch's share of tokens: summed over the accumulated batch, means
+        over tokens equal those of one large batch.
         """
         with one_batch(model):
             loss = self.summed_loss(model, inputs)
         items = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"][:, 1:] != -100).sum()
         loss = loss / items
-        self.note("loss", loss)
+        self.add_loss("loss", loss)
         if model.training and self.has_router:
             auxiliary = auxiliary_loss(model) * (inputs["attention_mask"].sum() / self.batch_tokens)
-            self.note("aux_loss", auxiliary)
+            self.add_loss("aux_loss", auxiliary)
             loss = loss + auxiliary
         return (loss, {}) if return_outputs else loss
 
     @property
     def has_router(self) -> bool:
+        """Whether the adapter has a router."""
         return self.run_config.adapter.router != "lora"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.base.device
+
+    def routing_statistics(self) -> dict[str, Any] | None:
+        """Statistics of the routing in the last optimizer step; None without a router."""
+        return layer_statistics(self.peft_model) if self.has_router else None
+
     def summed_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Sum of the cross-entropy over the labelled tokens of a batch, logits computed at those alone → scalar.
+        """Cross-entropy summed over the labelled tokens of a batch → scalar.
 
-        Rows of like length go through the model together, so that little of the work is padding.
+        Rows of similar length share a forward pass, so that little time is spent on padding.
         """
-        overhead = OVERHEAD.get(inputs["input_ids"].device.type, OVERHEAD_GPU)
-        return torch.stack([self.loss_of_part(model, part) for part in by_length(inputs, overhead)]).sum()
+        overhead = PASS_OVERHEAD.get(inputs["input_ids"].device.type, PASS_OVERHEAD_GPU)
+        return torch.stack([self.one_pass_loss(model, part) for part in by_length(inputs, overhead)]).sum()
 
-    def loss_of_part(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """The same of rows that go through the model together."""
+    def one_pass_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Summed cross-entropy of one forward pass, with logits of labelled tokens only → scalar."""
+        # logits at position i predict token i + 1: shift labels left, and drop the last position of each row
         labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100).flatten()
         positions = (labels != -100).nonzero()[:, 0]
         given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         return summed_loss_at(model, self.head, positions, labels[positions], **given)
 
-    def note(self, name: str, value: Tensor) -> None:
-        """Add a micro-batch's part of a loss to the step's."""
+    def add_loss(self, name: str, value: Tensor) -> None:
+        """Add a micro-batch's part to one of the step's losses."""
         self.losses[name] = self.losses.get(name, torch.zeros_like(value)) + value.detach()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Mean cross-entropy over all labelled tokens of the held-out rows, as the `eval` event; once a step."""
-        if self.evaluated is None or self.evaluated[0] != self.state.global_step:
+        """Compute the held-out loss and write the `eval` event, at most once per step → `{"eval_loss": …}`."""
+        if self.last_eval is None or self.last_eval[0] != self.state.global_step:
             metrics = {"eval_loss": self.held_out_loss()}
-            self.evaluated = self.state.global_step, metrics
+            self.last_eval = self.state.global_step, metrics
             self.run.append_event("eval", self.state.global_step, **metrics)
-        return self.evaluated[1]
+        return self.last_eval[1]
 
     def held_out_loss(self) -> float:
         """Mean cross-entropy over all labelled tokens of the held-out rows."""
@@ -355,32 +322,34 @@ class MoleTrainer(Trainer):
                 count += int((inputs["labels"][:, 1:] != -100).sum())
         return total / max(count, 1)
 
-    # Checkpoints: whole or not at all, no pickle
+    # Checkpoints: atomic, and without pickle
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         def writer(folder: Path) -> None:
             self.write_adapter(folder)
-            state.save_state(folder, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+            save_training_state(folder, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
             self.state.save_to_json(str(folder / TRAINER_STATE))
 
         settings = self.run_config.training
         step = self.state.global_step
-        folder = checkpoint.write(self.run.checkpoints_dir, step, writer, self.meta, limit=settings.save_total_limit)
+        folder = checkpoint.write(
+            self.run.checkpoints_dir, step, writer, self.identity, limit=settings.save_total_limit
+        )
         self.run.append_event("checkpoint", step, path=folder.name)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         outcome: Any = set_peft_model_state_dict(self.peft_model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
         if outcome.unexpected_keys:
-            strange = ", ".join(outcome.unexpected_keys[:3])
-            raise CheckpointError(f"{resume_from_checkpoint} has weights that this adapter has not: {strange}.")
+            unexpected = ", ".join(outcome.unexpected_keys[:3])
+            raise CheckpointError(f"{resume_from_checkpoint} has weights that are not in this adapter: {unexpected}.")
 
     def _load_optimizer_and_scheduler(self, resume_from: str | None) -> None:
         if resume_from is not None:
-            state.restore_optimizer(Path(resume_from), self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+            restore_optimizer(Path(resume_from), self.optimizer, self.lr_scheduler, self.accelerator.scaler)
 
     def _load_scaler(self, resume_from: str | None) -> None:
-        """Done with the optimizer."""
+        """Does nothing: the scaler is restored with the optimizer."""
 
     def _load_rng_state(self, resume_from: str | None) -> None:
         if resume_from is not None:
-            state.restore_random(Path(resume_from))
+            restore_random(Path(resume_from))

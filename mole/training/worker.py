@@ -1,7 +1,7 @@
 """The process of one run: `python -m mole.training.worker NAME [--resume]`, or `mole train` in the foreground.
 
-It holds the run's lock, waits for its turn on the device (a small process: torch is not imported yet), trains, and
-leaves the reason in the events when that fails.
+It holds the run's lock, waits for the device (without having imported torch, so the process is small), trains, and
+writes the reason to the events if that fails.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ log = logging.getLogger("mole")
 
 
 def work(run: Run, *, resume: bool = False, progress: bool = False) -> None:
-    """Train a queued run in this process: wait for its device, train, tell the end in its events and `train.log`.
+    """Train a queued run in this process: wait for its device, train, and log to its events and `train.log`.
 
-    The first Ctrl-C, or SIGTERM, saves and stops; a second Ctrl-C aborts. `progress` tells on the terminal how it goes.
-    Raises `BusyError` when another process has the run, `MoleError` when training failed (the event `failed` says
-    the same).
+    The first Ctrl-C or SIGTERM saves and stops, a second Ctrl-C aborts. `progress` shows progress on the terminal.
+    Raises `BusyError` when another process holds the run, and `MoleError` when training failed, with the message of the
+    `failed` event.
     """
     with run.lock(), logging_to(run), stopping_on_signals(run, progress):
         last = run.last_event
-        if last["type"] not in WAITING:  # of two that were started for it, the other has had it meanwhile
+        if last["type"] not in WAITING:  # another process started for it was faster
             raise RunError(f"The run {run.name} is {run.state_unheld(last)} and does not wait to be trained.")
         try:
             device = str(run.last_event.get("device") or runs.device_of(run.config))
-            tell = say if progress else log.info
-            with device_turn(device, run.stop_requested, tell, lambda: runs.acquire_device(device, run)) as held:
+            report = print_status if progress else log.info
+            with device_turn(device, run.stop_requested, report, lambda: runs.acquire_device(device, run)) as held:
                 if not held:
                     if run.last_event["type"] != "stopped":
                         run.append_event("stopped", run.step)
@@ -52,28 +52,28 @@ def work(run: Run, *, resume: bool = False, progress: bool = False) -> None:
                 train(run, resume=resume, progress=progress)
                 log.info("%s at step %d", run.last_event["type"], run.step)
         except MoleError as error:
-            fail(run, error)
+            record_failure(run, error)
             raise
         except Exception as error:
-            message, advice = fail(run, error)
+            message, advice = record_failure(run, error)
             raise TrainingError(f"{message} {advice}") from error
         finally:
             run.clear_stop()
 
 
-def fail(run: Run, error: Exception) -> tuple[str, str]:
+def record_failure(run: Run, error: Exception) -> tuple[str, str]:
     """Write the `failed` event, and the traceback to the log; returns the cause and the advice."""
     message, advice = explain(error)
     log.error("failed: %s %s", message, advice, exc_info=error)
     try:
         run.append_event("failed", run.step, error=message, advice=advice)
-    except OSError as problem:  # a full disk: the state will be `interrupted`, which can be resumed just as well
+    except OSError as problem:  # a full disk: the run's state becomes `interrupted`, which can be resumed too
         log.error("the failure could not be written to the events: %s", problem)
     return message, advice
 
 
 class LogFile(logging.FileHandler):
-    """A log that a full disk does not turn into an error: the run may go on, or fail for a better reason."""
+    """A log file whose write errors are ignored: on a full disk the run may go on, or fail with its own error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):
@@ -87,8 +87,8 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
-class Formatter(logging.Formatter):
-    """A line of the log, or a traceback in it, without tokens."""
+class RedactingFormatter(logging.Formatter):
+    """Removes access tokens from log lines and tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redacted(super().format(record))
@@ -96,9 +96,9 @@ class Formatter(logging.Formatter):
 
 @contextmanager
 def logging_to(run: Run) -> Iterator[None]:
-    """Let the log of `mole` go to the run's `train.log`."""
+    """Send the log of `mole` to the run's `train.log`."""
     handler = LogFile(run.log_path, encoding="utf-8", delay=True)
-    handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     before = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -113,7 +113,7 @@ def logging_to(run: Run) -> Iterator[None]:
 
 @contextmanager
 def stopping_on_signals(run: Run, progress: bool) -> Iterator[None]:
-    """Turn the first Ctrl-C and SIGTERM into a request to stop. Only the main thread can; others leave signals be."""
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -132,8 +132,8 @@ def stopping_on_signals(run: Run, progress: bool) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def say(message: str) -> None:
-    """Tell a person at the terminal something, beside the progress bar."""
+def print_status(message: str) -> None:
+    """Print a message to the terminal."""
     print(message, file=sys.stderr, flush=True)
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from mole import runs
 from mole.core import checkpoint
+from mole.core.errors import CheckpointError
 from mole.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +99,14 @@ def finish(run: Run) -> None:
     """Let a run be trained to its end."""
     assert Attempt(run).code() == 0, run.log_path.read_text()
     assert run.state == "finished"
+
+
+def saved_step(run: Run) -> int:
+    """The step of the newest checkpoint that verifies, 0 for none; nothing is renamed or removed."""
+    for _, folder in reversed(checkpoint.steps(run.checkpoints_dir)):
+        with suppress(CheckpointError):
+            return checkpoint.verify(folder).step
+    return 0
 
 
 def weights(run: Run) -> bytes:

@@ -207,8 +207,8 @@ def make_other_template(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (make_wider, ("is another one now (config.json, model.safetensors)",)),
-        (make_other, ("is another one now (model.safetensors)",)),
+        (make_wider, ("has changed (config.json, model.safetensors)",)),
+        (make_other, ("has changed (model.safetensors)",)),
         (make_other_template, ("tokenizer or chat template",)),
     ],
 )
@@ -227,9 +227,9 @@ def test_another_base_model_under_the_same_path_is_noticed(
 
 
 def test_a_checkpoint_of_an_earlier_version_that_tells_less_is_still_taken(stopped: Run, whole: Whole) -> None:
-    from mole.training.trainer import require_same
+    from mole.training.resume import check_resumable
 
     folder = checkpoint.newest_good(stopped.checkpoints_dir)
     assert folder is not None
     now = checkpoint.read_manifest(folder).meta
-    require_same({key: now[key] for key in ("config", "data")}, now)
+    check_resumable({key: now[key] for key in ("config", "data")}, now)

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import SAVE_STEPS, Attempt, Make, Whole, finish, weights
+from forks import SAVE_STEPS, Attempt, Make, Whole, finish, saved_step, weights
 
 from mole import runs
-from mole.core import checkpoint
 from mole.runs.run import Run
 
 SEED = 20_240_229
@@ -27,8 +26,7 @@ KILLS, SOAK_KILLS = 50, 300
 def check_killed(run: Run) -> None:
     """What must hold of a run whose process was just killed."""
     last = run.last_event
-    good = checkpoint.newest_good(run.checkpoints_dir, quarantine=False)
-    saved = 0 if good is None else checkpoint.verify(good).step
+    saved = saved_step(run)
     told = [event["step"] for event in run.events() if event["type"] == "checkpoint"]
     assert saved >= max(told, default=0), "a checkpoint that was announced is gone"
     assert last["step"] - saved <= SAVE_STEPS, "more work is lost than save_steps"
@@ -248,7 +246,7 @@ def test_with_one_checkpoint_to_keep_there_is_always_a_good_one(make_tiny: Make,
         what = operations[place]
         run = make_tiny(**limit)
         assert Attempt(run, partial(die_before, what, operations[:place].count(what))).code() == -signal.SIGKILL
-        assert checkpoint.newest_good(run.checkpoints_dir, quarantine=False) is not None, what
+        assert saved_step(run), what
         check_killed(run)
     finish(run)
     check_finished(run, whole)

@@ -146,7 +146,7 @@ def make_run(name: str, base: Path, model: Any) -> None:
         run.append_event("step", step, loss=1.0 / step, learning_rate=HOSTILE, routing=routing, **{HOSTILE: HOSTILE})
     with worker.logging_to(run):
         if name == "failed":
-            worker.fail(run, RuntimeError(HOSTILE))
+            worker.record_failure(run, RuntimeError(HOSTILE))
         worker.log.info("%s", HOSTILE)
     with run.log_path.open("a", encoding="utf-8") as log:
         log.write(f"{HOSTILE}\r{HOSTILE}\n\x1b[31m{HOSTILE}\x1b[0m\n")

@@ -125,7 +125,7 @@ def test_an_error_that_quotes_a_token(home: Path, quote: str, monkeypatch: pytes
         try:
             raise RuntimeError(quote)
         except RuntimeError as error:
-            worker.fail(run, error)
+            worker.record_failure(run, error)
     texts = [
         one_line(RuntimeError(quote)), " ".join(explain(RuntimeError(quote))),
         " ".join(explain(DataError(quote))), run.events_path.read_text(), run.log_path.read_text(),

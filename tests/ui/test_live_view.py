@@ -52,7 +52,7 @@ def studio(make_run: Callable[..., runs.Run]) -> Iterator[Studio]:
     train(make_run("trained", 30, **{"adapter.router": "topk", "training.learning_rate": 0.05}))
     failed = make_run("broken", 10)
     with worker.logging_to(failed):
-        worker.fail(failed, RuntimeError(HOSTILE))
+        worker.record_failure(failed, RuntimeError(HOSTILE))
     killed = make_run("killed", 10)
     killed.append_event("started", 0, total_steps=10, resumed_from=None)
     port = free_port()

@@ -1,0 +1,77 @@
+"""Whether a run may resume from a checkpoint: only with the same settings, data and base model."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from mole.config import RunConfig
+from mole.core.errors import CheckpointError
+from mole.data.encoding import Datasets
+from mole.models.loading import Base
+from mole.models.sources import fingerprint
+
+MAY_CHANGE = {"save_steps", "save_total_limit", "logging_steps", "eval_steps"}
+"""Training settings that may differ on resume: they do not affect the weights."""
+
+
+def run_identity(config: RunConfig, datasets: Datasets, base: Base) -> dict[str, Any]:
+    """What a checkpoint records of its run, to be compared on resume: `config`, `data`, `tokens` and `base`."""
+    return {
+        "config": config.to_dict(),
+        "data": datasets.report.fingerprint,
+        "tokens": tokens_fingerprint(datasets),
+        "base": fingerprint(base.folder) if base.folder else {},
+    }
+
+
+def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare a checkpoint's `run_identity` with the current one.
+
+    What a checkpoint of an earlier version does not contain is not compared. Raises `CheckpointError` that names every
+    changed setting, the data and the base model.
+    """
+    changes = [*changed_settings(before["config"], now["config"]), *changed_inputs(before, now)]
+    if changes:
+        raise CheckpointError(
+            f"The run cannot be resumed, because it has changed: {'; '.join(changes)}. "
+            "Undo the change, or start a new run with the new settings."
+        )
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that differ, each with both values."""
+    before = RunConfig.from_dict(before).to_dict()  # settings that are newer than the checkpoint get their defaults
+    return [
+        f"{section}.{key} was {before[section].get(key)!r} and is now {now[section].get(key)!r}"
+        for section in ("model", "data", "adapter", "training")
+        for key in sorted({*before[section], *now[section]} - MAY_CHANGE)
+        if before[section].get(key) != now[section].get(key)
+    ]
+
+
+def changed_inputs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs in the content of the data, its tokens, and the files of the base model."""
+    changes = []
+    data, model = now["config"]["data"], now["config"]["model"]["name"]
+    if before["data"] != now["data"]:
+        files = " or ".join(data[key] for key in ("path", "eval_path") if data[key])
+        changes.append(f"the content of the training data has changed ({files})")
+    elif before.get("tokens", now["tokens"]) != now["tokens"]:
+        changes.append(f"the same data gives different tokens: tokenizer or chat template of {model} have changed")
+    base = before.get("base", now["base"])
+    files = ", ".join(name for name in sorted({*base, *now["base"]}) if base.get(name) != now["base"].get(name))
+    if files:
+        changes.append(f"the base model {model} has changed ({files})")
+    return changes
+
+
+def tokens_fingerprint(datasets: Datasets) -> str:
+    """SHA-256 of all token ids and labels, in order, as hex."""
+    digest = hashlib.sha256()
+    for row in [*datasets.train, *datasets.eval]:
+        for values in (row["input_ids"], row["labels"]):
+            digest.update(np.asarray([len(values), *values], dtype=np.int64).tobytes())
+    return digest.hexdigest()
