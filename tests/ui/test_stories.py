@@ -179,9 +179,9 @@ def test_training_and_chat_need_no_mouse(
     expect(page.locator("#routing-view .summary")).to_contain_text("Token 1")
 
 
-def test_the_script_in_the_readme_trains_watches_and_chats(studio_with_model: Studio, tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (script,) = [block for block in readme.split("```python\n") if "gradio_client" in block]
+def test_the_script_in_the_documentation_trains_watches_and_chats(studio_with_model: Studio, tmp_path: Path) -> None:
+    usage = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+    (script,) = [block for block in usage.split("```python\n") if "gradio_client" in block]
     code = script.partition("```")[0].replace("http://127.0.0.1:7860", studio_with_model.url)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

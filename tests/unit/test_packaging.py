@@ -43,6 +43,7 @@ def requirements_file(name: str) -> dict[str, Requirement]:
 
 DECLARED = requirements(PROJECT["dependencies"])
 PINNED = {name: str(r.specifier).removeprefix("==") for name, r in requirements_file("constraints.txt").items()}
+USAGE = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 FRONT_MATTER = yaml.safe_load(README.split("---\n")[1])
 
@@ -131,13 +132,30 @@ def test_the_modules_marked_as_free_of_torch_are() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", re.findall(r"^mole .*$", README, re.M))
-def test_the_commands_in_the_readme_are_commands(command: str) -> None:
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^mole .*$", README + USAGE, re.M))))
+def test_the_commands_in_the_documents_are_commands(command: str) -> None:
     assert parser.build_parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
 def test_links_and_pictures_in_the_documents_lead_somewhere() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", text) + re.findall(r"(?<![\w/])(assets/data/[\w.]+)", text)
-        assert [target for target in targets if not (ROOT / target).exists()] == []
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        text = path.read_text(encoding="utf-8")
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+        assert [link for link in links if not (path.parent / link).exists()] == []
+        assert [
+            name for name in re.findall(r"(?<![\w/])(assets/data/[\w.]+)", text) if not (ROOT / name).exists()
+        ] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split("---\n", 2)[2].split()) <= 1600
+
+
+@pytest.mark.model
+def test_the_python_example_of_the_readme_runs_as_it_stands(embedded_home: Path, tmp_path: Path) -> None:
+    example = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "get_peft_model" in block)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    command = [sys.executable, "-c", example]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0 and "torch.Size([" in done.stdout, done.stderr[-2000:]
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
