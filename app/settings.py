@@ -18,7 +18,7 @@ from mole.config import RunConfig
 from mole.core import checkpoint, limits
 from mole.core.errors import ConfigError, DataError, InputError, ModelError, RunError
 from mole.core.paths import local_path
-from mole.data.readers import SUFFIXES
+from mole.data import FILE_FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "MoLE Studio"
@@ -66,9 +66,9 @@ def keep_upload(path: str) -> Path:
     Raises `DataError` when it cannot be read.
     """
     source = Path(path)
-    if source.suffix.lower() not in SUFFIXES:
+    if source.suffix.lower() not in FILE_FORMATS:
         raise DataError(
-            f"The upload {source.name} is no data file; give one of {', '.join(SUFFIXES)}.", field="data.path"
+            f"The upload {source.name} is no data file; give one of {', '.join(FILE_FORMATS)}.", field="data.path"
         )
     try:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem).strip(".-")[:60] or "data"

@@ -14,7 +14,7 @@ from common import Figure, awake, base, figure, in_turns, main, ratio, timed, wi
 from transformers import AutoTokenizer
 
 from mole import models
-from mole.data.examples import Example
+from mole.data import Example
 from mole.evaluation import evaluate
 from mole.models.loading import Loaded
 

@@ -23,7 +23,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from mole import models
 from mole.config import ModelConfig, RunConfig
-from mole.data.encoding import Datasets, build_datasets
+from mole.data import Datasets, build_datasets
 from mole.runs.run import Run
 from mole.training.trainer import MoleTrainer, build_trainer
 

@@ -24,7 +24,7 @@ TOKENISING = """
 import sys, time
 from mole import models
 from mole.config import DataConfig
-from mole.data.encoding import build_datasets
+from mole.data import build_datasets
 tokenizer = models.load_tokenizer(models.EMBEDDED)
 begun = time.perf_counter()
 found = build_datasets(DataConfig(path=sys.argv[1]), tokenizer, seed=0)

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from mole.config import coerce
 from mole.core.errors import ConfigError, InputError
-from mole.data.encoding import Example, Message, encode, render_prompt
+from mole.data import Example, Message, encode_example, render_prompt
 from mole.mixture.steering import AS_TRAINED, Steering, steer
 from mole.mixture.trace import RoutingDelta, Trace, record_routing
 from mole.models.loading import Loaded
@@ -184,7 +184,7 @@ def stop_ids(model: Any, tokenizer: Any) -> set[int]:
     given = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
     turn = Example(messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
-    last = encode(turn, tokenizer, 1 << 20).input_ids[-1]
+    last = encode_example(turn, tokenizer, 1 << 20).input_ids[-1]
     return stop | ({last} & special_ids(tokenizer))
 
 

@@ -317,9 +317,9 @@ def answer(loaded: Loaded, messages: list[dict[str, str]], settings: Any, trace_
 def evaluate(options: argparse.Namespace) -> None:
     """`mole eval`"""
     check_parent(options.json, "--json")
-    from mole.data.encoding import read_examples
+    from mole.data import read_examples
 
-    rows = read_examples(options.data, limit=options.limit, setting="--data")
+    rows = read_examples(options.data, limit=options.limit, field="--data")
     loaded = load(options.target)
     from mole.evaluation import job as evaluation_job
     from mole.evaluation.evaluate import evaluate as measure
@@ -373,9 +373,9 @@ def pull_model(options: argparse.Namespace) -> None:
 
 def check_data(options: argparse.Namespace) -> None:
     """`mole data check`"""
-    from mole.data.encoding import read_examples
+    from mole.data import read_examples
 
-    rows = read_examples(options.file, setting="FILE")
+    rows = read_examples(options.file, field="FILE")
     rejected = [{"row": item.row, "reason": item.reason} for item in rows.rejected]
     report: dict[str, Any] = {
         "data": options.file,
@@ -403,12 +403,12 @@ def token_lengths(examples: Sequence[Any], model: str, rejected: list[dict[str, 
     """Shortest, median, longest and total length in tokens; rows that cannot be encoded are added to `rejected`."""
     from mole.config import DataConfig
     from mole.core.errors import DataError
-    from mole.data.encoding import encode_all
+    from mole.data import encode_examples
     from mole.models.loading import load_tokenizer
 
     lengths: list[int] = []
     longest = DataConfig().max_length
-    for example, encoded in zip(examples, encode_all(examples, load_tokenizer(model), sys.maxsize), strict=True):
+    for example, encoded in zip(examples, encode_examples(examples, load_tokenizer(model), sys.maxsize), strict=True):
         if isinstance(encoded, DataError):
             rejected.append({"row": example.row, "reason": str(encoded)})
         else:

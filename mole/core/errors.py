@@ -64,7 +64,7 @@ class ConfigError(InputError):
 class DataError(InputError):
     """A data file or one of its rows cannot be used; the message names the row (from 1) and the reason.
 
-    `rejected`, where no row can be used: all of them, with their reasons (`mole.data.examples.Rejected`).
+    `rejected`, where no row can be used: all of them, with their reasons (`mole.data.RejectedRow`).
     """
 
     def __init__(self, message: str, *, field: str | None = None, rejected: Sequence[Any] = ()) -> None:

@@ -1,1 +1,36 @@
-"""From a file to tokens: readers of formats, columns, examples of five shapes, and their encoding for training."""
+"""From a data file to batches of tokens.
+
+`readers` opens JSON, JSONL, CSV, Parquet and hub data sets; `columns` finds which column is what; `examples` turns
+rows of five shapes into `Example`s, or rejects them with a reason; `encoding` applies the chat template and makes token
+ids and labels; `datasets` reads, encodes and splits the data of a run; `batches` pads. No torch until a batch is made.
+"""
+
+from mole.data.batches import Collator, split_by_length
+from mole.data.columns import (
+    DetectedColumns,
+    describe_columns,
+    detect_columns,
+    guess_mapping,
+    mapping_for_shape,
+    read_columns,
+)
+from mole.data.datasets import DataReport, Datasets, build_datasets, split_rows
+from mole.data.encoding import (
+    DEFAULT_CHAT_TEMPLATE,
+    IGNORE_INDEX,
+    EncodedExample,
+    chat_template,
+    encode_example,
+    encode_examples,
+    render_prompt,
+)
+from mole.data.examples import FIELDS, SHAPES, Example, ExampleSet, Message, RejectedRow, no_usable_rows, read_examples
+from mole.data.readers import FILE_FORMATS, Records, read_hub_dataset, read_records
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE", "FIELDS", "FILE_FORMATS", "IGNORE_INDEX", "SHAPES", "Collator", "DataReport",
+    "Datasets", "DetectedColumns", "EncodedExample", "Example", "ExampleSet", "Message", "Records", "RejectedRow",
+    "build_datasets", "chat_template", "describe_columns", "detect_columns", "encode_example", "encode_examples",
+    "guess_mapping", "mapping_for_shape", "no_usable_rows", "read_columns", "read_examples", "read_hub_dataset",
+    "read_records", "render_prompt", "split_by_length", "split_rows",
+]  # fmt: skip

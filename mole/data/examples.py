@@ -15,22 +15,21 @@ from mole.data.readers import read_records
 
 Message = dict[str, str]
 
-QUESTIONS = ("question", "prompt", "instruction")
-ANSWERS = ("answer", "answerKey")
-OUTPUTS = ("output", "completion")
+QUESTION_COLUMNS = ("question", "prompt", "instruction")
+ANSWER_COLUMNS = ("answer", "answerKey")
 SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "multiple choice": (QUESTIONS, ("choices",), ANSWERS),
+    "multiple choice": (QUESTION_COLUMNS, ("choices",), ANSWER_COLUMNS),
     "messages": (("messages",),),
     "prompt/completion": (("prompt",), ("completion",)),
     "instruction/input/output": (("instruction",), ("output",)),
     "text": (("text",),),
 }
 """The shapes in the order in which they are looked for; of each group of columns one is needed."""
-OPTIONAL = ("input",)
-FIELDS = sorted({name for groups in SHAPES.values() for group in groups for name in group} | {*OPTIONAL})
+OPTIONAL_FIELDS = ("input",)
+FIELDS = sorted({name for groups in SHAPES.values() for group in groups for name in group} | {*OPTIONAL_FIELDS})
 ROLES = ("system", "user", "assistant")
 ANSWER_FORMAT = re.compile(r"Answer format:[ \t]*(\S[^\n]*)")
-MOST_LABELS = 100
+MAX_LABELS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Rejected:
+class RejectedRow:
     """A row that cannot be used: its number from 1 (in JSONL its line) and why."""
 
     row: int
@@ -74,11 +73,11 @@ class Rejected:
 
 
 @dataclass
-class Rows:
+class ExampleSet:
     """What a file or hub data set gave: usable examples in their order, and the rows it could not use."""
 
     examples: list[Example]
-    rejected: list[Rejected]
+    rejected: list[RejectedRow]
     shape: str
     source: str
     fingerprint: str = field(repr=False)
@@ -92,29 +91,29 @@ def read_examples(
     columns: dict[str, str] | None = None,
     limit: int | None = None,
     *,
-    setting: str = "data.path",
-    glance: bool = False,
-) -> Rows:
+    field: str = "data.path",
+    peek: bool = False,
+) -> ExampleSet:
     """Read a JSON, JSONL, CSV or Parquet file, or a hub data set `owner/name[:config[:split]]`.
 
     Args:
         path: the file, or the hub id when there is no such file.
         columns: `{field: column}` where the source's own column names differ.
         limit: read only the first rows.
-        setting: the setting that errors blame.
-        glance: read no more of a file than `limit` rows need.
+        field: the setting that errors name.
+        peek: read no more of a file than `limit` rows need.
 
     Raises `DataError`: no such file, malformed content (with its line), no known shape (with the columns found), a
     mapped column that is not there, no row that can be used (with the first reasons).
     """
-    records = read_records(path, limit, setting, glance=glance)
+    records = read_records(path, limit, field, peek=peek)
     found = list(dict.fromkeys(key for _, value in records.rows if isinstance(value, dict) for key in value))
-    mapping = checked_mapping(columns or {}, found, path)
+    mapping = check_mapping(columns or {}, found, path)
     shape = shape_of({*found, *mapping}, {*mapping}) if found else "none"
     if shape is None:
         known = "; ".join(" + ".join("/".join(group) for group in groups) for groups in SHAPES.values())
         raise DataError(
-            f"{path}: its columns ({listed(found)}) fit no known shape; there is: {known}. "
+            f"{path}: its columns ({join_names(found)}) fit no known shape; there is: {known}. "
             "Name yours with data.columns, e.g. data.columns.prompt=question.",
             field="data.columns",
         )
@@ -123,42 +122,42 @@ def read_examples(
     while records.rows:  # each gives its memory back as soon as it is an example: there may be millions
         number, value = records.rows.pop()
         try:
-            examples.append(to_example(renamed(value, mapping), shape, number))
+            examples.append(to_example(rename_columns(value, mapping), shape, number))
         except DataError as error:
-            rejected.append(Rejected(number, str(error)))
+            rejected.append(RejectedRow(number, str(error)))
     if any(example.choices for example in examples):
         shape = "multiple choice"
     if not examples:
-        raise none_left(path, rejected, setting)
-    return Rows(examples, rejected, shape, path, records.fingerprint, records.complete)
+        raise no_usable_rows(path, rejected, field)
+    return ExampleSet(examples, rejected, shape, path, records.fingerprint, records.complete)
 
 
-def none_left(path: str, rejected: list[Rejected], setting: str) -> DataError:
+def no_usable_rows(path: str, rejected: list[RejectedRow], field: str) -> DataError:
     """The error for data of which no row could be used: how many, and the first reasons."""
     reasons = "; ".join(map(str, rejected[:3]))
     text = f"{path}: no row can be used, {len(rejected)} rejected: {reasons}."
-    return DataError(text, field=setting, rejected=rejected)
+    return DataError(text, field=field, rejected=rejected)
 
 
-def checked_mapping(columns: Mapping[str, str], found: list[str], path: str) -> dict[str, str]:
+def check_mapping(columns: Mapping[str, str], found: list[str], path: str) -> dict[str, str]:
     """`columns` when its fields are known and its columns are there. Raises `DataError`."""
     for name, column in columns.items():
         setting = f"data.columns.{name}"
         if name not in FIELDS:
             raise DataError(f"{setting} is not a field of an example; there is: {', '.join(FIELDS)}.", field=setting)
         if column not in found:
-            there = listed(found)
+            there = join_names(found)
             raise DataError(f"{setting} is {column!r}, a column that {path} has not; it has: {there}.", field=setting)
     return dict(columns)
 
 
-def listed(names: list[str], most: int = 20) -> str:
+def join_names(names: list[str], most: int = 20) -> str:
     """Column names on one line, not more than `most` of them."""
     shown = [" ".join(name.split()) for name in names[:most]]
     return ", ".join(shown + ["…"] * (len(names) > most)) or "none"
 
 
-def renamed(value: Any, mapping: Mapping[str, str]) -> Any:
+def rename_columns(value: Any, mapping: Mapping[str, str]) -> Any:
     """A record with the mapped columns under their fields' names; anything but a record as it is."""
     if not isinstance(value, dict):
         return value
@@ -172,7 +171,7 @@ def renamed(value: Any, mapping: Mapping[str, str]) -> Any:
 def shape_of(names: set[str], mapped: set[str]) -> str | None:
     """The first shape whose columns are there, those mapped by hand being among them; None without one."""
     for shape, groups in SHAPES.items():
-        used = {name for group in groups for name in group}.union(OPTIONAL, ANSWERS)
+        used = {name for group in groups for name in group}.union(OPTIONAL_FIELDS, ANSWER_COLUMNS)
         if mapped <= used and all(names.intersection(group) for group in groups):
             return shape
     return None
@@ -183,52 +182,54 @@ def to_example(value: Any, shape: str, row: int) -> Example:
     if isinstance(value, DataError):
         raise value
     if not isinstance(value, dict):
-        raise DataError(f"is {kind_of(value)}, not an object with columns")
+        raise DataError(f"is {json_type(value)}, not an object with columns")
     if shape == "text":
-        return Example(text=text_in(value, "text"), row=row)
+        return Example(text=text_value(value, "text"), row=row)
     if shape == "messages":
-        return Example(messages=conversation(structure(value, "messages")), row=row)
+        return Example(messages=parse_messages(parse_nested(value, "messages")), row=row)
     if shape == "multiple choice":
-        choices, answer = from_choices(structure(value, "choices"), first_of(value, ANSWERS))
-        return asked(question(value, QUESTIONS), answer, row, choices)
+        choices, answer = parse_choices(parse_nested(value, "choices"), first_value(value, ANSWER_COLUMNS))
+        return chat_example(question_text(value, QUESTION_COLUMNS), answer, row, choices)
     asking, answering = ("prompt",), "completion"
     if shape != "prompt/completion":
         asking, answering = ("instruction",), "output"
-    prompt = question(value, asking)
+    prompt = question_text(value, asking)
     labels = ANSWER_FORMAT.findall(prompt)
-    if labels and any(value.get(name) is not None for name in ANSWERS):
-        choices, answer = from_answer_format(labels[-1].strip(), text_in(value, answering), first_of(value, ANSWERS))
-        return asked(prompt, answer, row, choices)
-    return asked(prompt, text_in(value, answering), row)
+    if labels and any(value.get(name) is not None for name in ANSWER_COLUMNS):
+        choices, answer = parse_answer_format(
+            labels[-1].strip(), text_value(value, answering), first_value(value, ANSWER_COLUMNS)
+        )
+        return chat_example(prompt, answer, row, choices)
+    return chat_example(prompt, text_value(value, answering), row)
 
 
-def asked(prompt: str, answer: str, row: int, choices: tuple[str, ...] | None = None) -> Example:
+def chat_example(prompt: str, answer: str, row: int, choices: tuple[str, ...] | None = None) -> Example:
     """The example of one question and its answer."""
     messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
     return Example(messages=messages, choices=choices, answer=answer if choices else None, row=row)
 
 
-def question(value: Mapping[str, Any], names: Iterable[str]) -> str:
+def question_text(value: Mapping[str, Any], names: Iterable[str]) -> str:
     """The first of the named columns, and `input` below it. Raises `DataError` when both are empty."""
     name = next((name for name in names if value.get(name) is not None), next(iter(names)))
-    extra = text_in(value, "input") if value.get("input") not in (None, "") else ""
+    extra = text_value(value, "input") if value.get("input") not in (None, "") else ""
     if extra and value.get(name) in (None, ""):
         return extra
-    return f"{text_in(value, name)}\n\n{extra}" if extra else text_in(value, name)
+    return f"{text_value(value, name)}\n\n{extra}" if extra else text_value(value, name)
 
 
-def conversation(messages: Any) -> tuple[Message, ...]:
+def parse_messages(messages: Any) -> tuple[Message, ...]:
     """The messages up to the assistant's last. Raises `DataError` for a bad message, or when there is no answer."""
     if not isinstance(messages, list):
-        raise DataError(f"messages is {kind_of(messages)}, not a list")
+        raise DataError(f"messages is {json_type(messages)}, not a list")
     result: list[Message] = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise DataError(f"message {number} is {kind_of(message)}, not an object with role and content")
+            raise DataError(f"message {number} is {json_type(message)}, not an object with role and content")
         role = message.get("role")
         if role not in ROLES:
             raise DataError(f"message {number} has the role {brief(role)}, not one of {', '.join(ROLES)}")
-        content = text_in(message, "content", f"message {number}'s content")
+        content = text_value(message, "content", f"message {number}'s content")
         result.append({"role": role, "content": content})
     while result and result[-1]["role"] != "assistant":
         result.pop()
@@ -239,7 +240,7 @@ def conversation(messages: Any) -> tuple[Message, ...]:
     return tuple(result)
 
 
-def from_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], str]:
+def parse_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], str]:
     """The texts and the right one, from a list of texts or `{"text": […], "label": […]}`.
 
     The answer may be a label (`A`, `B`, … when there are none), a text, or an index from 0. Raises `DataError`.
@@ -249,7 +250,7 @@ def from_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], str]:
         texts, labels = choices.get("text"), choices.get("label")
     if not isinstance(texts, list) or len(texts) < 2:
         raise DataError("choices is neither a list of at least two texts nor an object with text and label")
-    texts = [text_in({"": text}, "", f"choice {number}") for number, text in enumerate(texts, start=1)]
+    texts = [text_value({"": text}, "", f"choice {number}") for number, text in enumerate(texts, start=1)]
     if labels is not None and (not isinstance(labels, list) or len(labels) != len(texts)):
         raise DataError("choices has not as many labels as texts")
     names = [str(label) for label in labels] if labels else list(ascii_uppercase[: len(texts)])
@@ -266,11 +267,11 @@ def from_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], str]:
     raise DataError(f"the answer {brief(answer)} is none of the choices, by label, text or index from 0")
 
 
-def from_answer_format(labels: str, output: str, answer: Any) -> tuple[tuple[str, ...], str]:
+def parse_answer_format(labels: str, output: str, answer: Any) -> tuple[tuple[str, ...], str]:
     """The row's output with each label of `a/b/c` in the answer's place, and as it is. Raises `DataError`."""
     names = [name.strip() for name in labels.split("/") if name.strip()]
     given = str(answer).strip()
-    if not 2 <= len(names) <= MOST_LABELS or given not in names:
+    if not 2 <= len(names) <= MAX_LABELS or given not in names:
         raise DataError(f"the answer {brief(answer)} is not in its Answer format, {labels}")
     places = list(re.finditer(rf"(?<!\w){re.escape(given)}(?!\w)", output))
     if not places:
@@ -279,7 +280,7 @@ def from_answer_format(labels: str, output: str, answer: Any) -> tuple[tuple[str
     return tuple(f"{before}{name}{after}" for name in names), output
 
 
-def first_of(value: Mapping[str, Any], names: Iterable[str]) -> Any:
+def first_value(value: Mapping[str, Any], names: Iterable[str]) -> Any:
     """The first of the named columns that is not empty. Raises `DataError` when all are."""
     for name in names:
         if value.get(name) is not None:
@@ -287,7 +288,7 @@ def first_of(value: Mapping[str, Any], names: Iterable[str]) -> Any:
     raise DataError(f"{next(iter(names))} is missing or null")
 
 
-def structure(value: Mapping[str, Any], name: str) -> Any:
+def parse_nested(value: Mapping[str, Any], name: str) -> Any:
     """A column that holds a list or object, in CSV and the like as JSON text. Raises `DataError`."""
     entry = value.get(name)
     if isinstance(entry, str):
@@ -298,13 +299,13 @@ def structure(value: Mapping[str, Any], name: str) -> Any:
     return entry
 
 
-def text_in(value: Mapping[str, Any], name: str, label: str = "") -> str:
+def text_value(value: Mapping[str, Any], name: str, label: str = "") -> str:
     """A column's text. Raises `DataError` when it is missing, null, blank or no text."""
     entry, label = value.get(name), label or name
     if entry is None:
         raise DataError(f"{label} is null" if name in value else f"{label} is missing")
     if not isinstance(entry, str):
-        raise DataError(f"{label} is {kind_of(entry)}, not text")
+        raise DataError(f"{label} is {json_type(entry)}, not text")
     if not entry.strip():
         raise DataError(f"{label} is empty")
     try:
@@ -314,7 +315,7 @@ def text_in(value: Mapping[str, Any], name: str, label: str = "") -> str:
     return entry
 
 
-def kind_of(value: Any) -> str:
+def json_type(value: Any) -> str:
     """A JSON value's kind in words."""
     kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
     return kinds.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")

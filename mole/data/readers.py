@@ -22,14 +22,16 @@ from mole.core.errors import DataError
 from mole.core.paths import local_path
 from mole.core.text import one_line
 
-SUFFIXES = {
+FILE_FORMATS = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
     **dict.fromkeys((".csv", ".tsv"), "csv"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
 }
-FORMATS = "JSON, JSONL, CSV or Parquet"
-HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+(\[[\w:%]*\])?))?")
-HUB_PATIENCE = 8.0
+FORMAT_NAMES = "JSON, JSONL, CSV or Parquet"
+DATASET_ID = re.compile(
+    r"(?P<id>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+(\[[\w:%]*\])?))?"
+)
+HUB_TIMEOUT = 8.0
 """Seconds given to the hub to say that it is there."""
 
 
@@ -46,24 +48,24 @@ class Records(NamedTuple):
     """Whether these are all the rows there are."""
 
 
-def read_records(path: str, limit: int | None = None, field: str = "data.path", *, glance: bool = False) -> Records:
+def read_records(path: str, limit: int | None = None, field: str = "data.path", *, peek: bool = False) -> Records:
     """Read a file (by its suffix) or a hub data set `owner/name[:config[:split]]` (split `train` unless given).
 
-    `limit` keeps the first rows; with `glance` no more of a file is read than they need. Raises `DataError` naming the
+    `limit` keeps the first rows; with `peek` no more of a file is read than they need. Raises `DataError` naming the
     file, and the line where there is one; `field` is the setting to be blamed.
     """
     if not path.strip():
-        raise DataError(f"{field} is empty; give a {FORMATS} file or a hub id.", field=field)
+        raise DataError(f"{field} is empty; give a {FORMAT_NAMES} file or a hub id.", field=field)
     try:
         file = local_path(path)
         if file.is_dir():
-            raise DataError(f"{path} is a folder; give one {FORMATS} file ({field}).", field=field)
+            raise DataError(f"{path} is a folder; give one {FORMAT_NAMES} file ({field}).", field=field)
         if file.exists():
-            return read_file(file, limit, glance)
-        hub_id = None if file.suffix.lower() in SUFFIXES else HUB_ID.fullmatch(path)
+            return read_file(file, limit, peek)
+        hub_id = None if file.suffix.lower() in FILE_FORMATS else DATASET_ID.fullmatch(path)
         if hub_id is None:
-            raise DataError(f"There is no file {path} ({field}); give a {FORMATS} file or a hub id.", field=field)
-        return read_hub(hub_id["id"], hub_id["config"] or None, hub_id["split"] or "train", limit)
+            raise DataError(f"There is no file {path} ({field}); give a {FORMAT_NAMES} file or a hub id.", field=field)
+        return read_hub_dataset(hub_id["id"], hub_id["config"] or None, hub_id["split"] or "train", limit)
     except DataError as error:
         error.field = field
         raise
@@ -72,38 +74,38 @@ def read_records(path: str, limit: int | None = None, field: str = "data.path", 
         raise DataError(f"{path} cannot be read: {reason} ({field}).", field=field) from None
 
 
-def read_file(file: Path, limit: int | None, glance: bool = False) -> Records:
+def read_file(file: Path, limit: int | None, peek: bool = False) -> Records:
     """The records of one local file. Raises `DataError`, or `OSError` when it cannot be opened."""
-    kind = SUFFIXES.get(file.suffix.lower())
+    kind = FILE_FORMATS.get(file.suffix.lower())
     if kind is None:
-        raise DataError(f"{file} has none of the endings {', '.join(SUFFIXES)}, by which the format is known.")
+        raise DataError(f"{file} has none of the endings {', '.join(FILE_FORMATS)}, by which the format is known.")
     if not file.is_file():  # a pipe may never end
         raise DataError(f"{file} is not a plain file but a device or a pipe.")
     size = file.stat().st_size
     if size > limits.FILE_BYTES:
         raise DataError(f"{file} has {size >> 20} MB; it may have {limits.FILE_BYTES >> 20}. Split it, or take a part.")
-    part = limit + 1 if glance and limit is not None else None  # one row more tells that there are more
-    content = beginning(file, part, kind) if part else file.read_bytes()
+    part = limit + 1 if peek and limit is not None else None  # one row more tells that there are more
+    content = read_head(file, part, kind) if part else file.read_bytes()
     if not content.strip():
         raise DataError(f"{file} is empty.")
     if kind == "parquet":
         rows = parse_parquet(file, part)
     else:
-        text = decode(content, file)
+        text = decode_text(content, file)
         rows = parse_json(text, file) if kind == "json" else parse_csv(text, file)
     if not rows:
         raise DataError(f"{file} holds no rows.")
-    check_rows(len(rows), file)
+    check_row_count(len(rows), file)
     return Records(rows[:limit], hashlib.sha256(content).hexdigest(), limit is None or len(rows) <= limit)
 
 
-def check_rows(count: int, file: Path) -> None:
+def check_row_count(count: int, file: Path) -> None:
     """See that there are not too many. Raises `DataError`."""
     if count > limits.ROWS:
         raise DataError(f"{file} holds {count} rows; it may hold {limits.ROWS}. Split it, or take a part of it.")
 
 
-def beginning(file: Path, rows: int, kind: str) -> bytes:
+def read_head(file: Path, rows: int, kind: str) -> bytes:
     """So many lines of a file that they hold its first `rows` rows; all of UTF-16 text and of a JSON array."""
     with file.open("rb") as lines:
         start = lines.read(1 << 16)
@@ -123,7 +125,7 @@ def beginning(file: Path, rows: int, kind: str) -> bytes:
     return b"".join(read)
 
 
-def decode(content: bytes, file: Path) -> str:
+def decode_text(content: bytes, file: Path) -> str:
     """Text of UTF-8, or of UTF-16 with its byte order mark, which is dropped. Raises `DataError` with the line."""
     encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
     try:
@@ -190,7 +192,9 @@ def parse_parquet(file: Path, limit: int | None = None) -> list[tuple[int, Any]]
 
     try:
         if limit is None:
-            check_rows(pyarrow.parquet.read_metadata(file).num_rows, file)  # a few bytes can stand for millions of rows
+            check_row_count(
+                pyarrow.parquet.read_metadata(file).num_rows, file
+            )  # a few bytes can stand for millions of rows
             table = pyarrow.parquet.read_table(file)
         else:
             with pyarrow.parquet.ParquetFile(file) as opened:
@@ -203,14 +207,14 @@ def parse_parquet(file: Path, limit: int | None = None) -> list[tuple[int, Any]]
         raise DataError(f"{file} is not a Parquet file that can be read: {one_line(error)}.") from None
 
 
-def read_hub(name: str, config: str | None, split: str, limit: int | None) -> Records:
+def read_hub_dataset(name: str, config: str | None, split: str, limit: int | None) -> Records:
     """A split of a data set on the Hugging Face hub, or of its cached copy when `HF_HUB_OFFLINE` is set.
 
     Code that comes with a data set is never run. Raises `DataError` within seconds when the hub cannot be reached.
     """
     import datasets
 
-    check_hub(name)
+    check_dataset_exists(name)
     datasets.disable_progress_bars()
     try:
         data = datasets.load_dataset(name, config, split=split)
@@ -225,7 +229,7 @@ def read_hub(name: str, config: str | None, split: str, limit: int | None) -> Re
     return Records(list(enumerate(rows, start=1)), hashlib.sha256(content).hexdigest(), len(rows) == len(data))
 
 
-def check_hub(name: str) -> None:
+def check_dataset_exists(name: str) -> None:
     """Ask the hub once whether it has the data set. Raises `DataError` within `HUB_PATIENCE` seconds when not."""
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -236,18 +240,18 @@ def check_hub(name: str) -> None:
 
     def ask() -> None:
         try:
-            HfApi().dataset_info(name, timeout=HUB_PATIENCE / 2)
+            HfApi().dataset_info(name, timeout=HUB_TIMEOUT / 2)
         except Exception as error:
             failures.append(error)
 
     # In a thread: the client's own timeout does not cover a name look-up that hangs.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(HUB_PATIENCE)
+    asking.join(HUB_TIMEOUT)
     if failures and isinstance(failures[0], RepositoryNotFoundError):
         raise DataError(f"There is no file {name}, and no such data set on the Hugging Face hub (or it is private).")
     if failures or asking.is_alive():
-        why = one_line(failures[0]) if failures else f"no answer in {HUB_PATIENCE:g} s"
+        why = one_line(failures[0]) if failures else f"no answer in {HUB_TIMEOUT:g} s"
         raise DataError(
             f"There is no file {name}, and the Hugging Face hub cannot be reached ({why}); give a local file, or set "
             "HF_HUB_OFFLINE=1 to use a cached copy."

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from mole.chat.generate import ChatSettings, context_length, generate, prompt_ids, special_ids, stop_ids
 from mole.core.errors import DataError
-from mole.data.encoding import Collator, Encoded, Example, encode_all, read_examples
+from mole.data import Collator, EncodedExample, Example, encode_examples, read_examples
 from mole.models.loading import Loaded
 from mole.models.logits import only_positions
 
@@ -196,9 +196,9 @@ def scores(loaded: Loaded, families: Sequence[Sequence[Example]]) -> Iterator[Fo
     above all, once for all of them.
     """
     limit = context_length(loaded.model)
-    flat = iter(encode_all((example for family in families for example in family), loaded.tokenizer, limit))
+    flat = iter(encode_examples((example for family in families for example in family), loaded.tokenizer, limit))
     encoded = [[next(flat) for _ in family] for family in families]
-    whole: dict[int, list[Encoded]] = {}
+    whole: dict[int, list[EncodedExample]] = {}
     for place, rows in enumerate(encoded):
         good = [row for row in rows if not isinstance(row, DataError)]
         if len(good) == len(rows):
@@ -209,7 +209,7 @@ def scores(loaded: Loaded, families: Sequence[Sequence[Example]]) -> Iterator[Fo
     yield from family_scores(loaded, {place: rows for place, rows in whole.items() if len(rows) > 1})
 
 
-def single_scores(loaded: Loaded, rows: dict[int, list[Encoded]]) -> Iterator[Found]:
+def single_scores(loaded: Loaded, rows: dict[int, list[EncodedExample]]) -> Iterator[Found]:
     """The scores of families of one."""
     shared = Beginnings(loaded.model, [common_prefix([row for (row,) in rows.values()])] if rows else [])
     for places in batches(rows, batch_tokens(loaded)):
@@ -217,7 +217,7 @@ def single_scores(loaded: Loaded, rows: dict[int, list[Encoded]]) -> Iterator[Fo
         yield from ((place, [scored]) for place, scored in zip(places, found, strict=True))
 
 
-def family_scores(loaded: Loaded, rows: dict[int, list[Encoded]]) -> Iterator[Found]:
+def family_scores(loaded: Loaded, rows: dict[int, list[EncodedExample]]) -> Iterator[Found]:
     """The scores of families of several."""
     for places in batches(rows, batch_tokens(loaded)):
         shared = Beginnings(loaded.model, [common_prefix(rows[place]) for place in places])
@@ -270,7 +270,7 @@ def takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(base_model(model).forward).parameters
 
 
-def common_prefix(rows: Sequence[Encoded]) -> list[int]:
+def common_prefix(rows: Sequence[EncodedExample]) -> list[int]:
     """The ids all rows begin with, ending before the token that predicts the first one learnt of any."""
     learnt = min(next(i for i, label in enumerate(row.labels) if i and label != -100) for row in rows)
     columns = zip(*(row.input_ids[: learnt - 1] for row in rows), strict=False)
@@ -278,7 +278,9 @@ def common_prefix(rows: Sequence[Encoded]) -> list[int]:
 
 
 @torch.no_grad()
-def score_batch(loaded: Loaded, rows: Sequence[Encoded], shared: Beginnings, owners: Sequence[int]) -> list[Scored]:
+def score_batch(
+    loaded: Loaded, rows: Sequence[EncodedExample], shared: Beginnings, owners: Sequence[int]
+) -> list[Scored]:
     """One forward pass over what follows the shared beginnings, right-padded, with logits where a learnt token is
     predicted; `owners` says which beginning each row has."""
     device = loaded.model.device
@@ -309,14 +311,14 @@ def score_batch(loaded: Loaded, rows: Sequence[Encoded], shared: Beginnings, own
     ]
 
 
-def last_answer(row: Encoded) -> int:
+def last_answer(row: EncodedExample) -> int:
     """Where the last answer begins among the learnt tokens."""
     learnt = [label != -100 for label in row.labels[1:]]
     tail = next((i for i, flag in enumerate(reversed(learnt)) if not flag), len(learnt))
     return sum(learnt) - tail
 
 
-def batches(families: dict[int, list[Encoded]], tokens: int) -> Iterator[list[int]]:
+def batches(families: dict[int, list[EncodedExample]], tokens: int) -> Iterator[list[int]]:
     """Keys of families in groups of like length, the longest first, of about `tokens` tokens with padding."""
     longest_of = {place: max(len(row.input_ids) for row in rows) for place, rows in families.items()}
     group: list[int] = []

@@ -134,16 +134,16 @@ def run_of(target: str) -> Run:
 
 def check_data(run: Run, data: str, limit: int | None) -> tuple[dict[str, str], str]:
     """The column names that fit the data (the run's own, where the data has such columns) and its sha256."""
-    from mole.data.encoding import read_examples
+    from mole.data import read_examples
 
     if limit is not None and limit < 1:
         raise ConfigError("limit", limit, "a whole number of rows, at least 1")
     if own := run.config.data.columns:
         try:
-            return own, read_examples(data, own, limit, setting="data").fingerprint
+            return own, read_examples(data, own, limit, field="data").fingerprint
         except DataError:
             pass  # not the run's own columns, then: the usual ones
-    return {}, read_examples(data, None, limit, setting="data").fingerprint
+    return {}, read_examples(data, None, limit, field="data").fingerprint
 
 
 def describe(target: str, data: str, limit: int | None, fingerprint: str) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def work(evaluation: Evaluation) -> None:
 
 def measured(evaluation: Evaluation) -> dict[str, Any]:
     """The result: `rows`, `metrics` and `seconds`. Raises `MoleError`."""
-    from mole.data.encoding import read_examples
+    from mole.data import read_examples
     from mole.evaluation.evaluate import NOTHING, measure
     from mole.models.loading import on_its_gpu
     from mole.runs.targets import load_target
@@ -238,7 +238,7 @@ def measured(evaluation: Evaluation) -> dict[str, Any]:
     asked = evaluation.record()
     begun = time.monotonic()
     loaded = load_target(asked["target"], on_its_gpu(evaluation.run.config.model))
-    examples = read_examples(asked["data"], asked["columns"], asked["limit"], setting="data").examples
+    examples = read_examples(asked["data"], asked["columns"], asked["limit"], field="data").examples
     report = job.at_intervals(lambda done, total: evaluation.update(done=done, total=total, note=""))
     rows, metrics = measure(loaded, examples, report)
     if not rows:

@@ -203,7 +203,7 @@ def attach(base: Base, folder: Path, name: str | None = None, onto: Any = None, 
 
 def with_template(base: Base, folder: Path) -> tuple[Any, str | None]:
     """The base's tokenizer with the chat template kept with an adapter, and a notice when that differs."""
-    from mole.data.encoding import chat_template
+    from mole.data import chat_template
 
     if not (folder / TEMPLATE_FILE).is_file():
         return base.tokenizer, None

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback
 
 from mole.config import RunConfig
-from mole.data.encoding import Datasets, build_datasets
+from mole.data import Datasets, build_datasets
 from mole.models.loading import load_base, on_its_gpu
 from mole.runs.run import Run
 from mole.training.steps import count_steps

@@ -19,7 +19,7 @@ from mole.config import DataConfig, RunConfig
 from mole.core.devices import free_memory, pick_device, pick_dtype
 from mole.core.errors import DataError, ModelError
 from mole.core.text import one_line
-from mole.data.encoding import IGNORED, Example, encode_all, read_examples
+from mole.data import IGNORE_INDEX, Example, encode_examples, read_examples
 
 if TYPE_CHECKING:
     import torch
@@ -247,8 +247,8 @@ def row_lengths(config: DataConfig, tokenizer: Any) -> RowLengths:
 
 def encoded_lengths(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[tuple[int, int]]:
     """`(tokens, labelled tokens)` of the examples that can be encoded."""
-    encoded = (item for item in encode_all(examples, tokenizer, max_length) if not isinstance(item, DataError))
-    return [(len(item.input_ids), sum(label != IGNORED for label in item.labels[1:])) for item in encoded]
+    encoded = (item for item in encode_examples(examples, tokenizer, max_length) if not isinstance(item, DataError))
+    return [(len(item.input_ids), sum(label != IGNORE_INDEX for label in item.labels[1:])) for item in encoded]
 
 
 def character_count(example: Example) -> int:

@@ -13,8 +13,17 @@ from typing import Any, NamedTuple
 
 from mole.config import DataConfig, RunConfig
 from mole.core.errors import ConfigError, DataError
-from mole.data.encoding import IGNORED, Encoded, Example, Rejected, Rows, encode_all, read_examples, split
-from mole.data.examples import none_left
+from mole.data import (
+    IGNORE_INDEX,
+    EncodedExample,
+    Example,
+    ExampleSet,
+    RejectedRow,
+    encode_examples,
+    no_usable_rows,
+    read_examples,
+    split_rows,
+)
 from mole.models.loading import IMPORTING, load_tokenizer, local_folder, resolve
 from mole.preflight.plan import character_count
 
@@ -98,7 +107,7 @@ class Preview:
     max_length: int
     tokens: int
     learnt_tokens: int
-    rejections: list[Rejected]
+    rejections: list[RejectedRow]
     lengths: Histogram
     rows: list[PreviewRow]
     notices: list[str]
@@ -112,10 +121,10 @@ class Preview:
 class EncodedFile:
     """The encoded examples of a file, and the rows that cannot be used."""
 
-    source: Rows
+    source: ExampleSet
     examples: list[Example]
-    encoded: list[Encoded]
-    rejected: list[Rejected]
+    encoded: list[EncodedExample]
+    rejected: list[RejectedRow]
     complete: bool
 
 
@@ -137,16 +146,16 @@ def preview(config: RunConfig, rows: int = 8) -> Preview:
         held_file = encode_file(held_source, tokenizer, data.max_length, "data.eval_path")
         held_out = {len(main.encoded) + index for index in range(len(held_file.encoded))}
     else:
-        held_out = set(split(list(range(len(main.encoded))), data.eval_fraction, config.training.seed)[1])
+        held_out = set(split_rows(list(range(len(main.encoded))), data.eval_fraction, config.training.seed)[1])
     return build_preview(main, held_file, held_out, tokenizer, data, rows)
 
 
-def read_beginning(data: DataConfig, path: str, setting: str) -> Rows:
+def read_beginning(data: DataConfig, path: str, setting: str) -> ExampleSet:
     """Read the first rows of a file or data set."""
-    return read_examples(path, data.columns, MAX_ROWS, setting=setting, glance=True)
+    return read_examples(path, data.columns, MAX_ROWS, field=setting, peek=True)
 
 
-def encode_file(source: Rows, tokenizer: Any, max_length: int, setting: str) -> EncodedFile:
+def encode_file(source: ExampleSet, tokenizer: Any, max_length: int, setting: str) -> EncodedFile:
     """Encode the rows, up to `MAX_CHARACTERS` of text. Raises `DataError` when no row can be used."""
     examples: list[Example] = []
     characters = 0
@@ -157,16 +166,16 @@ def encode_file(source: Rows, tokenizer: Any, max_length: int, setting: str) -> 
         examples.append(example)
     last = examples[-1].row if len(examples) < len(source.examples) else math.inf
     rejected = [item for item in source.rejected if item.row <= last]
-    good, encoded = list[Example](), list[Encoded]()
-    for example, item in zip(examples, encode_all(examples, tokenizer, max_length), strict=True):
+    good, encoded = list[Example](), list[EncodedExample]()
+    for example, item in zip(examples, encode_examples(examples, tokenizer, max_length), strict=True):
         if isinstance(item, DataError):
-            rejected.append(Rejected(example.row, str(item)))
+            rejected.append(RejectedRow(example.row, str(item)))
         else:
             good.append(example)
             encoded.append(item)
     rejected.sort(key=lambda item: item.row)
     if not encoded:
-        raise none_left(source.source, rejected, setting)
+        raise no_usable_rows(source.source, rejected, setting)
     return EncodedFile(source, good, encoded, rejected, source.complete and last == math.inf)
 
 
@@ -178,7 +187,8 @@ def build_preview(
     encoded = [item for file in files for item in file.encoded]
     numbers = [example.row for file in files for example in file.examples]
     rejected = main.rejected + [
-        Rejected(item.row, f"in the held-out file: {item.reason}") for item in (held_file.rejected if held_file else [])
+        RejectedRow(item.row, f"in the held-out file: {item.reason}")
+        for item in (held_file.rejected if held_file else [])
     ]
     trained_on = [item for index, item in enumerate(encoded) if index not in held_out]
     labeller = TokenLabeller(tokenizer)
@@ -192,7 +202,7 @@ def build_preview(
         complete=all(file.complete for file in files),
         max_length=data.max_length,
         tokens=sum(len(item.input_ids) for item in trained_on),
-        learnt_tokens=sum(label != IGNORED for item in trained_on for label in item.labels),
+        learnt_tokens=sum(label != IGNORE_INDEX for item in trained_on for label in item.labels),
         rejections=rejected[:MAX_REJECTIONS],
         lengths=histogram([untruncated_length(item) for item in encoded], 3 * data.max_length),
         rows=[
@@ -214,24 +224,24 @@ class TokenLabeller:
         self.special = special_ids(tokenizer)
         self.texts = TokenTexts
 
-    def tokens(self, encoded: Encoded) -> list[PreviewToken]:
+    def tokens(self, encoded: EncodedExample) -> list[PreviewToken]:
         """The tokens of an example; a character made of several tokens is the text of the last of them."""
         texts = [text for _, text in self.texts(self.tokenizer).push(encoded.input_ids)]
         # truncation in the middle of a character leaves bytes without a text: show them as the tokenizer decodes them
         whole = self.tokenizer.decode(encoded.input_ids, clean_up_tokenization_spaces=False)
         texts[-1] += whole[len("".join(texts)) :]
         return [
-            PreviewToken(token, text, label != IGNORED, token in self.special)
+            PreviewToken(token, text, label != IGNORE_INDEX, token in self.special)
             for token, text, label in zip(encoded.input_ids, texts, encoded.labels, strict=True)
         ]
 
 
-def untruncated_length(encoded: Encoded) -> int:
+def untruncated_length(encoded: EncodedExample) -> int:
     """The example's length in tokens before truncation."""
     return len(encoded.input_ids) + encoded.dropped + encoded.cut
 
 
-def rows_to_show(encoded: Sequence[Encoded], rows: int) -> list[int]:
+def rows_to_show(encoded: Sequence[EncodedExample], rows: int) -> list[int]:
     """Indices of the examples to show: the first ones, the last of them replaced by a truncated one if none is."""
     shown = list(range(min(rows, len(encoded))))
     truncated = next((index for index, item in enumerate(encoded) if item.truncated), None)

@@ -22,14 +22,14 @@ from mole.runs.run import Run, made_of
 def check_inputs(config: RunConfig) -> None:
     """See that the data can be read and the model is there, before a run is made of them. Raises `InputError`."""
     from mole import models
-    from mole.data import encoding
+    from mole.data import read_examples
 
     if not config.data.path:
         raise ConfigError("data.path", "", "a JSON, JSONL, CSV or Parquet file, or a hub id", "Give one with --data.")
     models.resolve(config.model.name)
-    encoding.read_examples(config.data.path, config.data.columns)
+    read_examples(config.data.path, config.data.columns)
     if config.data.eval_path:
-        encoding.read_examples(config.data.eval_path, config.data.columns, setting="data.eval_path")
+        read_examples(config.data.eval_path, config.data.columns, field="data.eval_path")
 
 
 @writing()

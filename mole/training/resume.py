@@ -9,7 +9,7 @@ import numpy as np
 
 from mole.config import RunConfig
 from mole.core.errors import CheckpointError
-from mole.data.encoding import Datasets
+from mole.data import Datasets
 from mole.models.loading import Base
 from mole.models.sources import fingerprint
 

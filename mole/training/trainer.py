@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.core.errors import CheckpointError, TrainingError
-from mole.data.encoding import Collator, Datasets, build_datasets, by_length, chat_template
+from mole.data import Collator, Datasets, build_datasets, chat_template, split_by_length
 from mole.mixture.model import mole_config
 from mole.mixture.routing_log import auxiliary_loss, layer_statistics, one_batch
 from mole.models.adapter_files import WEIGHTS
@@ -289,7 +289,7 @@ class MoleTrainer(Trainer):
         Rows of similar length share a forward pass, so that little time is spent on padding.
         """
         overhead = PASS_OVERHEAD.get(inputs["input_ids"].device.type, PASS_OVERHEAD_GPU)
-        return torch.stack([self.one_pass_loss(model, part) for part in by_length(inputs, overhead)]).sum()
+        return torch.stack([self.one_pass_loss(model, part) for part in split_by_length(inputs, overhead)]).sum()
 
     def one_pass_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Summed cross-entropy of one forward pass, with logits of labelled tokens only → scalar."""

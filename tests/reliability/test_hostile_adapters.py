@@ -243,7 +243,7 @@ def test_links_and_pipes_in_a_folder(folder: Path, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_hostile_chat_template_is_refused_in_one_line(folder: Path, template: bytes) -> None:
-    from mole.data.encoding import render_prompt
+    from mole.data import render_prompt
 
     (folder / "chat_template.jinja").write_bytes(template)
     found = load(folder)

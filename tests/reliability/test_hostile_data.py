@@ -35,9 +35,18 @@ from hypothesis import strategies as st
 
 from mole.config import RunConfig
 from mole.core.errors import DataError, InputError
-from mole.data import columns
-from mole.data.encoding import Encoded, encode_all
-from mole.data.examples import FIELDS, Rows, read_examples
+from mole.data import (
+    FIELDS,
+    SHAPES,
+    EncodedExample,
+    ExampleSet,
+    describe_columns,
+    detect_columns,
+    encode_examples,
+    guess_mapping,
+    read_columns,
+    read_examples,
+)
 from mole.preflight.preview import preview
 
 ASKED = "Is it so?\nAnswer format: yes/no/perhaps"
@@ -96,9 +105,9 @@ def as_csv(rows: list[Any]) -> str:
 def check(path: Path, **options: Any) -> Any:
     """Read a file in every way it is read; what is used can be trained on, what is rejected has its reason."""
     rows = answer(lambda: read_examples(str(path), **options))
-    some = answer(lambda: read_examples(str(path), limit=3, glance=True, **options))
-    found = answer(lambda: columns.columns_of(str(path)))
-    if isinstance(rows, Rows):
+    some = answer(lambda: read_examples(str(path), limit=3, peek=True, **options))
+    found = answer(lambda: read_columns(str(path)))
+    if isinstance(rows, ExampleSet):
         assert rows.examples
         for item in rows.rejected:
             check_line(str(item))
@@ -110,14 +119,16 @@ def check(path: Path, **options: Any) -> Any:
         for_the_page([str(item) for item in rows.rejected])
     else:
         assert rows.field == "data.path" or str(rows.field).startswith("data.columns")
-    if isinstance(some, Rows) and isinstance(rows, Rows):
+    if isinstance(some, ExampleSet) and isinstance(rows, ExampleSet):
         same = [example for example in rows.examples if example.row <= (some.examples[-1].row)]
         assert some.examples == same or some.shape != rows.shape
     if isinstance(found, tuple):
-        for shape in (None, *columns.SHAPES):
-            layout = answer(lambda shape=shape: columns.layout(found, columns.guess(found, shape), str(path), shape))
-            if not isinstance(layout, InputError):
-                for_the_page(columns.in_words(layout))
+        for shape in (None, *SHAPES):
+            found_layout = answer(
+                lambda shape=shape: detect_columns(found, guess_mapping(found, shape), str(path), shape)
+            )
+            if not isinstance(found_layout, InputError):
+                for_the_page(describe_columns(found_layout))
     return rows
 
 
@@ -328,8 +339,8 @@ def test_a_glance_at_a_million_rows_takes_next_to_no_memory(folder: Path, name: 
     with (folder / name).open("w") as file:
         file.write(head)
         file.writelines(row.format(number) for number in range(1_000_000))
-    before, _ = read_in_a_process(folder / name, "glance=True, limit=1")
-    after, rows = read_in_a_process(folder / name, "glance=True, limit=2000")
+    before, _ = read_in_a_process(folder / name, "peek=True, limit=1")
+    after, rows = read_in_a_process(folder / name, "peek=True, limit=2000")
     assert rows == 2000
     assert after - before < 20
 
@@ -338,7 +349,7 @@ def test_a_hundred_thousand_rows_take_a_kilobyte_each_at_most(folder: Path) -> N
     file = folder / "rows.jsonl"
     rows = (json.dumps({"prompt": f"say {number}", "completion": f"{number}"}) for number in range(100_000))
     file.write_text("\n".join(rows))
-    before, _ = read_in_a_process(file, "glance=True, limit=1")
+    before, _ = read_in_a_process(file, "peek=True, limit=1")
     after, rows_read = read_in_a_process(file, "")
     assert rows_read == 100_000
     assert after - before < 100
@@ -380,8 +391,10 @@ def test_damaged_rows_become_tokens_and_a_preview_or_are_rejected(
     if not isinstance(seen, InputError):
         for_the_page(json.loads(json.dumps(seen.to_dict())))
         assert seen.used >= 1
-        for item in encode_all(read_examples(str(file)).examples, tiny_tokenizer, longest):
-            assert isinstance(item, DataError) or (isinstance(item, Encoded) and 2 <= len(item.input_ids) <= longest)
+        for item in encode_examples(read_examples(str(file)).examples, tiny_tokenizer, longest):
+            assert isinstance(item, DataError) or (
+                isinstance(item, EncodedExample) and 2 <= len(item.input_ids) <= longest
+            )
 
 
 @attack(60)

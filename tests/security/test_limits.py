@@ -20,7 +20,7 @@ from mole import runs
 from mole.config import BUILT_IN_PRESETS, RunConfig, parse_yaml, read_yaml, save_preset
 from mole.core import limits
 from mole.core.errors import BusyError, ConfigError, DataError, InputError, RunError
-from mole.data import encoding
+from mole.data import read_examples
 from mole.evaluation import job as evaluation_job
 from mole.runs import grid
 
@@ -64,14 +64,14 @@ def test_rows_and_bytes_of_a_data_file(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_text('{"text": "x"}\n' * 30)
     monkeypatch.setattr(limits, "ROWS", 20)
     with pytest.raises(DataError, match="holds 30 rows; it may hold 20") as caught:
-        encoding.read_examples(str(path))
+        read_examples(str(path))
     assert caught.value.field == "data.path"
     monkeypatch.undo()
     with path.open("r+b") as sparse:
         sparse.truncate(limits.FILE_BYTES + 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match="MB; it may have 4096"):
-        encoding.read_examples(str(path))
+        read_examples(str(path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "it was not read"
 
 
@@ -86,7 +86,7 @@ def test_a_parquet_file_of_a_few_bytes_that_stands_for_millions_of_rows(tmp_path
     assert path.stat().st_size < MB
     begun = time.monotonic()
     with pytest.raises(DataError, match=f"holds {count} rows"):
-        encoding.read_examples(str(path))
+        read_examples(str(path))
     assert time.monotonic() - begun < 30
 
 
@@ -99,7 +99,7 @@ def test_a_device_or_a_pipe_is_no_file(tmp_path: Path, name: str) -> None:
     else:
         path.symlink_to(name)
     with pytest.raises(DataError, match="is not a plain file|There is no file"):
-        encoding.read_examples(str(path))
+        read_examples(str(path))
 
 
 BOMB = "\n".join(

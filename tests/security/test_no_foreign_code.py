@@ -19,8 +19,7 @@ from mole import models, runs
 from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint
 from mole.core.errors import CheckpointError, DataError, InputError
-from mole.data import encoding
-from mole.data.examples import Example
+from mole.data import Example, encode_example, read_examples
 
 ROOT = Path(__file__).resolve().parents[2]
 PICKLES = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "adapter_model.bin",
@@ -282,14 +281,14 @@ def test_files_of_other_kinds_are_not_opened(tmp_path: Path, mark: Path, suffix:
         numpy.save(path, numpy.array([Marks(mark)], dtype=object), allow_pickle=True)
     else:
         path.write_bytes(pickle.dumps(Marks(mark)))
-    assert "endings" in refused(lambda: encoding.read_examples(str(path)), DataError)
+    assert "endings" in refused(lambda: read_examples(str(path)), DataError)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_a_pickle_that_is_called_a_data_file(tmp_path: Path, mark: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(pickle.dumps(Marks(mark)))
-    refused(lambda: encoding.read_examples(str(path)), DataError)
+    refused(lambda: read_examples(str(path)), DataError)
 
 
 @pytest.mark.parametrize("name", ["evil", "owner/evil", "./evil"])
@@ -303,14 +302,14 @@ def test_a_data_set_with_a_script(
     (folder / "rows.jsonl").write_text('{"text": "x"}\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "is a folder" in refused(lambda: encoding.read_examples(name), DataError)
+    assert "is a folder" in refused(lambda: read_examples(name), DataError)
 
 
 @pytest.mark.parametrize("name", ["pandas", "json", "text", "imagefolder", "webdataset", "generator", "cache"])
 def test_the_names_of_the_library_s_own_readers_are_no_data_sets(name: str, tmp_path: Path, mark: Path) -> None:
     """Some of those read pickles, and look for files in the folder they are started in."""
     (tmp_path / "rows.pkl").write_bytes(pickle.dumps(Marks(mark)))
-    refused(lambda: encoding.read_examples(name), DataError)
+    refused(lambda: read_examples(name), DataError)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -350,7 +349,7 @@ def test_a_hostile_chat_template(base: Path, mark: Path, template: str, place: s
     example = Example(messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
     told: list[str] = []
     worker = threading.Thread(
-        target=lambda: told.append(refused(lambda: encoding.encode(example, tokenizer, 64), DataError)), daemon=True
+        target=lambda: told.append(refused(lambda: encode_example(example, tokenizer, 64), DataError)), daemon=True
     )
     worker.start()
     worker.join(120)

@@ -15,7 +15,7 @@ from app.ui.wiring import on_change
 from app.views.preview import preview_view
 from mole.config import RunConfig
 from mole.core.errors import MoleError
-from mole.data.examples import Rejected
+from mole.data import RejectedRow
 from mole.preflight.preview import MAX_REJECTIONS, Preview, PreviewRow, preview
 
 ROWS = 8
@@ -58,12 +58,12 @@ def wire(panel: PreviewPanel, form: forms.RunForm, note: gr.HTML) -> None:
     on_change(concerned, lambda: {"stale": True}, None, panel.view, queue=False)
 
 
-def listed(rejected: Sequence[Rejected]) -> list[dict[str, Any]]:
+def listed(rejected: Sequence[RejectedRow]) -> list[dict[str, Any]]:
     """Rejected rows with their reasons."""
     return [{"row": item.row, "reason": item.reason} for item in rejected[:MAX_REJECTIONS]]
 
 
-def refused(rejected: Sequence[Rejected]) -> dict[str, Any]:
+def refused(rejected: Sequence[RejectedRow]) -> dict[str, Any]:
     """What the component shows when nothing can be trained on: the rows that are to blame, if it was rows."""
     return {"rows": [], "rejected": len(rejected), "rejections": listed(rejected)} if rejected else {"stale": True}
 

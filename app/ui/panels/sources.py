@@ -17,15 +17,21 @@ from app.ui.wiring import QUIET, on_change
 from mole.config import coerce
 from mole.core.errors import InputError, MoleError
 from mole.core.paths import local_path
-from mole.data import columns
-from mole.data.columns import Layout
-from mole.data.examples import SHAPES
+from mole.data import (
+    SHAPES,
+    DetectedColumns,
+    describe_columns,
+    detect_columns,
+    guess_mapping,
+    mapping_for_shape,
+    read_columns,
+)
 from mole.models import catalog
 
 DATA_TYPES = [".json", ".jsonl", ".csv", ".tsv", ".parquet"]
 SLOTS = 3
 """The most fields a shape has."""
-NOTHING = Layout((), None, {})
+NOTHING = DetectedColumns((), None, {})
 
 
 def build(form: forms.RunForm) -> None:
@@ -107,9 +113,9 @@ def build_data(form: forms.RunForm) -> None:
         form.add("data", "max_length")
 
 
-def build_columns(form: forms.RunForm, path: Any, found: Layout) -> Mapping:
+def build_columns(form: forms.RunForm, path: Any, found: DetectedColumns) -> Mapping:
     """What a file's columns are read as, and folded away how to change it."""
-    about = line(elem_id="data-about", value=told(columns.in_words(found)) if found.columns else told())
+    about = line(elem_id="data-about", value=told(describe_columns(found)) if found.columns else told())
     with gr.Accordion("Columns", open=False, elem_classes="accordion-card", elem_id="data-columns") as card:
         shape = gr.Dropdown(choices=list(SHAPES), value=found.shape, label="Read as", elem_id="columns-shape")
         with gr.Row():
@@ -141,9 +147,9 @@ def mapping_of(text: str | None) -> dict[str, str]:
     return mapping
 
 
-def look(path: str, mapping: dict[str, str], shape: str | None) -> Layout:
+def look(path: str, mapping: dict[str, str], shape: str | None) -> DetectedColumns:
     """A file's columns under a mapping. Raises `DataError`."""
-    return columns.layout(columns.columns_of(path), mapping, path, shape)
+    return detect_columns(read_columns(path), mapping, path, shape)
 
 
 def shown(path: str | None, text: str | None, shape: str | None) -> list[Any]:
@@ -157,10 +163,10 @@ def shown(path: str | None, text: str | None, shape: str | None) -> list[Any]:
         return [told(str(error), tone="bad"), gr.skip(), gr.skip(), *[gr.skip()] * SLOTS]
     asks = found.shape is None or any(column is None for name, column in found.fields.items() if name != "input")
     card = gr.Accordion(open=True) if asks else gr.skip()
-    return [told(columns.in_words(found)), card, gr.Dropdown(list(SHAPES), value=found.shape), *updates(found)]
+    return [told(describe_columns(found)), card, gr.Dropdown(list(SHAPES), value=found.shape), *updates(found)]
 
 
-def slots_of(found: Layout) -> list[dict[str, Any]]:
+def slots_of(found: DetectedColumns) -> list[dict[str, Any]]:
     """The settings of the dropdowns: one for each field of the shape, the others hidden."""
     slots: list[dict[str, Any]] = []
     for name, column in found.fields.items():
@@ -170,7 +176,7 @@ def slots_of(found: Layout) -> list[dict[str, Any]]:
     return slots + [hidden] * (SLOTS - len(slots))
 
 
-def updates(found: Layout) -> list[gr.Dropdown]:
+def updates(found: DetectedColumns) -> list[gr.Dropdown]:
     """The same as what a handler returns."""
     return [gr.Dropdown(**slot) for slot in slots_of(found)]
 
@@ -179,11 +185,11 @@ def settled(path: str | None, text: str | None) -> list[Any]:
     """For `data.columns` and `outputs`, after another file was chosen: a mapping that does not fit is guessed anew."""
     try:
         if path and is_here(path):
-            there = columns.columns_of(path)
+            there = read_columns(path)
             mapping = mapping_of(text)
             if not mapping or not {*mapping.values()} <= {*there}:
-                known = columns.layout(there, {}, path).shape
-                text = forms.spelled({} if known else columns.guess(there))
+                known = detect_columns(there, {}, path).shape
+                text = forms.spelled({} if known else guess_mapping(there))
     except InputError:
         pass  # `shown` says it
     return [text, *shown(path, text, None)]
@@ -193,7 +199,7 @@ def read_as(path: str | None, shape: str | None) -> list[Any]:
     """For `data.columns` and `outputs`, after a shape was chosen by hand: its fields, as far as they can be guessed."""
     if not path or not shape or not is_here(path):
         return [gr.skip()] * (4 + SLOTS)
-    text = forms.spelled(columns.read_as(columns.columns_of(path), shape))
+    text = forms.spelled(mapping_for_shape(read_columns(path), shape))
     return [text, *shown(path, text, shape)]
 
 
@@ -201,9 +207,9 @@ def written(path: str | None, text: str | None, shape: str | None, *slots: str |
     """`data.columns` after a column was chosen by hand: what differs from the names, all of it where they mislead."""
     if not path or not is_here(path):
         return gr.skip()
-    there: Sequence[str] = columns.columns_of(path)
-    fields = columns.layout(there, mapping_of(text), path, shape).fields
+    there: Sequence[str] = read_columns(path)
+    fields = detect_columns(there, mapping_of(text), path, shape).fields
     wanted = dict(zip(fields, slots, strict=False))
     mapping = {name: column for name, column in wanted.items() if column}
     short = {name: column for name, column in mapping.items() if name != column}
-    return forms.spelled(short if columns.layout(there, short, path).fields == wanted else mapping)
+    return forms.spelled(short if detect_columns(there, short, path).fields == wanted else mapping)

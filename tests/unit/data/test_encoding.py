@@ -16,26 +16,26 @@ from hypothesis import strategies as st
 
 from mole.config import DataConfig
 from mole.core.errors import DataError
-from mole.data.encoding import (
-    PLAIN_TEMPLATE,
+from mole.data import (
+    DEFAULT_CHAT_TEMPLATE,
     Collator,
-    Encoded,
+    EncodedExample,
     Example,
-    Rows,
+    ExampleSet,
     build_datasets,
-    by_length,
     chat_template,
-    encode,
-    encode_all,
-    partition,
+    encode_example,
+    encode_examples,
     read_examples,
     render_prompt,
+    split_by_length,
 )
+from mole.data.batches import optimal_cuts
 
 FORMAT = "Which is wet?\n\nAnswer1: sand Answer2: sea Answer3: sun\n\nAnswer format: answer1/answer2/answer3"
 
 
-def rows_of(folder: Path, *rows: Any, **options: Any) -> Rows:
+def rows_of(folder: Path, *rows: Any, **options: Any) -> ExampleSet:
     """What `read_examples` makes of these JSON values."""
     return read_examples(str(write(folder, *rows)), **options)
 
@@ -52,7 +52,7 @@ def dialogue(*contents: str) -> Example:
     return Example(tuple({"role": roles[i % 2], "content": content} for i, content in enumerate(contents)))
 
 
-def learnt(encoded: Encoded, tokenizer: Any) -> str:
+def learnt(encoded: EncodedExample, tokenizer: Any) -> str:
     """The text that carries loss."""
     return tokenizer.decode([label for label in encoded.labels if label != -100])
 
@@ -265,11 +265,13 @@ def test_when_all_rows_are_rejected_the_first_reasons_are_quoted(tmp_path: Path)
 def test_a_tokenizer_without_a_template_gets_the_plain_one(tiny_tokenizer: Any) -> None:
     base = copy.deepcopy(tiny_tokenizer)
     base.chat_template = None
-    assert chat_template(base) == PLAIN_TEMPLATE and chat_template(tiny_tokenizer) == tiny_tokenizer.chat_template
+    assert (
+        chat_template(base) == DEFAULT_CHAT_TEMPLATE and chat_template(tiny_tokenizer) == tiny_tokenizer.chat_template
+    )
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
     prompt = render_prompt(messages, base)
     assert prompt == "<|im_start|>Be brief.\n\n### User:\n2+2?\n\n### Assistant:\n"
-    encoded = encode(Example((*messages, {"role": "assistant", "content": "4"})), base, 512)
+    encoded = encode_example(Example((*messages, {"role": "assistant", "content": "4"})), base, 512)
     assert base.decode(encoded.input_ids) == prompt + "4<|im_end|>"
 
 
@@ -282,7 +284,7 @@ def test_training_sees_the_tokens_that_generation_sees(tiny_tokenizer: Any, cont
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = None if plain else tokenizer.chat_template
     example = dialogue(*contents)
-    encoded = encode(example, tokenizer, 4096)
+    encoded = encode_example(example, tokenizer, 4096)
     prompt = tokenizer(render_prompt(example.prompt, tokenizer), add_special_tokens=False)["input_ids"]
     assert encoded.input_ids[: len(prompt)] == prompt
     answer = encoded.labels[len(prompt) :]
@@ -298,7 +300,7 @@ def test_a_thinking_model_is_trained_and_asked_without_thoughts(tiny_tokenizer: 
         "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
         "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
     )
-    encoded = encode(dialogue("2+2?", "4", "3+3?", "6"), tokenizer, 512)
+    encoded = encode_example(dialogue("2+2?", "4", "3+3?", "6"), tokenizer, 512)
     assert learnt(encoded, tokenizer) == "4<|im_end|>6<|im_end|>"
 
 
@@ -318,26 +320,28 @@ def test_a_template_that_refuses_a_conversation_rejects_the_row(tmp_path: Path, 
 
 
 def test_loss_is_on_every_answer_and_its_end_and_nowhere_else(tiny_tokenizer: Any) -> None:
-    encoded = encode(dialogue("yes?", "yes", "and yes?", "no"), tiny_tokenizer, 512)
+    encoded = encode_example(dialogue("yes?", "yes", "and yes?", "no"), tiny_tokenizer, 512)
     assert learnt(encoded, tiny_tokenizer) == "yes<|im_end|>no<|im_end|>"
     assert all(label in (-100, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
 
 
 def test_a_greeting_of_the_assistant_is_learnt_too(tiny_tokenizer: Any) -> None:
     greeting = ({"role": "assistant", "content": "Hello!"},)
-    encoded = encode(Example(greeting + dialogue("2+2?", "4").messages), tiny_tokenizer, 512)
+    encoded = encode_example(Example(greeting + dialogue("2+2?", "4").messages), tiny_tokenizer, 512)
     assert learnt(encoded, tiny_tokenizer) == "Hello!<|im_end|>4<|im_end|>"
 
 
 def test_a_text_row_is_learnt_whole_and_ends(tiny_tokenizer: Any) -> None:
-    encoded = encode(Example(text="Once upon a time"), tiny_tokenizer, 512)
+    encoded = encode_example(Example(text="Once upon a time"), tiny_tokenizer, 512)
     assert encoded.labels == encoded.input_ids
     assert tiny_tokenizer.decode(encoded.input_ids) == "Once upon a time<|im_end|>"
 
 
 def test_many_at_once_are_the_same_as_one_by_one(tiny_tokenizer: Any) -> None:
     examples = [dialogue("a", "b"), Example(text="c"), dialogue("d", "e", "f", "g")]
-    assert list(encode_all(examples, tiny_tokenizer, 12)) == [encode(one, tiny_tokenizer, 12) for one in examples]
+    assert list(encode_examples(examples, tiny_tokenizer, 12)) == [
+        encode_example(one, tiny_tokenizer, 12) for one in examples
+    ]
 
 
 # Truncation
@@ -345,7 +349,7 @@ def test_many_at_once_are_the_same_as_one_by_one(tiny_tokenizer: Any) -> None:
 
 def test_the_oldest_tokens_of_the_prompt_go_first(tiny_tokenizer: Any) -> None:
     example = dialogue("0 1 2 3 4 5 6 7 8 9 " * 20, "the answer")
-    whole, cut = encode(example, tiny_tokenizer, 4096), encode(example, tiny_tokenizer, 40)
+    whole, cut = encode_example(example, tiny_tokenizer, 4096), encode_example(example, tiny_tokenizer, 40)
     assert cut.truncated and not whole.truncated
     assert cut.input_ids == whole.input_ids[-40:] and cut.labels == whole.labels[-40:]
 
@@ -353,7 +357,7 @@ def test_the_oldest_tokens_of_the_prompt_go_first(tiny_tokenizer: Any) -> None:
 @given(limit=st.integers(8, 60), asked=st.integers(1, 30), answered=st.integers(1, 60))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_truncation_never_drops_the_whole_answer(tiny_tokenizer: Any, limit: int, asked: int, answered: int) -> None:
-    encoded = encode(dialogue("? " * asked, "! " * answered), tiny_tokenizer, limit)
+    encoded = encode_example(dialogue("? " * asked, "! " * answered), tiny_tokenizer, limit)
     answer = [label for label in encoded.labels if label != -100]
     whole = tiny_tokenizer("! " * answered + "<|im_end|>")["input_ids"]
     assert len(encoded.input_ids) == len(encoded.labels) <= limit
@@ -362,7 +366,7 @@ def test_truncation_never_drops_the_whole_answer(tiny_tokenizer: Any, limit: int
 
 
 def test_a_long_text_keeps_its_beginning(tiny_tokenizer: Any) -> None:
-    whole, cut = (encode(Example(text="0123456789" * 9), tiny_tokenizer, limit) for limit in (512, 16))
+    whole, cut = (encode_example(Example(text="0123456789" * 9), tiny_tokenizer, limit) for limit in (512, 16))
     assert cut.truncated and cut.input_ids == cut.labels == whole.input_ids[:16]
 
 
@@ -447,14 +451,14 @@ def test_a_batch_is_cut_into_parts_of_like_length_and_nothing_is_lost() -> None:
     rows = [
         {"input_ids": [number] * length, "labels": [number] * length} for number, length in enumerate((9, 2, 8, 2, 1))
     ]
-    parts = by_length(Collator(pad_token_id=0)(rows), overhead=2)
+    parts = split_by_length(Collator(pad_token_id=0)(rows), overhead=2)
     assert [part["input_ids"].shape for part in parts] == [(3, 2), (2, 9)]
     for part in parts:
         for ids, mask, labels in zip(*part.values(), strict=True):
             number, length = int(ids[0]), int(mask.sum())
             assert ids[:length].tolist() == labels[:length].tolist() == rows[number]["input_ids"]
             assert not mask[length:].any() and (labels[length:] == -100).all()
-    (whole,) = by_length(Collator(pad_token_id=0)(rows), overhead=1000)
+    (whole,) = split_by_length(Collator(pad_token_id=0)(rows), overhead=1000)
     assert whole["input_ids"].shape == (5, 9) and whole["input_ids"][:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -465,14 +469,14 @@ def test_no_other_cut_is_cheaper(lengths: list[int], overhead: int) -> None:
 
     cuts = range(1, len(lengths))
     every = [(*some, len(lengths)) for count in range(len(lengths)) for some in combinations(cuts, count)]
-    assert cost(partition(lengths, overhead)) == min(map(cost, every))
+    assert cost(optimal_cuts(lengths, overhead)) == min(map(cost, every))
 
 
 @pytest.mark.model
 def test_the_embedded_models_answer_follows_its_own_template(embedded: Any) -> None:
     tokenizer = embedded.tokenizer
     example = dialogue("Convert 3 km to m.", "3000 m")
-    encoded = encode(example, tokenizer, 512)
+    encoded = encode_example(example, tokenizer, 512)
     prompt = tokenizer(render_prompt(example.prompt, tokenizer), add_special_tokens=False)["input_ids"]
     assert encoded.input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(encoded.input_ids).endswith("<|im_start|>assistant\n3000 m<|im_end|>")

@@ -14,8 +14,7 @@ import huggingface_hub.constants
 import pytest
 
 from mole.core.errors import DataError
-from mole.data import readers
-from mole.data.readers import read_hub, read_records
+from mole.data import read_hub_dataset, read_records, readers
 
 ROWS = [{"prompt": f"question {i}", "completion": f"réponse, {i}\u2028«ok»"} for i in range(5)]
 
@@ -184,23 +183,23 @@ def test_a_hub_that_never_answers_is_one_line_within_seconds(
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", silent_server)
     started = time.monotonic()
     assert "hub cannot be reached" in error_of("owner/name:config:test")
-    assert time.monotonic() - started < readers.HUB_PATIENCE + 4
+    assert time.monotonic() - started < readers.HUB_TIMEOUT + 4
 
 
 def test_a_hub_data_set_is_read_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "check_hub", lambda name: None)  # a local folder stands in for the repository
+    monkeypatch.setattr(readers, "check_dataset_exists", lambda name: None)  # the repository is a local folder
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "repository"
     folder.mkdir()
     for split in ("train", "test"):
         written(folder, f"{split}.jsonl", [{"text": f"{split} {i}"} for i in range(3)])
-    assert read_hub(str(folder), None, "test", 2).rows == [(1, {"text": "test 0"}), (2, {"text": "test 1"})]
+    assert read_hub_dataset(str(folder), None, "test", 2).rows == [(1, {"text": "test 0"}), (2, {"text": "test 1"})]
     with pytest.raises(DataError, match="cannot be loaded"):
-        read_hub(str(folder), None, "nosuchsplit", None)
+        read_hub_dataset(str(folder), None, "nosuchsplit", None)
 
 
 def test_a_hub_id_may_name_configuration_and_split() -> None:
-    match = readers.HUB_ID.fullmatch("allenai/ai2_arc:ARC-Easy:test")
+    match = readers.DATASET_ID.fullmatch("allenai/ai2_arc:ARC-Easy:test")
     assert match and match.group("id", "config", "split") == ("allenai/ai2_arc", "ARC-Easy", "test")
-    match = readers.HUB_ID.fullmatch("owner/name::validation[:10%]")
+    match = readers.DATASET_ID.fullmatch("owner/name::validation[:10%]")
     assert match and match.group("id", "config", "split") == ("owner/name", "", "validation[:10%]")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mole.data.encoding import read_examples
+from mole.data import read_examples
 
 FOLDER = Path(__file__).parents[3] / "assets" / "data"
 FILES = ("skills_train.jsonl", "skills_heldout.jsonl")

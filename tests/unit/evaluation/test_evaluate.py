@@ -13,7 +13,7 @@ import torch
 from mole.chat.generate import prompt_ids, stop_ids
 from mole.config import ModelConfig
 from mole.core.errors import DataError
-from mole.data.encoding import encode, read_examples
+from mole.data import encode_example, read_examples
 from mole.evaluation import evaluate as module
 from mole.evaluation.evaluate import evaluate, score
 from mole.models.loading import Loaded
@@ -33,7 +33,7 @@ PAIRS = [
 def learned(tiny_model: Any, tiny_tokenizer: Any) -> Loaded:
     """A tiny model that has learnt the first half of PAIRS by heart and has no idea of the others."""
     examples = [example_of(question, answer) for question, answer in PAIRS[:3]]
-    encoded = [encode(example, tiny_tokenizer, 512) for example in examples]
+    encoded = [encode_example(example, tiny_tokenizer, 512) for example in examples]
     model = tiny_model("llama").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -45,7 +45,7 @@ def learned(tiny_model: Any, tiny_tokenizer: Any) -> Loaded:
 
 
 def example_of(question: str, answer: str) -> Any:
-    from mole.data.encoding import Example
+    from mole.data import Example
 
     return Example(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
 
@@ -105,7 +105,7 @@ def test_the_same_text_in_other_tokens_matches(learned: Loaded) -> None:
 def test_perplexity_is_that_of_the_learnt_tokens_read_one_row_at_a_time(learned: Loaded, pairs: str) -> None:
     values = []
     for question, answer in PAIRS:
-        item = encode(example_of(question, answer), learned.tokenizer, 512)
+        item = encode_example(example_of(question, answer), learned.tokenizer, 512)
         log_probs = plain_log_probs(learned, item.input_ids)
         values += [float(p) for p, label in zip(log_probs, item.labels[1:], strict=True) if label != -100]
     assert evaluate(learned, pairs)["metrics"]["perplexity"] == pytest.approx(

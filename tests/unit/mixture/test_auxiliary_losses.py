@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mole import MoleConfig, auxiliary_loss
 from mole.config import ROUTERS
 from mole.core.errors import MoleError
-from mole.data.encoding import by_length
+from mole.data import split_by_length
 from mole.mixture.routing_log import one_batch
 
 Make = Callable[..., Any]
@@ -177,7 +177,7 @@ def test_parts_of_like_length_are_one_batch(router: str, tiny_model: Make) -> No
     batch = {name: values for name, values in padded("right").items() if name != "position_ids"}
     head = model.get_output_embeddings().weight
     losses, grads = [], []
-    for parts in ([batch], by_length(batch, overhead=0)):
+    for parts in ([batch], split_by_length(batch, overhead=0)):
         model.zero_grad()
         with one_batch(model):
             logits = [model(**part).logits[part["attention_mask"].bool()] for part in parts]

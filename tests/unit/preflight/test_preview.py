@@ -12,8 +12,7 @@ import pytest
 
 from mole.config import RunConfig
 from mole.core.errors import DataError, ModelError
-from mole.data import columns
-from mole.data.encoding import build_datasets
+from mole.data import build_datasets, describe_columns, detect_columns, guess_mapping, mapping_for_shape
 from mole.preflight.preview import MAX_REJECTIONS, MAX_ROWS, Preview, preview
 from mole.preflight.preview import histogram as histogram_of
 
@@ -223,17 +222,17 @@ def test_when_no_row_is_left_the_error_holds_all_of_them(tiny_folder: Path, tmp_
     ],
 )
 def test_columns_are_guessed_by_their_usual_names(names: list[str], mapping: dict[str, str]) -> None:
-    assert columns.guess(names) == mapping
+    assert guess_mapping(names) == mapping
 
 
 def test_a_shape_chosen_by_hand_wins_over_the_names() -> None:
     names = ["prompt", "completion", "text"]
-    mapping = columns.read_as(names, "text")
-    assert columns.layout(names, {}, "f").shape == "prompt/completion"
-    assert columns.layout(names, mapping, "f").shape == "text"
+    mapping = mapping_for_shape(names, "text")
+    assert detect_columns(names, {}, "f").shape == "prompt/completion"
+    assert detect_columns(names, mapping, "f").shape == "text"
 
 
 def test_what_is_still_to_be_mapped_is_said() -> None:
-    found = columns.layout(["a", "b"], {"prompt": "a"}, "f", "prompt/completion")
+    found = detect_columns(["a", "b"], {"prompt": "a"}, "f", "prompt/completion")
     assert found.fields == {"prompt": "a", "completion": None}
-    assert "choose a column for: completion" in columns.in_words(found)
+    assert "choose a column for: completion" in describe_columns(found)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mole import models, runs
-from mole.config.schema import ModelConfig, RunConfig
+from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint
 from mole.core.errors import CheckpointError, ModelError, RunError
 
@@ -58,7 +58,7 @@ def test_the_adapters_template_wins_and_a_difference_is_said(tiny_adapter: Path,
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     loaded = runs.load_target(str(folder), CPU)
     assert loaded.notice is not None and "chat template kept with the adapter" in loaded.notice
-    from mole.data.encoding import render_prompt
+    from mole.data import render_prompt
 
     assert render_prompt([{"role": "user", "content": "hi"}], loaded.tokenizer) == "hi!"
 
