@@ -223,7 +223,7 @@ def pace(run: Run, last: dict[str, Any]) -> tuple[float | None, float | None]:
 
 def newest_score(run: Run) -> dict[str, Any] | None:
     """Accuracy or exact match of the newest evaluation that measured one."""
-    for evaluation in evaluation_job.find(run)[:NEWEST_EVALUATIONS]:
+    for evaluation in evaluation_job.evaluations_of(run)[:NEWEST_EVALUATIONS]:
         metrics = numbers(evaluation.record().get("metrics"))
         for kind in SCORES:
             if kind in metrics:

@@ -46,5 +46,5 @@ def move_in_queue(name: str, by: int) -> None:
     """Move a waiting run by so many places; −1 is one place nearer to its start."""
     settings.forbid_on_space()
     run = runs.get(name)
-    line = [other.name for other in runs.waiting_runs(runs.place_of(run)[0])]
+    line = [other.name for other in runs.waiting_runs(runs.place_in_queue(run)[0])]
     runs.move(run, (line.index(name) + 1 if name in line else 0) + by)

@@ -64,7 +64,7 @@ def trained(config: RunConfig) -> runs.Run:
     if run.state != "finished":
         resume = run.state != "queued"
         runs.enqueue(run, resume=resume)
-        worker.work(run, resume=resume, progress=True)
+        worker.perform(run, resume=resume, progress=True)
     return run
 
 

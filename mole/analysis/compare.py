@@ -281,7 +281,7 @@ def evaluation_metric(key: str) -> Metric:
 def evaluation_results(run: Run) -> dict[str, float]:
     """Metrics of the final adapter's evaluations by `eval:METRIC:ROWS:CONTENT:FILE`; the newest one per key."""
     values: dict[str, float] = {}
-    for evaluation in reversed(evaluation_job.find(run)):
+    for evaluation in reversed(evaluation_job.evaluations_of(run)):
         record = evaluation.record()
         measured, rows = numbers(record.get("metrics")), number(record.get("rows"))
         if not measured or not rows or record.get("checkpoint", "final") != "final":

@@ -125,7 +125,7 @@ def list_presets(options: argparse.Namespace) -> None:
 def in_foreground(run: runs.Run, *, resume: bool) -> None:
     """Work on a queued run here and say how it ended."""
     print(f"Run {run.name} ({run.path})", flush=True)
-    worker.work(run, resume=resume, progress=True)
+    worker.perform(run, resume=resume, progress=True)
     if run.state == "finished":
         metrics = ", ".join(f"{key} {shown(value)}" for key, value in run.details()["metrics"].items())
         print(f"Finished at step {run.step}{f': {metrics}' if metrics else ''}.")
@@ -184,7 +184,7 @@ def print_queue(line: list[runs.Run]) -> None:
     for run in line:
         device = str(run.last_event.get("device", ""))
         places[device] = places.get(device, 0) + 1
-        cells.append([str(places[device]), device, run.name, run.group or "-", runs.user_of(device) or "-"])
+        cells.append([str(places[device]), device, run.name, run.group or "-", runs.device_user(device) or "-"])
     if cells:
         table(["PLACE", "DEVICE", "NAME", "GROUP", "NOW RUNNING"], cells)
     else:
@@ -326,7 +326,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     begun = time.monotonic()
     result = measure(loaded, options.data, limit=options.limit, progress=True)
-    evaluation_job.keep(options.target, result, options.limit, rows.fingerprint, time.monotonic() - begun)
+    evaluation_job.record_evaluation(options.target, result, options.limit, rows.fingerprint, time.monotonic() - begun)
     print(f"{result['target']} on {result['data']}, {result['rows']} rows:")
     for key, value in result["metrics"].items():
         percent = key in ("accuracy", "exact_match") and value is not None

@@ -9,7 +9,7 @@ from typing import Any
 from mole.config import RunConfig
 from mole.core.errors import BusyError, InputError, MoleError
 from mole.core.text import bytes_text, duration_text
-from mole.preflight.job import FINAL, Check
+from mole.preflight.job import FINAL, PreflightJob
 
 VERDICTS = {
     "yes": "It fits.",
@@ -25,7 +25,7 @@ def report(config: RunConfig, *, measure: bool, wait: bool) -> dict[str, Any]:
 
     Raises `InputError` for bad input, `BusyError` when a run has the device, `MoleError` when the check failed.
     """
-    check = Check.of(config)
+    check = PreflightJob.of(config)
     end = follow(check, config, "estimate")
     estimate = check.read("estimate")
     print_estimate(estimate)
@@ -42,7 +42,7 @@ def report(config: RunConfig, *, measure: bool, wait: bool) -> dict[str, Any]:
     return {"estimate": estimate, "measurement": measurement, "fits": fits}
 
 
-def follow(check: Check, config: RunConfig, kind: str, wait: bool = False) -> dict[str, Any]:
+def follow(check: PreflightJob, config: RunConfig, kind: str, wait: bool = False) -> dict[str, Any]:
     """Start a check, tell on stderr how it goes, and return how it ended; Ctrl-C ends it too."""
     check.start(config, kind, wait=wait)
     told = ""

@@ -111,7 +111,7 @@ class Evaluation:
 # Starting and finding
 
 
-def start(target: str, data: str, limit: int | None = None) -> Evaluation:
+def start_evaluation(target: str, data: str, limit: int | None = None) -> Evaluation:
     """Evaluate a run (`RUN`, or `RUN@STEP` for a checkpoint) on a data file or hub data set, in the background.
 
     `limit` takes the first rows only. Raises `RunError` or `ModelError` for the target, `DataError` (field `data`) and
@@ -121,8 +121,8 @@ def start(target: str, data: str, limit: int | None = None) -> Evaluation:
 
     locate(target)
     run = run_of(target)
-    columns, fingerprint = check_data(run, data, limit)
-    evaluation = _claim(run, describe(target, data, limit, fingerprint), columns=columns)
+    columns, fingerprint = data_columns(run, data, limit)
+    evaluation = _claim(run, new_record(target, data, limit, fingerprint), columns=columns)
     processes.detach("mole.evaluation.job", run.name, str(evaluation.number), log=evaluation.file("log"))
     return evaluation
 
@@ -132,7 +132,7 @@ def run_of(target: str) -> Run:
     return runs.get(target.partition("@")[0])
 
 
-def check_data(run: Run, data: str, limit: int | None) -> tuple[dict[str, str], str]:
+def data_columns(run: Run, data: str, limit: int | None) -> tuple[dict[str, str], str]:
     """The column names that fit the data (the run's own, where the data has such columns) and its sha256."""
     from mole.data import read_examples
 
@@ -146,7 +146,7 @@ def check_data(run: Run, data: str, limit: int | None) -> tuple[dict[str, str], 
     return {}, read_examples(data, None, limit, field="data").fingerprint
 
 
-def describe(target: str, data: str, limit: int | None, fingerprint: str) -> dict[str, Any]:
+def new_record(target: str, data: str, limit: int | None, fingerprint: str) -> dict[str, Any]:
     """The beginning of a record: what is measured on what, and when."""
     local = local_path(data)
     step = target.partition("@")[2]
@@ -160,9 +160,11 @@ def describe(target: str, data: str, limit: int | None, fingerprint: str) -> dic
     }
 
 
-def keep(target: str, result: dict[str, Any], limit: int | None, fingerprint: str, seconds: float) -> Evaluation | None:
+def record_evaluation(
+    target: str, result: dict[str, Any], limit: int | None, fingerprint: str, seconds: float
+) -> Evaluation | None:
     """Record a result measured elsewhere (`mole eval`); None when the target is no run, or its folder read-only."""
-    values = describe(target, result["data"], limit, fingerprint)
+    values = new_record(target, result["data"], limit, fingerprint)
     try:
         return _claim(run_of(target), values, rows=result["rows"], metrics=result["metrics"], seconds=round(seconds, 1))
     except (RunError, OSError):
@@ -172,7 +174,7 @@ def keep(target: str, result: dict[str, Any], limit: int | None, fingerprint: st
 def _claim(run: Run, values: dict[str, Any], **more: Any) -> Evaluation:
     """A new record under the next free number."""
     (run.path / FOLDER).mkdir(exist_ok=True)
-    number = max((one.number for one in find(run)), default=0)
+    number = max((one.number for one in evaluations_of(run)), default=0)
     while True:
         number += 1
         evaluation = Evaluation(run, number)
@@ -184,7 +186,7 @@ def _claim(run: Run, values: dict[str, Any], **more: Any) -> Evaluation:
         return evaluation
 
 
-def find(run: Run) -> list[Evaluation]:
+def evaluations_of(run: Run) -> list[Evaluation]:
     """All evaluations of a run, the newest first."""
     try:
         names = os.listdir(run.path / FOLDER)
@@ -196,14 +198,14 @@ def find(run: Run) -> list[Evaluation]:
 
 def list_evaluations(run: Run, most: int = 50) -> list[dict[str, Any]]:
     """The states of a run's evaluations, the newest first, at most so many."""
-    return [evaluation.status() for evaluation in find(run)[:most]]
+    return [evaluation.status() for evaluation in evaluations_of(run)[:most]]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The process
 
 
-def work(evaluation: Evaluation) -> None:
+def perform(evaluation: Evaluation) -> None:
     """Wait for the run's device, measure, and write the result or the error into the record.
 
     An evaluation takes minutes and a person waits for it: it does not stand in line behind queued runs.
@@ -220,7 +222,7 @@ def work(evaluation: Evaluation) -> None:
             ) as held:
                 if held:
                     evaluation.update(begun=True, note="Loading the model …")
-                    evaluation.update(**measured(evaluation), note="")
+                    evaluation.update(**evaluation_result(evaluation), note="")
         except Exception as error:
             if not evaluation.run.path.exists():
                 return  # the run was deleted; there is nobody to tell
@@ -228,7 +230,7 @@ def work(evaluation: Evaluation) -> None:
             raise
 
 
-def measured(evaluation: Evaluation) -> dict[str, Any]:
+def evaluation_result(evaluation: Evaluation) -> dict[str, Any]:
     """The result: `rows`, `metrics` and `seconds`. Raises `MoleError`."""
     from mole.data import read_examples
     from mole.evaluation.evaluate import NOTHING, measure
@@ -252,7 +254,7 @@ def main(arguments: list[str]) -> int:
     def evaluate() -> None:
         if len(arguments) != 2 or not arguments[1].isdecimal():
             raise RunError("usage: python -m mole.evaluation.job NAME NUMBER")
-        work(Evaluation(runs.get(arguments[0]), int(arguments[1])))
+        perform(Evaluation(runs.get(arguments[0]), int(arguments[1])))
 
     return processes.exit_code(evaluate)
 

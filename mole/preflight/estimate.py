@@ -73,7 +73,7 @@ def estimate(config: RunConfig) -> Estimate:
     notes = [note] if note else []
     fits = plan.fits(sum(memory.values())) if memory else "unknown"
     device = runs.device_of(config)
-    user = runs.user_of(device)
+    user = runs.device_user(device)
     if user:
         notes.append(
             f"{user} is using {device}: its memory does not count as free, and the speed is unknown. "

@@ -42,13 +42,13 @@ KILLED = "The system ended the process, most likely because the memory ran out."
 
 
 @dataclass(frozen=True)
-class Check:
+class PreflightJob:
     """The checks of one run's settings."""
 
     folder: Path
 
     @classmethod
-    def of(cls, config: RunConfig) -> Check:
+    def of(cls, config: RunConfig) -> PreflightJob:
         """The check of these settings on these files, as they are now; the run's name and group do not matter."""
         values = config.to_dict()
         for name in ("name", "group"):
@@ -117,7 +117,7 @@ class Check:
         if self.alive:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        prune(self.folder)
+        prune_jobs(self.folder)
         if kind != "estimate":
             (self.folder / "measurement.json").unlink(missing_ok=True)
         absolute = runs.absolute(config)
@@ -144,31 +144,31 @@ class Check:
         return self.folder / "scratch"
 
 
-def prune(keep: Path) -> None:
+def prune_jobs(keep: Path) -> None:
     """Delete the oldest checks but for `KEPT`, and never one that is going on."""
     found = [(path.stat().st_mtime, path) for path in keep.parent.iterdir() if path.is_dir() and path != keep]
     for _, path in sorted(found, reverse=True)[KEPT:]:
-        if not Check(path).alive:
+        if not PreflightJob(path).alive:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def find(key: str) -> Check | None:
+def find_job(key: str) -> PreflightJob | None:
     """The check of that key, if there is one."""
     folder = home() / "preflight" / key
-    return Check(folder) if re.fullmatch("[0-9a-z]{1,64}", key) and folder.is_dir() else None
+    return PreflightJob(folder) if re.fullmatch("[0-9a-z]{1,64}", key) and folder.is_dir() else None
 
 
-def going_on() -> list[Check]:
+def running_jobs() -> list[PreflightJob]:
     """All checks that are going on."""
     parent = home() / "preflight"
-    return [check for path in parent.iterdir() if (check := Check(path)).alive] if parent.is_dir() else []
+    return [check for path in parent.iterdir() if (check := PreflightJob(path)).alive] if parent.is_dir() else []
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The process
 
 
-def work(check: Check) -> None:
+def perform(check: PreflightJob) -> None:
     """Do what the check asks for, in this process, and write down how it ended. Raises `BusyError`, `MoleError`."""
     with job.hold(check.lock_path, "This check", patience=2):
         request = check.read("request")
@@ -179,37 +179,37 @@ def work(check: Check) -> None:
             config = RunConfig.from_dict(request["config"])
             runs.check_inputs(config)
             if kind in ("estimate", "both"):
-                estimate(check, config, last=kind == "estimate")
+                run_estimate(check, config, last=kind == "estimate")
             if kind in ("measurement", "both"):
                 kind = "measurement"
-                measurement(check, config, request)
+                run_measurement(check, config, request)
         except Exception as error:
-            failed(check, kind, error)
+            record_failure(check, kind, error)
         finally:
             shutil.rmtree(check.scratch, ignore_errors=True)
 
 
-def estimate(check: Check, config: RunConfig, last: bool) -> None:
+def run_estimate(check: PreflightJob, config: RunConfig, last: bool) -> None:
     """Estimate, and keep the result; `last` when nothing follows."""
     check.tell("estimate", "working", "Looking at the model and the data …", 0.3)
-    from mole.preflight import estimate
+    from mole.preflight.estimate import estimate
 
-    check.write("estimate", **estimate.estimate(config).to_dict())
+    check.write("estimate", **estimate(config).to_dict())
     if last:
         check.tell("estimate", "done", "", 1.0)
 
 
-def measurement(check: Check, config: RunConfig, request: dict[str, Any]) -> None:
+def run_measurement(check: PreflightJob, config: RunConfig, request: dict[str, Any]) -> None:
     """Measure once the device is free, and keep the result."""
     device = runs.device_of(config)
-    if not request["wait"] and (user := runs.user_of(device)):
+    if not request["wait"] and (user := runs.device_user(device)):
         check.tell("measurement", "busy", f"{user} is using {device}.", by=user)
         return
     with job.device_turn(
         device, lambda: False, lambda note: check.tell("measurement", "waiting", note), run="a measurement"
     ):
         check.scratch.mkdir(exist_ok=True)
-        with limited(device, request["limit"]):
+        with memory_limited(device, request["limit"]):
             check.tell("measurement", "working", "Loading the libraries …", 0.02)
             from mole.preflight import dry_run
 
@@ -221,7 +221,7 @@ def measurement(check: Check, config: RunConfig, request: dict[str, Any]) -> Non
 
 
 @contextmanager
-def limited(device: str, limit: int | None) -> Iterator[None]:
+def memory_limited(device: str, limit: int | None) -> Iterator[None]:
     """Let this process fail, rather than the machine, when memory runs out."""
     with contextlib.suppress(OSError):  # the first to be ended, not the studio or a run
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -232,7 +232,7 @@ def limited(device: str, limit: int | None) -> Iterator[None]:
     yield
 
 
-def failed(check: Check, kind: str, error: Exception) -> None:
+def record_failure(check: PreflightJob, kind: str, error: Exception) -> None:
     """Write down why it failed; memory that ran out is an answer of a measurement, not a failure."""
     text = " ".join(str(error).split())
     if kind == "measurement" and re.search(NO_MEMORY, f"{type(error).__name__}: {text}", re.IGNORECASE):
@@ -247,10 +247,10 @@ def main(arguments: list[str]) -> int:
     """`KEY` → exit code: 0 done (also when it does not fit), 1 failed, 2 bad input."""
 
     def answer() -> None:
-        check = find(arguments[0]) if len(arguments) == 1 else None
+        check = find_job(arguments[0]) if len(arguments) == 1 else None
         if check is None:
             raise RunError("usage: python -m mole.preflight.job KEY")
-        work(check)
+        perform(check)
 
     return processes.exit_code(answer)
 

@@ -114,7 +114,7 @@ def reorder(names: Sequence[str]) -> list[Run]:
     with _line():
         waiting = {run.name for run in waiting_runs() if not run.stop_requested()}
         moved = [(run, run.last_event) for run in asked if run.name in waiting]
-        moved = [(run, last) for run, last in moved if user_of(last["device"]) != run.name]
+        moved = [(run, last) for run, last in moved if device_user(last["device"]) != run.name]
         place = 0.0
         for (run, last), free in zip(moved, sorted(_position(last) for _, last in moved), strict=True):
             place = max(free, math.nextafter(place, math.inf))
@@ -139,7 +139,7 @@ def move(run: Run, place: int) -> list[Run]:
     return waiting_runs(device)
 
 
-def place_of(run: Run) -> tuple[str, float]:
+def place_in_queue(run: Run) -> tuple[str, float]:
     """A run's device, and where it stands in line for it: smaller is earlier."""
     last = run.last_event
     return str(last.get("device") or device_of(run.config)), _position(last)
@@ -147,13 +147,13 @@ def place_of(run: Run) -> tuple[str, float]:
 
 def ahead_of(run: Run) -> list[str]:
     """The names of the runs a waiting run waits for: the one on its device, then those before it in line."""
-    device, _ = place_of(run)
-    line = [user_of(device), *(other.name for other in waiting_runs(device))]
+    device, _ = place_in_queue(run)
+    line = [device_user(device), *(other.name for other in waiting_runs(device))]
     before = line[: line.index(run.name)] if run.name in line else line[:1]
     return [name for name in before if name]
 
 
-def user_of(device: str) -> str:
+def device_user(device: str) -> str:
     """The name of the run that has the device; empty when it is free."""
     path = device_lock_path(device)
     return str(locks.holder(path).get("run", "")) if locks.is_held(path) else ""

@@ -226,7 +226,7 @@ class Run:
             config = self.config
         except InputError:
             return {"router": "?", "model": "?", "total_steps": 0}
-        return made_of(config)
+        return creation_facts(config)
 
     def details(self) -> dict[str, Any]:
         """`status()` with `config`, `metrics` (the finished run's, and the last `loss` and `eval_loss`) and `error`.
@@ -289,7 +289,7 @@ class Run:
         self.stop_path.unlink(missing_ok=True)
 
 
-def made_of(config: RunConfig) -> dict[str, Any]:
+def creation_facts(config: RunConfig) -> dict[str, Any]:
     """What the `created` event tells of a config, so that a list need not parse YAML."""
     return {
         "router": config.adapter.router,

@@ -16,7 +16,7 @@ from mole.core import checkpoint
 from mole.core.errors import BusyError, ConfigError, RunError, writing
 from mole.core.paths import check_name, home, local_path, runs_dir
 from mole.core.text import one_line
-from mole.runs.run import Run, made_of
+from mole.runs.run import Run, creation_facts
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -71,7 +71,7 @@ def _claim(name: str, config: RunConfig) -> Run | None:
     try:
         made = Run(name, aside)
         made.config_path.write_text(dataclasses.replace(config, name=name).to_yaml(), encoding="utf-8")
-        made.append_event("created", 0, **made_of(config))
+        made.append_event("created", 0, **creation_facts(config))
         checkpoint.sync(made.config_path, made.events_path, aside)
         aside.rename(runs_dir() / name)
         checkpoint.sync(runs_dir(), home())

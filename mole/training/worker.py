@@ -26,7 +26,7 @@ from mole.runs.run import WAITING, Run
 log = logging.getLogger("mole")
 
 
-def work(run: Run, *, resume: bool = False, progress: bool = False) -> None:
+def perform(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     """Train a queued run in this process: wait for its device, train, and log to its events and `train.log`.
 
     The first Ctrl-C or SIGTERM saves and stops, a second Ctrl-C aborts. `progress` shows progress on the terminal.
@@ -144,7 +144,7 @@ def main(arguments: list[str]) -> int:
     def train() -> None:
         if len(names) != 1:
             raise RunError("usage: python -m mole.training.worker NAME [--resume]")
-        work(runs.get(names[0]), resume="--resume" in arguments)
+        perform(runs.get(names[0]), resume="--resume" in arguments)
 
     return processes.exit_code(train)
 

@@ -165,7 +165,7 @@ def test_records_of_wrong_kinds_are_read_past(pair: list[Run], record: Any, chec
     folder.mkdir(exist_ok=True)
     (folder / "1.json").write_bytes(as_json(record).encode() if content is None else content)
     look(pair)
-    found = preflight_job.Check(runs.home() / "preflight" / "attacked")
+    found = preflight_job.PreflightJob(runs.home() / "preflight" / "attacked")
     found.folder.mkdir(parents=True, exist_ok=True)
     (found.folder / "state.json").write_text(as_json(check))
     for_the_page(preflight.value_of(found))

@@ -207,7 +207,7 @@ def test_a_process_number_that_was_given_to_another_fools_nobody(
     for path in (run.lock_path, device):
         path.write_text(note)
     assert run.state == state and not run.held
-    assert runs.user_of("cpu") == ""
+    assert runs.device_user("cpu") == ""
     if state == "queued":
         runs.stop(run)
         assert run.state == "stopped"

@@ -51,7 +51,7 @@ def test_no_name_leads_out_of_its_folder(home: Path, name: str) -> None:
     ):
         with pytest.raises(RunError):
             attempt()
-    assert preflight_job.find(name) is None
+    assert preflight_job.find_job(name) is None
     assert not everything_in(home)
 
 

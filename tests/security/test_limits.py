@@ -267,4 +267,4 @@ def test_the_line_cannot_be_passed_by(stranger: Stranger) -> None:
 def test_an_evaluation_takes_no_more_rows_than_there_may_be(home: Path, tmp_path: Path) -> None:
     run = runs.create(config(name="mine"))
     with pytest.raises(ConfigError, match="at least 1"):
-        evaluation_job.check_data(run, str(tmp_path), 0)
+        evaluation_job.data_columns(run, str(tmp_path), 0)

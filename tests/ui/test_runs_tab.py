@@ -35,7 +35,7 @@ def train(home: Path, tiny_folder: Path) -> runs.Run:
     }
     run = runs.create(RunConfig.from_dict(config))
     runs.enqueue(run)
-    worker.work(run)
+    worker.perform(run)
     assert run.state == "finished"
     return run
 

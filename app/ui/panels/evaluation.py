@@ -120,7 +120,7 @@ def begin(target: str | None, data: str | None, limit: float | None) -> dict[str
             raise RunError("This run has no checkpoint yet; evaluate it once it has saved one.")
         if limit and limit < 1:
             raise ConfigError("limit", int(limit), "a whole number of rows", "0 takes them all.")
-        evaluation_job.start(target, (data or "").strip(), int(limit) if limit else None)
+        evaluation_job.start_evaluation(target, (data or "").strip(), int(limit) if limit else None)
     except MoleError as error:
         field = {"limit": "evaluate-limit", "data": "evaluate-data", "data.columns": "evaluate-data"}
         return problem.told(str(error), field.get(error.field or "", ""), reveal=True)

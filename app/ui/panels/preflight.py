@@ -19,7 +19,7 @@ from app.views.preflight import preflight_view
 from mole.config import RunConfig, apply_overrides
 from mole.core.errors import InputError, MoleError
 from mole.preflight import job as preflight_job
-from mole.preflight.job import Check
+from mole.preflight.job import PreflightJob
 
 TICK, TICK_IDLE = 1.0, 5.0
 """Seconds between two looks while a check goes on, and else: an answer that came late is put right by the next look."""
@@ -89,7 +89,7 @@ def wire(panel: Preflight, form: forms.RunForm, note: gr.HTML) -> None:
 
     def end(*values: Any) -> list[Any]:
         settings.forbid_on_space()
-        for check in preflight_job.going_on():
+        for check in preflight_job.running_jobs():
             check.cancel()
         return look({}, *values)
 
@@ -108,9 +108,9 @@ def wire(panel: Preflight, form: forms.RunForm, note: gr.HTML) -> None:
 
 def refresh(known: dict[str, Any], config: RunConfig) -> list[Any]:
     """For `shown`: what is known of a run's cost; what the page has already does not travel."""
-    check = Check.of(config)
+    check = PreflightJob.of(config)
     value, alive = value_of(check), check.alive
-    elsewhere = not alive and bool(preflight_job.going_on())
+    elsewhere = not alive and bool(preflight_job.running_jobs())
     seen = {**value, "alive": alive, "elsewhere": elsewhere}
     if seen == known:
         return [gr.skip()] * 7
@@ -127,7 +127,7 @@ def refresh(known: dict[str, Any], config: RunConfig) -> list[Any]:
     ]
 
 
-def value_of(check: Check) -> dict[str, Any]:
+def value_of(check: PreflightJob) -> dict[str, Any]:
     """The view's value: the estimate, the measurement and the state of a check, None where there is none."""
     state = check.state()
     shown = {key: state[key] for key in ("kind", "phase", "text", "share")} if state else None
@@ -140,7 +140,7 @@ def value_of(check: Check) -> dict[str, Any]:
 
 def begin(config: RunConfig, kind: str, wait: bool) -> None:
     """Start a check; a measurement of settings that were never estimated is estimated with it."""
-    check = Check.of(config)
+    check = PreflightJob.of(config)
     if kind == "measurement" and not check.read("estimate"):
         kind = "both"
     check.start(config, kind, wait=wait)
@@ -148,7 +148,7 @@ def begin(config: RunConfig, kind: str, wait: bool) -> None:
 
 def with_suggestion(config: RunConfig, at: int) -> RunConfig:
     """The run's config with the `at`-th suggestion of its estimate applied."""
-    suggestions = Check.of(config).read("estimate").get("suggestions", [])
+    suggestions = PreflightJob.of(config).read("estimate").get("suggestions", [])
     if not 0 <= at < len(suggestions):
         raise InputError("These settings have changed since they were checked; check them again.")
     return RunConfig.from_dict(apply_overrides(config.to_dict(), suggestions[at]["overrides"]))

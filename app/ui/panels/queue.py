@@ -77,7 +77,7 @@ def rows(at_once: bool = False) -> list[dict[str, Any]]:
             continue
         try:
             run = runs.get(status["name"])
-            device, position = runs.place_of(run)
+            device, position = runs.place_in_queue(run)
         except RunError:
             continue
         row = {key: status[key] for key in ("name", "state", "step", "total_steps", "group")}

@@ -89,7 +89,7 @@ def test_the_newest_evaluation_that_measured_one_gives_the_score(looked: Listing
     run = finished_run("done")
     _, cursor = looked.since(Cursor())
     for metrics in ({"exact_match": 0.25, "perplexity": 2.0}, {"exact_match": 0.75}, {"perplexity": 1.5}):
-        evaluation_job.keep("done", {"rows": 4, "metrics": metrics, "data": "rows.jsonl"}, None, "", 1.0)
+        evaluation_job.record_evaluation("done", {"rows": 4, "metrics": metrics, "data": "rows.jsonl"}, None, "", 1.0)
     row = rows_of(looked.since(cursor, at_once=True)[0])[run.name]
     assert row["score"] == {"kind": "exact_match", "value": 0.75}
 

@@ -44,7 +44,7 @@ def run(home: Path, tiny_folder: Path, data: str) -> Run:
     }
     made = runs.create(RunConfig.from_dict(config))
     runs.enqueue(made)
-    worker.work(made)
+    worker.perform(made)
     assert made.state == "finished"
     return made
 
@@ -80,7 +80,7 @@ def test_the_result_is_that_of_evaluate_for_the_run_and_for_its_checkpoint(run: 
     step = checkpoint.steps(run.checkpoints_dir)[0][0]
     results = {}
     for target, name in ((run.name, "final"), (f"{run.name}@{step}", f"step-{step}")):
-        evaluation = evaluation_job.start(target, data, limit=5)
+        evaluation = evaluation_job.start_evaluation(target, data, limit=5)
         status = wait_for(evaluation, ended)
         assert status["state"] == "finished", status
         expected = evaluate(load_target(target, ModelConfig(device="cpu", dtype="float32")), data, limit=5)
@@ -98,7 +98,10 @@ def test_it_waits_for_the_device_says_so_and_a_cancelled_one_leaves_no_process(r
     device = locks.acquire(path, run="training")
     assert device is not None
     with device:
-        waits, cancelled = evaluation_job.start(run.name, data, limit=1), evaluation_job.start(run.name, data)
+        waits, cancelled = (
+            evaluation_job.start_evaluation(run.name, data, limit=1),
+            evaluation_job.start_evaluation(run.name, data),
+        )
         for evaluation in (waits, cancelled):
             status = wait_for(evaluation, lambda status: bool(status.get("note")))
             assert status["state"] == "queued" and "run training" in status["note"]
@@ -118,7 +121,7 @@ def test_it_waits_for_the_device_says_so_and_a_cancelled_one_leaves_no_process(r
 
 @pytest.mark.timed
 def test_cancelled_while_it_measures_it_ends_at_once(run: Run, data: str) -> None:
-    evaluation = evaluation_job.start(run.name, data)
+    evaluation = evaluation_job.start_evaluation(run.name, data)
     wait_for(evaluation, lambda status: status["state"] == "running")
     pid = worker_of(evaluation)
     evaluation.cancel()
@@ -131,7 +134,7 @@ def test_cancelled_while_it_measures_it_ends_at_once(run: Run, data: str) -> Non
 
 
 def test_a_killed_one_is_failed_and_says_what_to_do(run: Run, data: str) -> None:
-    evaluation = evaluation_job.start(run.name, data)
+    evaluation = evaluation_job.start_evaluation(run.name, data)
     wait_for(evaluation, lambda status: status["state"] == "running")
     os.kill(worker_of(evaluation), 9)
     status = wait_for(evaluation, ended)
@@ -139,10 +142,10 @@ def test_a_killed_one_is_failed_and_says_what_to_do(run: Run, data: str) -> None
 
 
 def test_what_goes_wrong_in_the_process_is_said_in_one_line(run: Run, data: str) -> None:
-    evaluation = evaluation_job._claim(run, evaluation_job.describe(run.name, data, None, ""), columns={})
+    evaluation = evaluation_job._claim(run, evaluation_job.new_record(run.name, data, None, ""), columns={})
     (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(Exception, match="adapter_model.safetensors"):
-        evaluation_job.work(evaluation)
+        evaluation_job.perform(evaluation)
     status = evaluation.status()
     assert status["state"] == "failed" and "\n" not in status["error"]
 
@@ -150,15 +153,15 @@ def test_what_goes_wrong_in_the_process_is_said_in_one_line(run: Run, data: str)
 def test_nothing_starts_on_bad_input(run: Run, data: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": ', encoding="utf-8")
     with pytest.raises(DataError, match="line 2") as caught:
-        evaluation_job.start(run.name, str(tmp_path / "bad.jsonl"))
+        evaluation_job.start_evaluation(run.name, str(tmp_path / "bad.jsonl"))
     assert caught.value.field == "data"
     with pytest.raises(DataError, match=r"nowhere\.jsonl"):
-        evaluation_job.start(run.name, "nowhere.jsonl")
+        evaluation_job.start_evaluation(run.name, "nowhere.jsonl")
     with pytest.raises(ConfigError, match="limit is 0"):
-        evaluation_job.start(run.name, data, limit=0)
+        evaluation_job.start_evaluation(run.name, data, limit=0)
     with pytest.raises(RunError, match="99"):
-        evaluation_job.start(f"{run.name}@99", data)
-    assert evaluation_job.find(run) == []
+        evaluation_job.start_evaluation(f"{run.name}@99", data)
+    assert evaluation_job.evaluations_of(run) == []
 
 
 def test_the_runs_own_column_names_are_used_where_the_data_has_them(run: Run, data: str, tmp_path: Path) -> None:
@@ -167,8 +170,8 @@ def test_the_runs_own_column_names_are_used_where_the_data_has_them(run: Run, da
     own = tmp_path / "own.jsonl"
     own.write_text(json.dumps({"ask": "a", "say": "b"}), encoding="utf-8")
     fresh = runs.get(run.name)
-    assert evaluation_job.check_data(fresh, str(own), None)[0] == {"prompt": "ask", "completion": "say"}
-    assert evaluation_job.check_data(fresh, data, None)[0] == {}
+    assert evaluation_job.data_columns(fresh, str(own), None)[0] == {"prompt": "ask", "completion": "say"}
+    assert evaluation_job.data_columns(fresh, data, None)[0] == {}
 
 
 def test_deleting_the_run_ends_its_evaluation_without_a_trace(run: Run, data: str) -> None:
@@ -177,7 +180,7 @@ def test_deleting_the_run_ends_its_evaluation_without_a_trace(run: Run, data: st
     device = locks.acquire(path, run="training")
     assert device is not None
     with device:
-        evaluation = evaluation_job.start(run.name, data)
+        evaluation = evaluation_job.start_evaluation(run.name, data)
         wait_for(evaluation, lambda status: bool(status.get("note")))
         pid = worker_of(evaluation)
         runs.delete(run)

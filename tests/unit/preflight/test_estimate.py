@@ -24,7 +24,7 @@ from mole.mixture.model import mole_config
 from mole.models.loading import load_base
 from mole.preflight import dry_run, estimate, memory_profile, suggestions
 from mole.preflight import job as preflight_job
-from mole.preflight.job import Check
+from mole.preflight.job import PreflightJob
 from mole.preflight.plan import Planner
 from mole.preflight.suggestions import MemorySuggestion
 from mole.runs.targets import load_target
@@ -63,7 +63,7 @@ def changed(config: RunConfig, **overrides: Any) -> RunConfig:
     return suggestions.with_overrides(config, {name.replace("__", "."): value for name, value in overrides.items()})
 
 
-def ended(check: Check) -> dict[str, Any]:
+def ended(check: PreflightJob) -> dict[str, Any]:
     """The state of a check once it has ended."""
     deadline = time.monotonic() + PATIENCE
     while check.alive:
@@ -169,7 +169,7 @@ def test_bad_input_names_its_field(config: RunConfig) -> None:
 
 
 def test_real_steps_tell_the_truth_and_leave_nothing(config: RunConfig, tmp_path: Path) -> None:
-    check = Check.of(config)
+    check = PreflightJob.of(config)
     check.start(config, "both")
     assert ended(check)["phase"] == "done", check.state()
     estimate, real = check.read("estimate"), check.read("measurement")
@@ -178,8 +178,8 @@ def test_real_steps_tell_the_truth_and_leave_nothing(config: RunConfig, tmp_path
     assert real["longest_seconds"] > 0 and real["seconds"] == pytest.approx(10 * real["typical_seconds"])
     assert real["peak"] == pytest.approx(estimate["peak"], rel=0.25)
     assert not runs.runs_dir().exists() and not check.scratch.exists()
-    assert Check.of(dataclasses.replace(config, name="other")) == check, "the run's name does not matter"
-    assert Check.of(changed(config, training__max_steps=11)) != check
+    assert PreflightJob.of(dataclasses.replace(config, name="other")) == check, "the run's name does not matter"
+    assert PreflightJob.of(changed(config, training__max_steps=11)) != check
 
 
 def test_the_longest_rows_come_first(config: RunConfig, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_the_longest_rows_come_first(config: RunConfig, tmp_path: Path) -> None:
 
 def test_too_little_memory_is_an_answer_with_suggestions(config: RunConfig) -> None:
     wide = changed(config, adapter__num_experts=64, adapter__r=64, training__per_device_train_batch_size=40)
-    check = Check.of(wide)
+    check = PreflightJob.of(wide)
     check.start(wide, "measurement", limit=700 << 20)
     state = ended(check)
     assert state["phase"] == "no_memory" and "memory ran out" in state["text"].lower(), state
@@ -201,7 +201,7 @@ def test_too_little_memory_is_an_answer_with_suggestions(config: RunConfig) -> N
 
 
 def test_after_cancelling_the_process_is_gone(config: RunConfig) -> None:
-    check = Check.of(config)
+    check = PreflightJob.of(config)
     check.start(config, "measurement")
     deadline = time.monotonic() + PATIENCE
     while check.read("state").get("phase") != "working":
@@ -215,7 +215,7 @@ def test_after_cancelling_the_process_is_gone(config: RunConfig) -> None:
 
 
 def test_a_process_that_was_killed_from_outside_did_not_fit(config: RunConfig) -> None:
-    check = Check.of(config)
+    check = PreflightJob.of(config)
     check.folder.mkdir(parents=True)
     check.tell("measurement", "working", "step 1 of 3")
     assert check.state()["phase"] == "no_memory" and "ended the process" in check.state()["text"]
@@ -224,7 +224,7 @@ def test_a_process_that_was_killed_from_outside_did_not_fit(config: RunConfig) -
 def test_a_run_that_has_the_device_is_named_and_not_fought(config: RunConfig) -> None:
     path = runs.device_lock_path("cpu")
     path.parent.mkdir(parents=True)
-    check = Check.of(config)
+    check = PreflightJob.of(config)
     with locks.acquire(path, run="first") or pytest.fail("locked"):
         check.start(config, "measurement")
         state = ended(check)
@@ -286,6 +286,6 @@ def test_checks_are_kept_in_bounds(config: RunConfig, monkeypatch: pytest.Monkey
     monkeypatch.setattr(preflight_job, "KEPT", 3)
     for number in range(6):
         (preflight_job.home() / "preflight" / f"old{number}").mkdir(parents=True)
-    preflight_job.prune(preflight_job.home() / "preflight" / "old0")
+    preflight_job.prune_jobs(preflight_job.home() / "preflight" / "old0")
     assert len(list((preflight_job.home() / "preflight").iterdir())) == 4
-    assert preflight_job.find("old0") is not None and preflight_job.find("../runs") is None
+    assert preflight_job.find_job("old0") is not None and preflight_job.find_job("../runs") is None

@@ -481,7 +481,7 @@ def test_a_run_that_has_begun_or_ended_is_not_put_back_in_line(home: Path) -> No
             with pytest.raises(RunError, match="only one that waits"):
                 runs.move(gone, 1)
         assert runs.ahead_of(fourth) == ["a", "b"] and runs.ahead_of(second) == ["a"]
-        assert runs.user_of("cpu") == "a" and runs.user_of("cuda:0") == ""
+        assert runs.device_user("cpu") == "a" and runs.device_user("cuda:0") == ""
 
 
 def test_a_moved_run_without_a_process_is_woken_at_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
