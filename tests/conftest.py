@@ -4,6 +4,7 @@ def test_something(tiny_model, tiny_tokenizer):
     model = tiny_model("qwen3")                     # fresh, seeded, in eval mode: 2 layers, hidden width 32
 
 def test_a_run(home, tiny_folder):                  # $MOLE_HOME is this test's own folder; the base is on disk
+def test_of_auto(auto_dtype):                       # auto_dtype("float32") or ("bfloat16"): what it takes on a CPU
 def test_the_real_one(embedded):                    # Base of SmolLM2-135M-Instruct, shared: leave it as it was
 def test_a_real_run(embedded_home):                 # `home` in which smollm2-135m is already converted
 """
@@ -167,6 +168,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("MOLE_HOME", str(folder))
     return folder
+
+
+@pytest.fixture
+def auto_dtype(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`auto_dtype("bfloat16")`: what `model.dtype` auto takes on a CPU, also in the processes that the test starts."""
+    return lambda dtype: monkeypatch.setenv("MOLE_CPU_BFLOAT16", {"float32": "0", "bfloat16": "1"}[dtype])
 
 
 @pytest.fixture(scope="session")

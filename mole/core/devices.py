@@ -96,7 +96,13 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_is_fast_at_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the CPU multiplies bfloat16 matrices in hardware (AMX, AVX512-BF16, Arm's BF16); False if unknown."""
+    """Whether the CPU multiplies bfloat16 matrices in hardware (AMX, AVX512-BF16, Arm's BF16); False if unknown.
+
+    `$MOLE_CPU_BFLOAT16`, 0 or 1, overrides what the CPU says of itself.
+    """
+    override = os.environ.get("MOLE_CPU_BFLOAT16")
+    if override in ("0", "1"):
+        return override == "1"
     fast = {"amx_bf16", "avx512_bf16"} if platform.machine() in ("x86_64", "AMD64") else {"bf16"}
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,17 @@ def test_a_device_that_is_not_there_is_named() -> None:
 def test_bfloat16_is_chosen_where_the_cpu_is_fast_at_it(
     machine: str, line: str, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("MOLE_CPU_BFLOAT16", raising=False)
     monkeypatch.setattr("platform.machine", lambda: machine)
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
     assert devices.cpu_is_fast_at_bfloat16(tmp_path / "cpuinfo") is fast
     assert devices.cpu_is_fast_at_bfloat16(tmp_path / "none") is False
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_environment_says_which_dtype_auto_is_on_a_cpu(dtype: str, auto_dtype: Callable[[str], None]) -> None:
+    auto_dtype(dtype)
+    assert devices.pick_dtype("auto", torch.device("cpu")) == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize(
