@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapting import TOKENS, adapt
 
 from app.services.engine import Engine
+from mole.mixture.aot_compile import prepare
 from mole.mixture.decode_kernel import FUNCTIONS
 
 HELLO = [{"role": "user", "content": "Which of these words is the longest?"}]
 
 
 @pytest.fixture(autouse=True)
-def switched_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def switched_on(monkeypatch: pytest.MonkeyPatch, auto_dtype: Callable[[str], None]) -> Iterator[None]:
+    auto_dtype("float32")  # in bfloat16 rounding decides on the text of a random model
     monkeypatch.setenv("MOLE_COMPILE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     FUNCTIONS.clear()
@@ -58,6 +61,34 @@ def test_the_first_reply_waits_for_nothing_and_later_ones_say_the_same(home: Pat
     reply(Engine(), tiny_adapter)
     wait_for(3, seconds=20)
     assert time.monotonic() - begun < 20 and {path: path.stat().st_mtime_ns for path in files} == made
+
+
+def decoded(model: Any) -> torch.Tensor:
+    """The logits of given tokens, read one at a time as those of a reply are, `(tokens, vocabulary)`."""
+    rows, seen = [], None
+    for token in TOKENS[0]:
+        with torch.inference_mode():
+            out = model(input_ids=token.view(1, 1), past_key_values=seen, use_cache=True)
+        rows.append(out.logits[0, 0])
+        seen = out.past_key_values
+    return torch.stack(rows)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_decoding_has_the_same_logits_to_the_rounding_of_its_dtype(
+    home: Path, tiny_model: Any, dtype: torch.dtype, tolerance: float
+) -> None:
+    """With a router that uses all experts: where one is chosen or not, rounding may choose another."""
+    model = adapt(tiny_model().to(dtype), "dense")
+    before = decoded(model)
+    thread = prepare(model)
+    assert thread is not None
+    thread.join()
+    assert len(FUNCTIONS) == 3
+    after = decoded(model)
+    assert before.dtype == dtype and (after - before).abs().max() <= tolerance * before.abs().max()
 
 
 def test_without_a_compiler_replies_go_on_as_before(
