@@ -89,7 +89,7 @@ def routing_value(run: Run, event: dict[str, Any]) -> dict[str, Any]:
 
 def status(run: Run) -> dict[str, Any]:
     """A run's status with the words the live view shows."""
-    known, _, last = run.look()
+    known, _, last = run.summary()
     known["seconds"] = max(0.0, last["time"] - known["created"]) if known["state"] == "finished" else 0
     known["note"] = "The data is ready; training begins." if last["type"] == "data" else ""
     known["about"] = f"{known['router']} · {known['model']}"
@@ -104,7 +104,7 @@ def trouble(run: Run, known: dict[str, Any]) -> dict[str, Any] | None:
     if known["state"] == "failed":
         cause, advice = text_in(last, "error"), text_in(last, "advice")
     else:
-        cause = run.silence()
+        cause = run.exit_reason()
         advice = "Press Resume to go on from the last checkpoint. If it happens again, try a smaller batch."
     return {"cause": cause or "It failed without saying why.", "advice": advice or "", "log": log_end(run)}
 

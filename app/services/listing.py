@@ -198,7 +198,7 @@ def stamp(path: str) -> tuple[int, int, int]:
 def row_of(run: Run, held_out: float | None) -> dict[str, Any]:
     """A run's row: its `status()`, `group`, `ends` (unix seconds, None when not known), `speed` (tokens a second),
     `loss` (the lowest held-out) and `score` (`{kind, value}` of the newest evaluation that has one)."""
-    status, group, last = run.look()
+    status, group, last = run.summary()
     speed, ends = pace(run, last)
     return {
         **status,

@@ -172,7 +172,7 @@ def compare(names: Sequence[str], most: int | None = None) -> Comparison:
         try:
             found.append(read_run(get(name)))
         except (RunError, OSError):
-            notes.append(f"There is no run {name} any more.")
+            notes.append(f"The run {name} was deleted.")
     if most is not None and len(found) > most:
         notes.append(f"Up to {most} runs can be compared: {', '.join(run.name for run in found[most:])} left out.")
         found = found[:most]

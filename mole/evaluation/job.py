@@ -1,7 +1,7 @@
-"""Evaluations of a run on a data file: each a process of its own, as a run is, with a record in the run's folder.
+"""Evaluations of a run on a data file: each a process of its own, with a record in the run's folder.
 
-`runs/NAME/evaluations/N.json` says what is measured, how far it is and what came out; its state is derived from the
-lock beside it, so a record never claims to run when its process is gone. No torch until it is measured.
+`runs/NAME/evaluations/N.json` holds what is evaluated, the progress and the result. The state is derived from the lock
+beside it, so a record never claims to run when its process is gone. torch is imported by that process only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KINDS: dict[str, Any] = {
     "columns": dict, "done": int, "total": int, "note": str, "begun": bool, "rows": int, "metrics": dict,
     "seconds": NUMBER, "error": str,
 }  # fmt: skip
-"""What a record holds."""
+"""The fields of a record and their types."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Evaluation:
     number: int
 
     def file(self, suffix: str) -> Path:
-        """The record's neighbour of that suffix: json, lock, log or stop."""
+        """The file of that suffix: json (the record), lock, log or stop."""
         return self.run.path / FOLDER / f"{self.number}.{suffix}"
 
     def record(self) -> dict[str, Any]:
-        """What the record holds; empty when it cannot be read, and without what is not of its kind."""
+        """The record; empty when it cannot be read, and without fields of a wrong type."""
         found = processes.read_record(self.file("json"))
         known = {key: value for key, value in found.items() if isinstance(value, KINDS.get(key, ()))}
         for key, value in known.items():
@@ -59,22 +59,22 @@ class Evaluation:
         return known
 
     def update(self, **values: Any) -> None:
-        """Change the record, whole or not at all. Raises `FileNotFoundError` when the run was deleted meanwhile."""
+        """Change the record, whole or not at all. Raises `FileNotFoundError` when the run was deleted."""
         processes.write_record(self.file("json"), {**self.record(), **values})
 
     @property
     def held(self) -> bool:
-        """Whether a process works on it, or waits for the device."""
+        """Whether a process evaluates it or waits for the device."""
         return locks.is_held(self.file("lock"))
 
     def stop_requested(self) -> bool:
-        """Whether somebody cancelled it, or deleted the run."""
+        """Whether it was cancelled, or its run deleted."""
         return self.file("stop").exists() or not self.file("json").exists()
 
     def status(self) -> dict[str, Any]:
         """Number, `state` (one of `STATES`) and the record: `target`, `checkpoint`, `data`, `sha256`, `limit`, `date`;
         `done` and `total` rows and `note` while it goes on; `rows`, `metrics` and `seconds` of the result; `error`."""
-        held = self.held  # before the record: a process writes its last word before it lets go
+        held = self.held  # before the record: a process writes its result before it releases the lock
         record = self.record()
         state = self._state(held, record)
         error = record.get("error") or (f"{job.EXITED} Start it again." if state == "failed" else None)
@@ -99,10 +99,10 @@ class Evaluation:
             return 0.0
 
     def cancel(self) -> None:
-        """End it; nothing is kept of what was measured. Raises `RunError` when it has ended already."""
+        """Cancel it; partial results are not kept. Raises `RunError` when it has ended already."""
         state = self.status()["state"]
         if state not in ALIVE:
-            raise RunError(f"The evaluation {self.number} of {self.run.name} is {state}; there is nothing to end.")
+            raise RunError(f"The evaluation {self.number} of {self.run.name} is {state}; there is nothing to cancel.")
         self.file("stop").touch()
         job.signal_holder(self.file("lock"), signal.SIGTERM)
 
@@ -142,12 +142,12 @@ def data_columns(run: Run, data: str, limit: int | None) -> tuple[dict[str, str]
         try:
             return own, read_examples(data, own, limit, field="data").fingerprint
         except DataError:
-            pass  # not the run's own columns, then: the usual ones
+            pass  # the data has other columns than the run's: use the usual names
     return {}, read_examples(data, None, limit, field="data").fingerprint
 
 
 def new_record(target: str, data: str, limit: int | None, fingerprint: str) -> dict[str, Any]:
-    """The beginning of a record: what is measured on what, and when."""
+    """The first fields of a record: what is evaluated on which data, and when."""
     local = local_path(data)
     step = target.partition("@")[2]
     return {
@@ -163,7 +163,7 @@ def new_record(target: str, data: str, limit: int | None, fingerprint: str) -> d
 def record_evaluation(
     target: str, result: dict[str, Any], limit: int | None, fingerprint: str, seconds: float
 ) -> Evaluation | None:
-    """Record a result measured elsewhere (`mole eval`); None when the target is no run, or its folder read-only."""
+    """Record the result of `mole eval`; None when the target is no run, or its folder is read-only."""
     values = new_record(target, result["data"], limit, fingerprint)
     try:
         return _claim(run_of(target), values, rows=result["rows"], metrics=result["metrics"], seconds=round(seconds, 1))
@@ -172,7 +172,7 @@ def record_evaluation(
 
 
 def _claim(run: Run, values: dict[str, Any], **more: Any) -> Evaluation:
-    """A new record under the next free number."""
+    """A new record with the next free number."""
     (run.path / FOLDER).mkdir(exist_ok=True)
     number = max((one.number for one in evaluations_of(run)), default=0)
     while True:
@@ -181,7 +181,7 @@ def _claim(run: Run, values: dict[str, Any], **more: Any) -> Evaluation:
         try:
             evaluation.file("json").touch(exist_ok=False)
         except FileExistsError:
-            continue  # somebody else was faster
+            continue  # another process took the number
         evaluation.update(**values, **more)
         return evaluation
 
@@ -206,10 +206,10 @@ def list_evaluations(run: Run, most: int = 50) -> list[dict[str, Any]]:
 
 
 def perform(evaluation: Evaluation) -> None:
-    """Wait for the run's device, measure, and write the result or the error into the record.
+    """Wait for the run's device, evaluate, and write the result or the error into the record.
 
-    An evaluation takes minutes and a person waits for it: it does not stand in line behind queued runs.
-    Raises `BusyError` when another process has it.
+    An evaluation takes minutes and someone waits for it, so it does not queue behind waiting runs. Raises `BusyError`
+    when another process works on it.
     """
     with job.hold(evaluation.file("lock"), f"The evaluation {evaluation.number} of {evaluation.run.name}"):
         try:
@@ -225,7 +225,7 @@ def perform(evaluation: Evaluation) -> None:
                     evaluation.update(**evaluation_result(evaluation), note="")
         except Exception as error:
             if not evaluation.run.path.exists():
-                return  # the run was deleted; there is nobody to tell
+                return  # the run was deleted, and the record with it
             evaluation.update(error=" ".join(filter(None, explain(error))), note="")
             raise
 
@@ -249,7 +249,7 @@ def evaluation_result(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """`NAME NUMBER` → exit code: 0 measured or cancelled, 1 failed, 2 bad input."""
+    """`NAME NUMBER` → exit code: 0 evaluated or cancelled, 1 failed, 2 bad input."""
 
     def evaluate() -> None:
         if len(arguments) != 2 or not arguments[1].isdecimal():

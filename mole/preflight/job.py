@@ -1,8 +1,8 @@
 """A run's preflight in the background: `$MOLE_HOME/preflight/KEY/`, one folder for the same settings and data.
 
-`request.json` is what was asked, `state.json` how far it is, `estimate.json` and `measurement.json` what came out. Each
-check is a process of its own, so that the page stays light, a crash is an answer, and another page, or the studio after
-a restart, finds it again. Whether one works is told by its lock, never by a file. No torch.
+`request.json` is the request, `state.json` the progress, `estimate.json` and `measurement.json` the results. Each
+job is a process of its own, so that a crash is a result like others, and another page, or the studio after a restart,
+finds it again. Its lock tells whether it runs, never a file. No torch.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from mole.runs import job
 
 FINAL = ("done", "busy", "cancelled", "no_memory", "failed")
 KEPT = 50
-"""Folders of checks that are kept."""
+"""Folders of jobs that are kept."""
 STATE: dict[str, Any] = {"kind": str, "phase": str, "text": str, "share": (int, float), "time": (int, float)}
-"""What `state.json` must have to be believed."""
+"""The fields `state.json` must have, and their types."""
 NO_MEMORY = r"out of memory|allocate memory|MemoryError|bad_alloc|failed to map segment|can't start new thread"
 KILLED = "The system ended the process, most likely because the memory ran out."
 
 
 @dataclass(frozen=True)
 class PreflightJob:
-    """The checks of one run's settings."""
+    """The preflight of one run's settings."""
 
     folder: Path
 
     @classmethod
     def of(cls, config: RunConfig) -> PreflightJob:
-        """The check of these settings on these files, as they are now; the run's name and group do not matter."""
+        """The job of these settings and of the files as they are now; the run's name and group do not matter."""
         values = config.to_dict()
         for name in ("name", "group"):
             values.pop(name, None)
@@ -63,7 +63,7 @@ class PreflightJob:
 
     @property
     def key(self) -> str:
-        """Its name in an address."""
+        """Its identifier: the name of its folder."""
         return self.folder.name
 
     def read(self, name: str) -> dict[str, Any]:
@@ -80,9 +80,11 @@ class PreflightJob:
         return self.folder / "lock"
 
     def state(self) -> dict[str, Any]:
-        """How far it is: `kind`, `phase` (starting, waiting, working, or one of `FINAL`), `text`, `share` 0…1, and of a
-        failure `field`; empty when nothing was ever started."""
-        held = locks.is_held(self.lock_path)  # before the record: a process writes its last word before it lets go
+        """The progress: `kind`, `phase` (starting, waiting, working, or one of `FINAL`), `text`, `share` 0…1, and of a
+        failure `field`; empty when it was never started."""
+        held = locks.is_held(
+            self.lock_path
+        )  # before the record: a process writes its result before it releases the lock
         state = self.read("state")
         if any(not isinstance(state.get(key), kind) for key, kind in STATE.items()):
             return {}
@@ -100,18 +102,18 @@ class PreflightJob:
         return bool(state := self.state()) and state["phase"] not in FINAL
 
     def tell(self, kind: str, phase: str, text: str, share: float = 0.0, **more: Any) -> None:
-        """Write how far it is."""
+        """Write the progress."""
         self.write("state", kind=kind, phase=phase, text=text, share=round(share, 3), time=time.time(), **more)
 
     # Starting and ending
 
     def start(self, config: RunConfig, kind: str, *, wait: bool = False, limit: int | None = None) -> None:
-        """Begin an estimate or a measurement in the background, unless one is going on; returns at once.
+        """Start an estimate or a measurement in the background, unless one is running; returns at once.
 
         Args:
             config: the run.
             kind: estimate, measurement, or both, one after the other.
-            wait: wait for the device when a run has it, instead of saying so.
+            wait: wait for the device while a run has it, instead of reporting that.
             limit: bytes the process may take; on a CPU those that are free if None.
         """
         if self.alive:
@@ -126,7 +128,7 @@ class PreflightJob:
         processes.detach("mole.preflight.job", self.key, log=self.folder / "log.txt")
 
     def cancel(self) -> None:
-        """End the process at once, and what it left; does nothing when there is none."""
+        """Kill the process and remove its scratch files; does nothing when there is none."""
         if not self.alive:
             return
         state = self.read("state")
@@ -140,12 +142,12 @@ class PreflightJob:
 
     @property
     def scratch(self) -> Path:
-        """What a measurement leaves while it goes on."""
+        """Files of a measurement while it runs."""
         return self.folder / "scratch"
 
 
 def prune_jobs(keep: Path) -> None:
-    """Delete the oldest checks but for `KEPT`, and never one that is going on."""
+    """Delete all but the newest `KEPT` jobs, never one that is running."""
     found = [(path.stat().st_mtime, path) for path in keep.parent.iterdir() if path.is_dir() and path != keep]
     for _, path in sorted(found, reverse=True)[KEPT:]:
         if not PreflightJob(path).alive:
@@ -153,13 +155,13 @@ def prune_jobs(keep: Path) -> None:
 
 
 def find_job(key: str) -> PreflightJob | None:
-    """The check of that key, if there is one."""
+    """The job with that identifier, if there is one."""
     folder = home() / "preflight" / key
     return PreflightJob(folder) if re.fullmatch("[0-9a-z]{1,64}", key) and folder.is_dir() else None
 
 
 def running_jobs() -> list[PreflightJob]:
-    """All checks that are going on."""
+    """All jobs that are running."""
     parent = home() / "preflight"
     return [check for path in parent.iterdir() if (check := PreflightJob(path)).alive] if parent.is_dir() else []
 
@@ -169,8 +171,8 @@ def running_jobs() -> list[PreflightJob]:
 
 
 def perform(check: PreflightJob) -> None:
-    """Do what the check asks for, in this process, and write down how it ended. Raises `BusyError`, `MoleError`."""
-    with job.hold(check.lock_path, "This check", patience=2):
+    """Do in this process what the job asks for, and record how it ended. Raises `BusyError`, `MoleError`."""
+    with job.hold(check.lock_path, "This preflight", patience=2):
         request = check.read("request")
         if check.read("state").get("phase") == "cancelled":
             return
@@ -190,7 +192,7 @@ def perform(check: PreflightJob) -> None:
 
 
 def run_estimate(check: PreflightJob, config: RunConfig, last: bool) -> None:
-    """Estimate, and keep the result; `last` when nothing follows."""
+    """Estimate and record the result; `last` when no measurement follows."""
     check.tell("estimate", "working", "Looking at the model and the data …", 0.3)
     from mole.preflight.estimate import estimate
 
@@ -200,7 +202,7 @@ def run_estimate(check: PreflightJob, config: RunConfig, last: bool) -> None:
 
 
 def run_measurement(check: PreflightJob, config: RunConfig, request: dict[str, Any]) -> None:
-    """Measure once the device is free, and keep the result."""
+    """Measure once the device is free, and record the result."""
     device = runs.device_of(config)
     if not request["wait"] and (user := runs.device_user(device)):
         check.tell("measurement", "busy", f"{user} is using {device}.", by=user)
@@ -222,8 +224,8 @@ def run_measurement(check: PreflightJob, config: RunConfig, request: dict[str, A
 
 @contextmanager
 def memory_limited(device: str, limit: int | None) -> Iterator[None]:
-    """Let this process fail, rather than the machine, when memory runs out."""
-    with contextlib.suppress(OSError):  # the first to be ended, not the studio or a run
+    """A block in which running out of memory ends this process, not others of the machine."""
+    with contextlib.suppress(OSError):  # the first process the kernel kills, before the studio and runs
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     if limit is None and device == "cpu":
         limit = free_on_cpu()
@@ -233,7 +235,7 @@ def memory_limited(device: str, limit: int | None) -> Iterator[None]:
 
 
 def record_failure(check: PreflightJob, kind: str, error: Exception) -> None:
-    """Write down why it failed; memory that ran out is an answer of a measurement, not a failure."""
+    """Record why it failed; out of memory is a result of a measurement, not a failure."""
     text = " ".join(str(error).split())
     if kind == "measurement" and re.search(NO_MEMORY, f"{type(error).__name__}: {text}", re.IGNORECASE):
         check.tell(kind, "no_memory", f"The memory ran out: {text[:200] or 'no more could be had'}.")

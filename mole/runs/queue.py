@@ -1,7 +1,7 @@
-"""Starting and stopping runs, and the line in which they wait for their device.
+"""Starting and stopping runs, and the queue in which they wait for their device.
 
-There is no server: a queued run is a small waiting process, and places in the line are events in the runs' folders. No
-torch.
+There is no server: a queued run is a small waiting process, and positions in the queue are events in the runs' folders.
+No torch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ QUEUE_LIMIT = limits.QUEUE
 
 @writing()
 def enqueue(run: Run, *, resume: bool = False) -> None:
-    """Put the run in line for its device, for the process that is about to work on it.
+    """Put the run into the queue of its device, for the process that is about to train it.
 
-    Raises `BusyError` when it is already worked on or the queue is full, `RunError` when it is not in a state to start
-    or resume.
+    Raises `BusyError` when another process holds it or the queue is full, `RunError` when its state does not allow to
+    start or resume it.
     """
     check_room()
     with run.lock():
@@ -39,12 +39,14 @@ def enqueue(run: Run, *, resume: bool = False) -> None:
         if last["type"] == "queued" and _is_starting(last):
             raise BusyError(f"The run {run.name} is being started already.")
         if state == "finished":
-            raise RunError(f"The run {run.name} has finished; train a new one: mole train --config {run.config_path}")
+            raise RunError(f"The run {run.name} has finished; train another one: mole train --config {run.config_path}")
         if state != "queued" and not resume:
             raise RunError(f"The run {run.name} is {state}; continue it with: mole runs resume {run.name}")
         run.clear_stop()
         device = device_of(run.config)
-        behind = max((position for position, *_ in _waiting()), default=0.0)  # also when the clock was set back
+        behind = max(
+            (position for position, *_ in _waiting()), default=0.0
+        )  # larger than all others, also after the clock was set back
         position = max(time.time(), math.nextafter(behind, math.inf))
         run.append_event("queued", last["step"], device=device, resume=resume, position=position)
 
@@ -57,13 +59,13 @@ def start(run: Run, *, resume: bool = False) -> None:
 
 @writing()
 def spawn(run: Run, *, resume: bool = False) -> None:
-    """Start the worker process of a queued run: its own session, no open files of ours, output to `train.log`."""
+    """Start the worker process of a queued run: its own session, no inherited files, output to `train.log`."""
     processes.detach("mole.training.worker", run.name, *(["--resume"] if resume else []), log=run.log_path)
 
 
 @writing()
 def stop(run: Run) -> None:
-    """Ask a running run to save and stop, or take a queued one out of the line. Raises `RunError` in other states."""
+    """Ask a running run to save and stop, or remove a queued one from the queue. Raises `RunError` in other states."""
     if run.state not in ("queued", "running"):
         raise RunError(f"The run {run.name} is {run.state}; only a queued or running one can be stopped.")
     run.request_stop()
@@ -77,38 +79,38 @@ def stop(run: Run) -> None:
 
 
 def waiting_runs(device: str | None = None) -> list[Run]:
-    """The runs waiting for a device (any if None), first in line first."""
+    """The runs that wait for a device (any device if None), the next one first."""
     return [run for *_, run in _waiting(device)]
 
 
 def _waiting(device: str | None = None) -> list[tuple[float, str, Run]]:
-    """The places, names and runs of `queue`."""
+    """The positions, names and runs of `waiting_runs`."""
     waiting = []
     for run in list_runs():
         state, last = run.observe()
         if state == "queued" and last["type"] == "queued" and device in (None, last.get("device")):
             if not isinstance(last.get("device"), str):
-                continue  # whoever wrote that, it was not us: its process will tell its device anew
+                continue  # not written by this program; its process will name its device again
             waiting.append((_position(last), run.name, run))
     return sorted(waiting, key=lambda item: item[:2])
 
 
 def check_room(more: int = 1) -> None:
-    """See that so many more runs may wait. Raises `BusyError`."""
+    """Check that the queue has room for so many more runs. Raises `BusyError`."""
     waiting = len(waiting_runs())
     if waiting + more > QUEUE_LIMIT:
         raise BusyError(
-            f"{waiting} runs wait already and {more} more would pass the queue's limit of {QUEUE_LIMIT}; "
-            "let some finish, or take some out: mole runs queue."
+            f"{waiting} runs wait already and {more} more would exceed the queue's limit of {QUEUE_LIMIT}; "
+            "let some finish, or stop some: mole runs queue."
         )
 
 
 @writing()
 def reorder(names: Sequence[str]) -> list[Run]:
-    """Let these waiting runs take turns in this order, among the places they have; returns the whole queue.
+    """Put these waiting runs into this order, among the positions they have; returns the whole queue.
 
-    A run that has begun meanwhile is passed over. Raises `RunError` for a name that is no run, `BusyError` when
-    somebody else changes the queue for long.
+    A run that has started in the meantime is skipped. Raises `RunError` for a name that is no run, `BusyError` when
+    another process keeps changing the queue.
     """
     asked = [get(name) for name in dict.fromkeys(names)]
     with _line():
@@ -125,9 +127,9 @@ def reorder(names: Sequence[str]) -> list[Run]:
 
 
 def move(run: Run, place: int) -> list[Run]:
-    """Let a waiting run be the `place`-th in line for its device, 1 being the next; returns that line.
+    """Move a waiting run to position `place` in its device's queue, 1 being the next; returns that queue.
 
-    Raises `RunError` when it does not wait, and errors as `reorder`.
+    Raises `RunError` when it does not wait, and the errors of `reorder`.
     """
     device = str(run.last_event.get("device"))
     line = [other.name for other in waiting_runs(device)]
@@ -140,13 +142,13 @@ def move(run: Run, place: int) -> list[Run]:
 
 
 def place_in_queue(run: Run) -> tuple[str, float]:
-    """A run's device, and where it stands in line for it: smaller is earlier."""
+    """A run's device, and its position in the queue: smaller is earlier."""
     last = run.last_event
     return str(last.get("device") or device_of(run.config)), _position(last)
 
 
 def ahead_of(run: Run) -> list[str]:
-    """The names of the runs a waiting run waits for: the one on its device, then those before it in line."""
+    """The names of the runs a waiting run waits for: the one on its device, then those ahead of it."""
     device, _ = place_in_queue(run)
     line = [device_user(device), *(other.name for other in waiting_runs(device))]
     before = line[: line.index(run.name)] if run.name in line else line[:1]
@@ -160,18 +162,18 @@ def device_user(device: str) -> str:
 
 
 def _position(queued: dict[str, Any]) -> float:
-    """A run's place in line, as its last `queued` event has it: the time it was queued, unless it was moved."""
+    """A run's position, from its last `queued` event: the time it was queued, unless it was moved."""
     return number(queued.get("position")) or float(queued["time"])
 
 
 @contextmanager
 def _line(patience: float = 5.0) -> Iterator[None]:
-    """Nobody else takes a device or changes the queue within this block. Raises `BusyError`."""
+    """A block in which no other process takes a device or changes the queue. Raises `BusyError`."""
     path = home() / "locks" / "queue.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = locks.acquire(path, patience)
     if lock is None:
-        raise BusyError("Somebody else is changing the queue; try again.")
+        raise BusyError("Another process is changing the queue; try again.")
     with lock:
         yield
 
@@ -190,23 +192,23 @@ def wake_queued() -> list[Run]:
                 spawn(run, resume=bool(last.get("resume")))
             woken.append(run)
         except MoleError:
-            continue  # somebody else was faster, or its settings cannot be read any more
+            continue  # another process was faster, or its settings can no longer be read
     return woken
 
 
 def device_of(config: RunConfig) -> str:
-    """The device a run will use, told without torch: `cpu`, `mps` or `cuda:N` with N the machine's own number."""
+    """The device a run will use: `cpu`, `mps` or `cuda:N` with N the machine's own number. No torch."""
     return physical_device(config.model.device)
 
 
 def acquire_device(device: str, run: Run) -> locks.Lock | None:
-    """The lock on a device, if it is free and `run` is first in line for it; None otherwise."""
+    """The lock of a device, if it is free and `run` is the first that waits for it; None otherwise."""
     path = device_lock_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     if locks.is_held(path):
         return None
     try:
-        with _line(patience=0.2):  # a run is either moved first and then passed over, or has the device and stays
+        with _line(patience=0.2):  # a move comes either before this check or after the run has the device
             line = [other for other in waiting_runs(device) if other.held]
             if line and line[0].name != run.name:
                 return None

@@ -25,12 +25,12 @@ WAITING = ("created", "queued")
 HEAD_BYTES = 1 << 13
 """Beginning of the events that is read for how the run was made."""
 NO_ROOM = 1 << 16
-"""Bytes free on a disk that is as good as full."""
+"""Bytes; a disk with less free space counts as full."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder; cheap to make, reads files only when asked."""
+    """One run's folder. Making one reads nothing; each property reads its file when it is asked for."""
 
     name: str
     path: Path
@@ -71,7 +71,7 @@ class Run:
     # Events ------------------------------------------------------------------------------------------------
 
     def append_event(self, type: str, step: int, **values: Any) -> None:
-        """Append one line to `events.jsonl`, in one write; a half-written last line is closed off first.
+        """Append one line to `events.jsonl` in a single write; a half-written last line is ended first.
 
         Numbers that are not finite become null, which is what JSON has for them.
         """
@@ -85,7 +85,7 @@ class Run:
             written = os.write(descriptor, data)
             if written != len(data):
                 if os.fstat(descriptor).st_size == size + written:
-                    os.ftruncate(descriptor, size)  # a shorter line, which says why, may have room
+                    os.ftruncate(descriptor, size)  # a shorter event that names the cause may still fit
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.events_path))
         finally:
             os.close(descriptor)
@@ -97,7 +97,7 @@ class Run:
     def read_events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
         """The events of the complete lines from byte `offset` on, and the offset for the next call.
 
-        An offset beyond the end of the file (another run took the name) starts over.
+        An offset beyond the end of the file, which is then another run's, starts over.
         """
         reader, events = EventReader(self.events_path, offset), list[dict[str, Any]]()
         try:
@@ -120,7 +120,7 @@ class Run:
 
     @property
     def _head(self) -> list[dict[str, Any]]:
-        """The first events, up to `started`: how the run was made and what it set out to do."""
+        """The first events, up to `started`: how the run was made and how many steps it plans."""
         events: list[dict[str, Any]] = []
         try:
             with self.events_path.open("rb") as file:
@@ -133,11 +133,11 @@ class Run:
             events.append(event)
         return events
 
-    def log_lines(self, most: int) -> list[str]:
-        """The lines in the last `most` bytes of `train.log`, progress bars reduced to their last state."""
+    def log_lines(self, max_bytes: int) -> list[str]:
+        """The lines in the last `max_bytes` bytes of `train.log`, progress bars reduced to their last state."""
         try:
             with self.log_path.open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+                file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
                 text = file.read().decode("utf-8", errors="replace")
         except OSError:
             return []
@@ -157,12 +157,12 @@ class Run:
 
     def observe(self) -> tuple[str, dict[str, Any]]:
         """The state and the last event it was derived from."""
-        held = self.held  # before the events: a process writes its last one before it lets go
+        held = self.held  # before the events: a process writes its last event before it releases the lock
         last = self.last_event
         if held:
             return ("queued" if last["type"] in WAITING else "running"), last
         state = self.state_unheld(last)
-        if state == "interrupted" and self.held:  # it began between the two looks
+        if state == "interrupted" and self.held:  # it started between the two checks
             return "running", last
         return state, last
 
@@ -186,7 +186,7 @@ class Run:
 
     @cached_property
     def created(self) -> float:
-        """When the run was made, in unix seconds."""
+        """When the run was created, in unix seconds."""
         return self._created_in(self._head)
 
     def _created_in(self, head: list[dict[str, Any]]) -> float:
@@ -195,9 +195,9 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """Name, state, step, total_steps (0 while unknown), router, model and created (unix seconds)."""
-        return self.look()[0]
+        return self.summary()[0]
 
-    def look(self) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
+    def summary(self) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
         """`status()`, the group and the last event from one reading, for a list of many runs."""
         state, last = self.observe()
         head = self._head
@@ -221,7 +221,7 @@ class Run:
         return status, next((text_in(event, "group") for event in head if event["type"] == "created"), None), last
 
     def _made(self) -> dict[str, Any]:
-        """Router, model and steps from `run.yaml`: the events of this folder do not say."""
+        """Router, model and steps from `run.yaml`, for a folder whose events do not have them."""
         try:
             config = self.config
         except InputError:
@@ -247,21 +247,21 @@ class Run:
             if {"loss", "eval_loss"} <= metrics.keys() or place > 5_000:
                 break
         if status["state"] == "interrupted":
-            error = self.silence()
+            error = self.exit_reason()
             advice = f"Continue from the last checkpoint: mole runs resume {self.name}"
-        elif status["state"] == "queued" and self._nobody_waits():
+        elif status["state"] == "queued" and self._has_no_process():
             error = "It is queued, but no process waits for its turn: it was killed, or the machine went down."
             advice = f"Start it again: mole runs resume {self.name}"
         return {**status, "config": self.config.to_dict(), "metrics": metrics, "error": error, "advice": advice}
 
-    def silence(self) -> str:
-        """Why a process that left no word has ended, as far as one can tell."""
+    def exit_reason(self) -> str:
+        """Why a process exited without writing its last event, as far as it can be told."""
         if shutil.disk_usage(self.path).free < NO_ROOM:
-            return f"The process ended and could not say why: the disk is full ({self.path}). Free some space first."
+            return f"The process exited because the disk is full ({self.path}). Free some space first."
         return job.EXITED
 
-    def _nobody_waits(self) -> bool:
-        """Whether no process holds this queued run, nor can be just starting."""
+    def _has_no_process(self) -> bool:
+        """Whether no process holds this queued run and none can still be starting."""
         return not self.held and not job.just_started(self.last_event["time"])
 
     # Locks and stopping --------------------------------------------------------------------------------------
@@ -271,26 +271,26 @@ class Run:
         try:
             lock = locks.acquire(self.lock_path, patience)
         except FileNotFoundError:
-            raise RunError(f"There is no run {self.name!r} any more.") from None
+            raise RunError(f"The run {self.name!r} was deleted.") from None
         if lock is None:
             raise BusyError(f"The run {self.name} is held by {locks.describe_holder(self.lock_path)}.")
         return lock
 
     def request_stop(self) -> None:
-        """Ask the run's process to save and stop; it looks at every step."""
+        """Ask the run's process to save and stop; it checks after every step."""
         self.stop_path.touch()
 
     def stop_requested(self) -> bool:
-        """Whether somebody asked the run to stop."""
+        """Whether a stop was requested."""
         return self.stop_path.exists()
 
     def clear_stop(self) -> None:
-        """Forget a request to stop."""
+        """Withdraw a request to stop."""
         self.stop_path.unlink(missing_ok=True)
 
 
 def creation_facts(config: RunConfig) -> dict[str, Any]:
-    """What the `created` event tells of a config, so that a list need not parse YAML."""
+    """What the `created` event holds of a config, so that a list of runs need not parse YAML."""
     return {
         "router": config.adapter.router,
         "model": config.model.name,

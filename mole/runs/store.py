@@ -20,7 +20,7 @@ from mole.runs.run import Run, creation_facts
 
 
 def check_inputs(config: RunConfig) -> None:
-    """See that the data can be read and the model is there, before a run is made of them. Raises `InputError`."""
+    """Check that the data can be read and the model exists, before a run is created. Raises `InputError`."""
     from mole import models
     from mole.data import read_examples
 
@@ -34,10 +34,10 @@ def check_inputs(config: RunConfig) -> None:
 
 @writing()
 def create(config: RunConfig, *, number: bool = False) -> Run:
-    """Make a run's folder, all of it or nothing, with `run.yaml` and the event `created`.
+    """Create a run's folder, whole or not at all, with `run.yaml` and the event `created`.
 
-    Without a name it is called `<router>-<model>-<n>`; with `number`, a name that is taken gets a number too. Paths
-    in the config become absolute: the run is trained from another folder. Raises `RunError` when the name is taken.
+    Without a name it is called `<router>-<model>-<n>`; with `number`, a number is added to a name that is taken. Paths
+    in the config become absolute, as the run is trained from another folder. Raises `RunError` for a taken name.
     """
     config = absolute(config)
     runs_dir().mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def _names(config: RunConfig, number: bool) -> Iterator[str]:
 
 
 def _claim(name: str, config: RunConfig) -> Run | None:
-    """The run, made aside and renamed, which fails (None) when somebody took the name meanwhile."""
+    """The run, written under a temporary name and renamed; None when the name was taken in the meantime."""
     aside = runs_dir() / f".new-{name}-{secrets.token_hex(4)}"
     aside.mkdir()
     try:
@@ -124,7 +124,7 @@ def list_runs() -> list[Run]:
 
 @writing()
 def delete(run: Run) -> None:
-    """Remove a run's folder. Raises `RunError` when a process works on it."""
+    """Remove a run's folder. Raises `RunError` while a process holds it."""
     try:
         lock = run.lock()
     except BusyError:
@@ -151,7 +151,7 @@ def export(run: Run, dest: str | os.PathLike[str]) -> Path:
             raise RunError(f"{target.parent} is not a folder; make it first.", field="dest")
         target.with_name(f".{target.name}-12345678").exists()
     except (OSError, ValueError) as error:
-        raise RunError(f"{target} is no path that can be written: {one_line(error)}.", field="dest") from None
+        raise RunError(f"{target} cannot be written: {one_line(error)}.", field="dest") from None
     checkpoint.verify(run.adapter_dir)
     files = [path for path in run.adapter_dir.rglob("*") if path.is_file()] + [run.config_path, run.events_path]
     aside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")

@@ -137,7 +137,7 @@ def test_missing_metrics_are_missing_and_no_error(home: Path) -> None:
         ("new (seed 0) [queued]",),
         ("newer (seed 1) [queued]",),
     ]
-    assert "There is no run gone any more." in comparison.notes
+    assert "The run gone was deleted." in comparison.notes
 
 
 def test_what_a_resumed_run_did_twice_counts_once_and_its_break_not_at_all(make: Make) -> None:

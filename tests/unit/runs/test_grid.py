@@ -147,6 +147,6 @@ def test_a_grid_that_does_not_fit_the_queue_is_refused_whole(
     config = base(tiny_folder, tmp_path)
     grid.queue_all(grid.expand(config, {"training.seed": [0, 1]}, "g"))
     monkeypatch.setattr(queue, "QUEUE_LIMIT", 4)
-    with pytest.raises(BusyError, match="2 runs wait already and 3 more would pass the queue's limit of 4"):
+    with pytest.raises(BusyError, match="2 runs wait already and 3 more would exceed the queue's limit of 4"):
         grid.queue_all(grid.expand(config, {"training.seed": [0, 1, 2]}, "h"))
     assert len(runs.list_runs()) == 2

@@ -496,7 +496,7 @@ def test_the_queue_has_an_end(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     queued("a", "b")
     monkeypatch.setattr(queue, "QUEUE_LIMIT", 2)
     run = runs.create(config(name="c"))
-    with pytest.raises(BusyError, match="2 runs wait already and 1 more would pass the queue's limit of 2"):
+    with pytest.raises(BusyError, match="2 runs wait already and 1 more would exceed the queue's limit of 2"):
         runs.enqueue(run)
 
 
