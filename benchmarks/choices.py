@@ -14,8 +14,8 @@ from common import Figure, awake, base, figure, in_turns, main, ratio, timed, wi
 from transformers import AutoTokenizer
 
 from mole import models
-from mole.data import Example
-from mole.evaluation import evaluate
+from mole.data import Example, read_examples
+from mole.evaluation.scoring import score_families
 from mole.models.loading import Loaded
 
 DATA = Path(__file__).parents[1] / "assets" / "data" / "skills_heldout.jsonl"
@@ -23,7 +23,7 @@ DATA = Path(__file__).parents[1] / "assets" / "data" / "skills_heldout.jsonl"
 
 def questions(count: int) -> list[list[Example]]:
     """Families of four: one prompt, four answers."""
-    rows = evaluate.read_examples(str(DATA), None, None).examples
+    rows = read_examples(str(DATA), None, None).examples
     draw = random.Random(0)
     picked = draw.sample(rows, count)
     return [
@@ -41,12 +41,12 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
     found: dict[str, list[list[float]]] = {}
 
     def together() -> None:
-        scores = dict(evaluate.scores(loaded, families))
+        scores = dict(score_families(loaded, families))
         found["together"] = [one.log_probs for place in range(len(families)) for one in scores[place] if one]
 
     def apart() -> None:
-        scores = [evaluate.score(loaded, [example])[0] for family in families for example in family]
-        found["apart"] = [one.log_probs for one in scores if one]
+        scores = [dict(score_families(loaded, [[example]]))[0] for family in families for example in family]
+        found["apart"] = [one.log_probs for (one,) in scores if one]
 
     seconds = in_turns({"together": timed(together), "apart": timed(apart)}, options.rounds, warm=0)
     about = f"{sorted(seconds['together'])[options.rounds // 2]:.1f} s for {len(families)} questions of 4 choices"

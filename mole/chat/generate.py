@@ -17,6 +17,7 @@ from mole.data import Example, Message, encode_example, render_prompt
 from mole.mixture.steering import AS_TRAINED, Steering, steer
 from mole.mixture.trace import RoutingDelta, Trace, record_routing
 from mole.models.loading import Loaded
+from mole.models.logits import base_model
 
 GREEDY = 1e-4
 """Temperatures below this are greedy: the most likely token is certain, and dividing by them would overflow."""
@@ -201,8 +202,7 @@ def context_length(model: Any) -> int:
 
 def supports_logits_to_keep(model: Any) -> bool:
     """Whether the model can compute the logits of the last tokens only."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return bool(base._supports_logits_to_keep())
+    return bool(base_model(model)._supports_logits_to_keep())
 
 
 class TokenTexts:

@@ -322,10 +322,10 @@ def evaluate(options: argparse.Namespace) -> None:
     rows = read_examples(options.data, limit=options.limit, field="--data")
     loaded = load(options.target)
     from mole.evaluation import job as evaluation_job
-    from mole.evaluation.evaluate import evaluate as measure
+    from mole.evaluation.evaluate import evaluate_file
 
     begun = time.monotonic()
-    result = measure(loaded, options.data, limit=options.limit, progress=True)
+    result = evaluate_file(loaded, options.data, limit=options.limit, progress=True)
     evaluation_job.record_evaluation(options.target, result, options.limit, rows.fingerprint, time.monotonic() - begun)
     print(f"{result['target']} on {result['data']}, {result['rows']} rows:")
     for key, value in result["metrics"].items():

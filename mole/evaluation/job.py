@@ -233,7 +233,7 @@ def perform(evaluation: Evaluation) -> None:
 def evaluation_result(evaluation: Evaluation) -> dict[str, Any]:
     """The result: `rows`, `metrics` and `seconds`. Raises `MoleError`."""
     from mole.data import read_examples
-    from mole.evaluation.evaluate import NOTHING, measure
+    from mole.evaluation.evaluate import NO_ANSWERS, evaluate_examples
     from mole.models.loading import on_its_gpu
     from mole.runs.targets import load_target
 
@@ -242,9 +242,9 @@ def evaluation_result(evaluation: Evaluation) -> dict[str, Any]:
     loaded = load_target(asked["target"], on_its_gpu(evaluation.run.config.model))
     examples = read_examples(asked["data"], asked["columns"], asked["limit"], field="data").examples
     report = job.at_intervals(lambda done, total: evaluation.update(done=done, total=total, note=""))
-    rows, metrics = measure(loaded, examples, report)
+    rows, metrics = evaluate_examples(loaded, examples, report)
     if not rows:
-        raise DataError(f"{asked['data']}: {NOTHING}", field="data")
+        raise DataError(f"{asked['data']}: {NO_ANSWERS}", field="data")
     return {"rows": rows, "metrics": metrics, "seconds": round(time.monotonic() - begun, 1)}
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def base_model(model: Any) -> Any:
+    """The model inside a `PeftModel`; other models are returned as they are."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from mole.chat.generate import prompt_ids, stop_ids
 from mole.config import ModelConfig
 from mole.core.errors import DataError
 from mole.data import encode_example, read_examples
-from mole.evaluation import evaluate as module
-from mole.evaluation.evaluate import evaluate, score
+from mole.evaluation import scoring
+from mole.evaluation.evaluate import evaluate_file, generates_reference
+from mole.evaluation.scoring import AnswerScore, score_families
 from mole.models.loading import Loaded
 from mole.runs.targets import load_target
 
@@ -50,6 +51,12 @@ def example_of(question: str, answer: str) -> Any:
     return Example(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
 
 
+def score(loaded: Loaded, examples: Any) -> list[AnswerScore | None]:
+    """The scores of examples with one answer each."""
+    found = dict(score_families(loaded, [[example] for example in examples]))
+    return [found[index][0] for index in range(len(examples))]
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
@@ -77,7 +84,7 @@ def test_exact_match_is_what_generate_writes(learned: Loaded, pairs: str) -> Non
             )
         hits.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip() == answer)
     assert hits[:3] == [True] * 3, "the model has not learnt what this test builds on"
-    result = evaluate(learned, pairs)
+    result = evaluate_file(learned, pairs)
     assert result["metrics"]["exact_match"] == sum(hits) / len(hits)
     assert set(result["metrics"]) == {"exact_match", "perplexity"}
 
@@ -86,7 +93,7 @@ def test_surrounding_blanks_do_not_count(learned: Loaded, tmp_path: Path) -> Non
     """The model answers `rude`; a reference ` rude ` has other tokens but is the same answer."""
     question, answer = PAIRS[2]
     path = write(tmp_path / "blank.jsonl", [{"prompt": question, "completion": f" {answer} \n"}])
-    assert evaluate(learned, path)["metrics"]["exact_match"] == 1.0
+    assert evaluate_file(learned, path)["metrics"]["exact_match"] == 1.0
 
 
 def test_the_same_text_in_other_tokens_matches(learned: Loaded) -> None:
@@ -98,8 +105,8 @@ def test_the_same_text_in_other_tokens_matches(learned: Loaded) -> None:
     tokenizer = learned.tokenizer
     spelled = [tokenizer(char, add_special_tokens=False)["input_ids"][0] for char in answer]
     assert spelled != scored.tokens[:-1], "the reference must have tokens of several characters"
-    other = module.Scored([*spelled, tokenizer.eos_token_id], [], [scored.chosen[0], *spelled[1:], 0], 0)
-    assert module.matches(learned, example, other, stop_ids(learned.model, tokenizer))
+    other = AnswerScore([*spelled, tokenizer.eos_token_id], [], [scored.greedy[0], *spelled[1:], 0], 0)
+    assert generates_reference(learned, example, other, stop_ids(learned.model, tokenizer))
 
 
 def test_perplexity_is_that_of_the_learnt_tokens_read_one_row_at_a_time(learned: Loaded, pairs: str) -> None:
@@ -108,7 +115,7 @@ def test_perplexity_is_that_of_the_learnt_tokens_read_one_row_at_a_time(learned:
         item = encode_example(example_of(question, answer), learned.tokenizer, 512)
         log_probs = plain_log_probs(learned, item.input_ids)
         values += [float(p) for p, label in zip(log_probs, item.labels[1:], strict=True) if label != -100]
-    assert evaluate(learned, pairs)["metrics"]["perplexity"] == pytest.approx(
+    assert evaluate_file(learned, pairs)["metrics"]["perplexity"] == pytest.approx(
         math.exp(-sum(values) / len(values)), 1e-4
     )
 
@@ -129,7 +136,7 @@ def test_accuracy_takes_the_choice_of_highest_total_log_likelihood(learned: Load
         {"question": q, "choices": choices, "answer": choices[(best + (i == 4)) % 4]}
         for i, (q, best) in enumerate(zip(questions, right, strict=True))
     ]
-    result = evaluate(learned, write(tmp_path / "choices.jsonl", rows))
+    result = evaluate_file(learned, write(tmp_path / "choices.jsonl", rows))
     assert result["metrics"]["accuracy"] == 5 / 6
     assert set(result["metrics"]) == {"accuracy", "perplexity"}
 
@@ -143,7 +150,7 @@ def test_batching_and_the_shared_beginning_change_nothing(
     examples = read_examples(pairs).examples
     together = score(loaded, examples)
     alone = [score(loaded, [example])[0] for example in examples]
-    monkeypatch.setattr(module, "common_prefix", lambda rows: [])
+    monkeypatch.setattr(scoring, "common_prefix", lambda rows: [])
     without_cache = score(loaded, examples)
     for one, two, three in zip(together, alone, without_cache, strict=True):
         assert one is not None and two is not None and three is not None
@@ -172,8 +179,8 @@ def test_choices_behind_their_shared_prompt_score_as_rows_read_alone(
     loaded.model.register_forward_pre_hook(
         lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
     )
-    monkeypatch.setitem(module.BATCH_TOKENS, "cpu", 400)
-    together = dict(module.scores(loaded, families))
+    monkeypatch.setitem(scoring.BATCH_TOKENS, "cpu", 400)
+    together = dict(score_families(loaded, families))
     assert len(read) == 4, "two batches, each with its beginnings and its endings"
     for place, family in enumerate(families):
         for found, example in zip(together[place], family, strict=True):
@@ -191,14 +198,14 @@ def test_an_adapter_scores_the_same_in_a_batch(tiny_adapter: Path, pairs: str) -
 
 
 def test_limit_takes_the_first_rows(learned: Loaded, pairs: str) -> None:
-    result = evaluate(learned, pairs, limit=3)
+    result = evaluate_file(learned, pairs, limit=3)
     assert result["rows"] == 3 and result["metrics"]["exact_match"] == 1.0
     assert (result["target"], result["data"]) == ("base:tiny", pairs)
 
 
 def test_text_rows_have_a_perplexity_only(learned: Loaded, tmp_path: Path) -> None:
     path = write(tmp_path / "text.jsonl", [{"text": "the quick brown fox"}, {"text": "lazy dogs"}])
-    assert set(evaluate(learned, path)["metrics"]) == {"perplexity"}
+    assert set(evaluate_file(learned, path)["metrics"]) == {"perplexity"}
 
 
 def test_only_the_last_answer_of_a_conversation_must_match(learned: Loaded, tmp_path: Path) -> None:
@@ -214,13 +221,13 @@ def test_only_the_last_answer_of_a_conversation_must_match(learned: Loaded, tmp_
 def test_progress_is_drawn_on_stderr_when_asked(
     learned: Loaded, pairs: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate(learned, pairs)
+    evaluate_file(learned, pairs)
     assert capsys.readouterr().err == ""
-    evaluate(learned, pairs, progress=True)
+    evaluate_file(learned, pairs, progress=True)
     shown = capsys.readouterr()
     assert "6/6" in shown.err and shown.out == ""
 
 
 def test_a_missing_file_is_an_error_of_the_data(learned: Loaded) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl"):
-        evaluate(learned, "nowhere.jsonl")
+        evaluate_file(learned, "nowhere.jsonl")

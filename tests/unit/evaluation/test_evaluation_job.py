@@ -74,7 +74,7 @@ def lives(pid: int) -> bool:
 
 
 def test_the_result_is_that_of_evaluate_for_the_run_and_for_its_checkpoint(run: Run, data: str) -> None:
-    from mole.evaluation.evaluate import evaluate
+    from mole.evaluation.evaluate import evaluate_file
     from mole.runs.targets import load_target
 
     step = checkpoint.steps(run.checkpoints_dir)[0][0]
@@ -83,7 +83,7 @@ def test_the_result_is_that_of_evaluate_for_the_run_and_for_its_checkpoint(run: 
         evaluation = evaluation_job.start_evaluation(target, data, limit=5)
         status = wait_for(evaluation, ended)
         assert status["state"] == "finished", status
-        expected = evaluate(load_target(target, ModelConfig(device="cpu", dtype="float32")), data, limit=5)
+        expected = evaluate_file(load_target(target, ModelConfig(device="cpu", dtype="float32")), data, limit=5)
         assert status["metrics"] == pytest.approx(expected["metrics"]) and status["rows"] == expected["rows"] == 5
         assert (status["checkpoint"], status["data"], status["limit"]) == (name, data, 5)
         assert status["sha256"] == checkpoint.sha256(Path(data)) and status["seconds"] >= 0
