@@ -1,7 +1,7 @@
-"""A run's past, read once and kept small: thinned curves, marks, and where in the events each step's routing is.
+"""The history of a run for the live view: thinned curves, marks, and the byte offset of each step's routing.
 
-`events.jsonl` is the truth and may be gigabytes long. A `History` reads it a slice at a time, so that whoever polls
-never waits for the whole of it, and only ever reads what is new. It is a cache: it can be thrown away. No torch.
+`events.jsonl` may be gigabytes long. A `History` reads it incrementally and in slices, so that a poll never waits for
+the whole file. It is a cache and can be discarded at any time. Does not import torch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from mole.runs.event_reader import BLOCK, EventReader, lines_of, number, parse_e
 from mole.runs.run import Run
 
 BUDGET_S = 0.05
-"""Time one poll may spend on reading; the rest of the file waits for the next poll."""
-MOST_ROWS = 1_200
-"""Rows kept of a curve: about as many as a screen has pixels for."""
-MOST_PLACES = 1 << 17
-"""Steps whose place in the file is known exactly; of longer runs every second one, every fourth, …"""
-MOST_MARKS = 1_000
+"""Seconds that one poll may spend on reading; the next poll continues."""
+MAX_CURVE_ROWS = 1_200
+"""Rows kept of a curve: about as many as a screen has pixels."""
+MAX_OFFSETS = 1 << 17
+"""Steps whose offset is kept; of longer runs it is kept for every 2nd step, every 4th, …"""
+MAX_MARKS = 1_000
 RECENT = 20
-"""Last logged steps that are kept whole, with their routing."""
-LOOK_BACK = 64
-"""Events looked at from the end of the file to find those."""
+"""Number of last step events that are kept whole, with their routing."""
+MAX_LOOK_BACK = 64
+"""Events read from the end of the file to find them."""
 MARKS = ("checkpoint", "stopped", "failed", "interrupted")
 
-Row = list[Any]
+CurveRow = list[Any]
 _generations = itertools.count(1)
 
 
@@ -55,24 +55,24 @@ STEP_COLUMNS: dict[str, Callable[[Sequence[float]], float]] = {
     "grad_norm": max,
     "aux_loss": _mean,
 }
-"""What a row of the training curves holds, and how neighbouring rows become one: spikes stay visible."""
+"""Columns of the training curve, and how the values of neighbouring rows are merged: spikes stay visible."""
 EVAL_COLUMNS: dict[str, Callable[[Sequence[float]], float]] = {"step": _last, "eval_loss": min}
 
 
-class Curve:
-    """A growing table that never has more than `most` closed rows, each standing for `stride` neighbouring ones.
+class ThinnedCurve:
+    """A growing table of at most `most` closed rows, each of which stands for `stride` consecutive rows.
 
-    When it is full, rows are merged in pairs and the stride doubles. The rows not yet enough for a closed one are an
-    open one at the end, so the newest value is always there.
+    When it is full, rows are merged in pairs and the stride doubles. Rows that do not fill a closed one yet form an
+    open row at the end, so the newest value is always included.
     """
 
-    def __init__(self, columns: dict[str, Callable[[Sequence[float]], float]], most: int = MOST_ROWS) -> None:
+    def __init__(self, columns: dict[str, Callable[[Sequence[float]], float]], most: int = MAX_CURVE_ROWS) -> None:
         self.rules, self.most = tuple(columns.values()), most
-        self.closed: list[Row] = []
-        self.open: list[Row] = []
+        self.closed: list[CurveRow] = []
+        self.open: list[CurveRow] = []
         self.stride = 1
 
-    def add(self, row: Row) -> bool:
+    def add(self, row: CurveRow) -> bool:
         """Add a row; true when the closed rows were merged to make room."""
         self.open.append(row)
         if len(self.open) < self.stride:
@@ -86,39 +86,39 @@ class Curve:
         return True
 
     def cut(self, step: int) -> None:
-        """Forget the rows after `step`, and the closed one that holds it together with later ones."""
+        """Remove the rows after `step`, including a closed row that merges it with later ones."""
         while self.closed and self.closed[-1][0] > step:
             self.closed.pop()
             self.open = []
         self.open = [row for row in self.open if row[0] <= step]
 
-    def rows(self, start: int = 0) -> list[Row]:
-        """The closed rows from number `start` on, and the open one."""
+    def rows(self, start: int = 0) -> list[CurveRow]:
+        """The closed rows from index `start` on, and the open row."""
         return [*self.closed[start:], *([self.merged(self.open)] if self.open else [])]
 
     @property
     def last_step(self) -> int:
-        """The step of the last row, -1 when there is none."""
+        """The step of the last row, -1 if the curve is empty."""
         row = (self.open or self.closed or [[-1]])[-1]
         return int(row[0])
 
-    def merged(self, rows: list[Row]) -> Row:
-        """Neighbouring rows as one, column by column; values that are missing do not count."""
+    def merged(self, rows: list[CurveRow]) -> CurveRow:
+        """Merge consecutive rows into one, column by column, ignoring missing values."""
         if len(rows) == 1:
             return rows[0]
         known = ([value for value in column if value is not None] for column in zip(*rows, strict=True))
         return [rule(values) if values else None for rule, values in zip(self.rules, known, strict=True)]
 
 
-class Places:
-    """The byte offsets of steps in ascending order, at most `most` of them: of very many, every 2nd, 4th, … is kept."""
+class StepOffsets:
+    """Byte offsets of steps in ascending order, at most `most`: of longer runs every 2nd, 4th, … step is kept."""
 
-    def __init__(self, most: int = MOST_PLACES) -> None:
+    def __init__(self, most: int = MAX_OFFSETS) -> None:
         self.most, self.stride, self.skipped = most, 1, 0
         self.steps, self.offsets = array("q"), array("q")
 
     def add(self, step: int, offset: int) -> None:
-        """Remember where a step's line begins."""
+        """Add the offset of a step's line."""
         self.skipped += 1
         if self.skipped < self.stride:
             return
@@ -130,58 +130,58 @@ class Places:
             self.stride *= 2
 
     def cut(self, step: int) -> None:
-        """Forget the steps after `step`."""
+        """Remove the steps after `step`."""
         while self.steps and self.steps[-1] > step:
             self.steps.pop()
             self.offsets.pop()
 
     def nearest(self, step: int) -> int | None:
-        """The offset of the known step nearest to `step`; None when none is known."""
+        """The offset of the kept step nearest to `step`; None if there is none."""
         at = bisect_left(self.steps, step)
-        near = [place for place in (at - 1, at) if 0 <= place < len(self.steps)]
-        return self.offsets[min(near, key=lambda place: abs(self.steps[place] - step))] if near else None
+        near = [index for index in (at - 1, at) if 0 <= index < len(self.steps)]
+        return self.offsets[min(near, key=lambda index: abs(self.steps[index] - step))] if near else None
 
 
 class History:
-    """What is known of a run's past so far; `advance` reads on. Safe to use from several threads.
+    """The history of a run as far as it has been read; `advance` reads on. Thread-safe.
 
     Attributes:
-        generation: another number whenever rows that were given out before are no longer right.
+        generation: changes whenever rows that were returned before have become invalid.
         steps: rows of `STEP_COLUMNS`.
         evals: rows of `EVAL_COLUMNS`.
-        marks: `[step, kind]`, kind one of `MARKS` or `resumed`.
-        newest: the last `RECENT` step events, whole, read from the end of the file: right from the first poll.
+        marks: `[step, kind]`, where kind is one of `MARKS` or `resumed`.
+        newest: the last `RECENT` step events, read from the end of the file, so complete from the first poll on.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.lock = threading.RLock()
         self.reader = EventReader(run.events_path)
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        self.run = Run(self.run.name, self.run.path)  # a new one: a run keeps the config it has read
+    def _reset(self) -> None:
+        self.run = Run(self.run.name, self.run.path)  # a new object, because a run caches its config
         self.generation = next(_generations)
-        self.steps, self.evals, self.places = Curve(STEP_COLUMNS), Curve(EVAL_COLUMNS), Places()
-        self.marks: deque[list[Any]] = deque(maxlen=MOST_MARKS)
+        self.steps, self.evals, self.offsets = ThinnedCurve(STEP_COLUMNS), ThinnedCurve(EVAL_COLUMNS), StepOffsets()
+        self.marks: deque[list[Any]] = deque(maxlen=MAX_MARKS)
         self.newest: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._seen_size = 0
 
     @property
     def share(self) -> float:
-        """How much of the file has been read, 0…1."""
+        """Share of the file that has been read, 0…1."""
         return self.reader.offset / self.reader.size if self.reader.size else 1.0
 
     # Reading -----------------------------------------------------------------------------------------------
 
     def advance(self, budget_s: float = BUDGET_S) -> bool:
-        """Read on for about `budget_s` seconds; true when there is more to read."""
+        """Read on for about `budget_s` seconds; true if there is more to read."""
         ends = time.perf_counter() + budget_s
         with self.lock:
             try:
                 if self.reader.refresh():
-                    self._forget()
-                self._look_at_end()
+                    self._reset()
+                self._read_newest()
                 while not self.reader.at_end:
                     for at, line in lines_of(*self.reader.next_block()):
                         self._take(line, at)
@@ -189,16 +189,16 @@ class History:
                         return not self.reader.at_end
             except OSError:
                 self.reader = EventReader(self.run.events_path)
-                self._forget()
+                self._reset()
             return False
 
-    def _look_at_end(self) -> None:
-        """Take the step events that have come since the last look, from the end of the file."""
+    def _read_newest(self) -> None:
+        """Read the step events that are new since the last call from the end of the file."""
         if self.reader.size == self._seen_size:
             return
         known = self.newest[-1]["time"] if self.newest else None
         fresh: list[dict[str, Any]] = []
-        for event in itertools.islice(self.run.events_backwards(), LOOK_BACK):
+        for event in itertools.islice(self.run.events_backwards(), MAX_LOOK_BACK):
             if event["type"] == "step":
                 if event["time"] == known or len(fresh) == RECENT:
                     break
@@ -208,7 +208,7 @@ class History:
         self._seen_size = self.reader.size
 
     def _take(self, line: bytes, at: int) -> None:
-        """Add the event of a line that begins at byte `at`."""
+        """Add the event in the line at byte offset `at`."""
         event, routed = parse_without_routing(line)
         if event is None:
             return
@@ -221,7 +221,7 @@ class History:
             if self.steps.add([step, 1, loss, loss, loss, *values, *rest]):
                 self.generation = next(_generations)
             if routed:
-                self.places.add(step, at)
+                self.offsets.add(step, at)
         elif kind == "eval" and self.evals.add([step, number(event.get("eval_loss"))]):
             self.generation = next(_generations)
         elif kind in MARKS:
@@ -230,34 +230,34 @@ class History:
             self.marks.append([step, "resumed"])
 
     def _cut(self, step: int) -> None:
-        """Forget what came after `step`: the run went back to a checkpoint and goes there anew."""
+        """Remove what came after `step`: the run resumed from a checkpoint and repeats these steps."""
         self.steps.cut(step)
         self.evals.cut(step)
-        self.places.cut(step)
+        self.offsets.cut(step)
         kept = [mark for mark in self.marks if mark[0] <= step or mark[1] != "checkpoint"]
-        self.marks = deque(kept, maxlen=MOST_MARKS)
+        self.marks = deque(kept, maxlen=MAX_MARKS)
         self.generation = next(_generations)
 
-    # Asking ------------------------------------------------------------------------------------------------
+    # Queries -----------------------------------------------------------------------------------------------
 
     def routing_at(self, step: int) -> dict[str, Any] | None:
-        """`{"step", "routing"}` of the logged step nearest to `step`, read from the file; None when none is there."""
+        """`{"step", "routing"}` of the logged step nearest to `step`, read from the file; None if there is none."""
         with self.lock:
-            place = self.places.nearest(step)
+            offset = self.offsets.nearest(step)
             recent = [event for event in self.newest if event["routing"]]
             newest = min(recent, key=lambda event: abs(event["step"] - step), default=None)
-            found = self._event_at(place) if place is not None else None
+            found = self._event_at(offset) if offset is not None else None
         known = [event for event in (found, newest) if event]
         if not known:
             return None
         best = min(known, key=lambda event: abs(event["step"] - step))
         return {"step": best["step"], "routing": best["routing"]}
 
-    def _event_at(self, place: int) -> dict[str, Any] | None:
-        """The step event whose line begins at byte `place`, if it is still there and its routing is whole."""
+    def _event_at(self, offset: int) -> dict[str, Any] | None:
+        """The step event at byte `offset`; None if it is gone or its routing is incomplete."""
         try:
             with self.run.events_path.open("rb") as file:
-                file.seek(place)
+                file.seek(offset)
                 event = parse_event(file.readline(BLOCK))
         except OSError:
             return None
@@ -266,7 +266,7 @@ class History:
 
 
 class Histories:
-    """The histories this process has read, the last used `keep` of them; all pages share them."""
+    """A cache of the `keep` most recently used histories, shared by all pages."""
 
     def __init__(self, keep: int = 8) -> None:
         self._keep = keep

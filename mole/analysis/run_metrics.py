@@ -181,9 +181,9 @@ class MetricsReader:
 
     def _finished(self, event: Mapping[str, Any]) -> None:
         if self._sessions == 1:  # a single session has measured the whole training itself
-            told = numbers(event.get("metrics"))
-            self.metrics.seconds = told.get("seconds") or self.metrics.seconds
-            self.metrics.tokens_per_second = told.get("tokens_per_second") or self.metrics.tokens_per_second
+            measured = numbers(event.get("metrics"))
+            self.metrics.seconds = measured.get("seconds") or self.metrics.seconds
+            self.metrics.tokens_per_second = measured.get("tokens_per_second") or self.metrics.tokens_per_second
 
     def _add(self, points: LossCurve, event: Mapping[str, Any], key: str) -> None:
         if (loss := number(event.get(key))) is not None:

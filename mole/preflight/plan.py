@@ -39,7 +39,7 @@ CALL_SECONDS = 1.5e-5
 """Minimum time of an operation, however small it is."""
 QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.53}
 """Bytes per weight of a quantised projection in bitsandbytes, scales included."""
-SAMPLED_ROWS = 4000
+LENGTH_SAMPLE = 4000
 """Rows that are tokenised to estimate lengths; larger data are sampled."""
 
 
@@ -227,9 +227,9 @@ def row_lengths(config: DataConfig, tokenizer: Any) -> RowLengths:
     """
     examples = list(read_examples(config.path, config.columns).examples)
     sample, more = examples, list[Example]()
-    if len(examples) > SAMPLED_ROWS:
-        sample = random.Random(0).sample(examples, SAMPLED_ROWS * 3 // 4)
-        more = heapq.nlargest(SAMPLED_ROWS // 4, examples, key=character_count)
+    if len(examples) > LENGTH_SAMPLE:
+        sample = random.Random(0).sample(examples, LENGTH_SAMPLE * 3 // 4)
+        more = heapq.nlargest(LENGTH_SAMPLE // 4, examples, key=character_count)
     found = encoded_lengths(sample, tokenizer, config.max_length)
     if not found:
         raise DataError(f"{config.path}: no row can be used.", field="data.path")

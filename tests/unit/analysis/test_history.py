@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app.services import charts
-from mole.analysis.history import MOST_ROWS, RECENT, STEP_COLUMNS, Histories, History, Places
+from mole.analysis.history import MAX_CURVE_ROWS, RECENT, STEP_COLUMNS, Histories, History, StepOffsets
 from mole.runs.event_reader import parse_without_routing
 from mole.runs.run import Run
 
@@ -83,7 +83,7 @@ def test_a_long_run_keeps_its_last_point_its_extremes_and_its_mean(run: Run) -> 
     write(run, *(step_line(step, loss) for step, loss in enumerate(losses, 1)))
     history = read(run)
     counts, means = column(history, "count"), column(history, "loss")
-    assert MOST_ROWS / 2 <= len(counts) <= MOST_ROWS
+    assert MAX_CURVE_ROWS / 2 <= len(counts) <= MAX_CURVE_ROWS
     assert sum(counts) == 20_000 and column(history, "step")[-1] == 20_000
     assert max(column(history, "loss_high")) == 99.0 and min(column(history, "loss_low")) == min(losses)
     assert sum(c * m for c, m in zip(counts, means, strict=True)) / 20_000 == pytest.approx(sum(losses) / 20_000)
@@ -194,7 +194,7 @@ def test_before_the_past_is_read_the_newest_step_is_known(run: Run) -> None:
 
 
 def test_of_very_many_steps_evenly_spaced_places_are_kept() -> None:
-    places = Places(most=64)
+    places = StepOffsets(most=64)
     for step in range(1, 10_001):
         places.add(step, 3 * step)
     assert len(places.steps) < 64 and places.stride == 256
@@ -282,7 +282,7 @@ def test_no_look_at_100_000_steps_takes_100_ms(long_run: Run, monkeypatch: pytes
         assert value["rows"]["rows"] == [] or len(value["rows"]["rows"]) == 1, "only what is new travels"
     for _ in range(5):
         value, _ = look(charts.Cursor())
-    assert len(value["rows"]["rows"]) <= MOST_ROWS + 1 and value["rows"]["rows"][-1][0] == 100_000
+    assert len(value["rows"]["rows"]) <= MAX_CURVE_ROWS + 1 and value["rows"]["rows"][-1][0] == 100_000
     assert sum(row[COLUMN["count"]] for row in value["rows"]["rows"]) == 100_000
     median = sorted(costs[reading : reading + 20])[10]
     print(f"\n{reading} looks to read all, longest {max(costs):.3f} s; steady {median:.4f} s of CPU")
