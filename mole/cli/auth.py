@@ -9,37 +9,38 @@ import sys
 
 from mole.core.errors import InputError
 
-VARIABLE = "MOLE_AUTH"
+AUTH_VARIABLE = "MOLE_AUTH"
 
 
-def credentials(given: str | None) -> tuple[str, str] | None:
+def read_credentials(given: str | None) -> tuple[str, str] | None:
     """Name and password of `--auth`, or of `$MOLE_AUTH`, which nothing that is started later sees any more.
 
     `USER` alone asks for the password at the terminal. Raises `InputError`.
     """
-    kept = os.environ.pop(VARIABLE, None)
+    kept = os.environ.pop(AUTH_VARIABLE, None)
     if given is None and not kept:
         return None
-    name = f"${VARIABLE}" if given is None else "--auth"
+    name = f"${AUTH_VARIABLE}" if given is None else "--auth"
     user, separator, password = (kept or "" if given is None else given).partition(":")
     if given is not None and user and not separator:
-        password, separator = asked(user), ":"
+        password, separator = ask_password(user), ":"
     if not (user and separator and password):
         raise InputError(f"{name} must be USER:PASS, both not empty.", field="auth")
-    hide(given)
+    hide_password(given)
     return user, password
 
 
-def asked(user: str) -> str:
+def ask_password(user: str) -> str:
     """The password, typed unseen. Raises `InputError` where nobody can type."""
     if not sys.stdin.isatty():
         raise InputError(
-            f"--auth {user} asks for a password, and there is no terminal; give USER:PASS in ${VARIABLE}.", field="auth"
+            f"--auth {user} asks for a password, and there is no terminal; give USER:PASS in ${AUTH_VARIABLE}.",
+            field="auth",
         )
     return getpass.getpass(f"Password of {user}: ")
 
 
-def hide(given: str | None) -> None:
+def hide_password(given: str | None) -> None:
     """Take the password out of the list of processes, which everybody on the machine can read.
 
     The same process begins anew, without it in its arguments; it goes on in the environment, which only the same user
@@ -51,10 +52,10 @@ def hide(given: str | None) -> None:
     places = [place for place, value in enumerate(arguments) if value in (given, f"--auth={given}")]
     if places:
         kept = [value for place, value in enumerate(arguments) if place not in places and value != "--auth"]
-        os.execve(sys.executable, kept, {**os.environ, VARIABLE: given})
+        os.execve(sys.executable, kept, {**os.environ, AUTH_VARIABLE: given})
 
 
-def check_open(host: str, auth: bool, share: bool, allow_anyone: bool) -> None:
+def check_access(host: str, auth: bool, share: bool, allow_anyone: bool) -> None:
     """See that a studio others can reach asks who they are, or was meant to be open. Raises `InputError`."""
     if auth or allow_anyone or (is_loopback(host) and not share):
         return

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from mole import __version__
-from mole.cli import commands
-from mole.config import SECTIONS, spec_of
+from mole.cli.commands import chat, data, models, runs, studio, train
+from mole.config import ROUTERS, SECTIONS, spec_of
 from mole.core.errors import MoleError
 from mole.core.redaction import redacted
 
-TARGET = "a run's name, RUN@STEP for a checkpoint of it, an adapter folder, or base:MODEL"
+TARGET_HELP = "a run's name, RUN@STEP for a checkpoint of it, an adapter folder, or base:MODEL"
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,11 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"mole: {one_line(error)}", file=sys.stderr)
+        print(f"mole: {error_line(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, MoleError) else MoleError.exit_code
 
 
-def one_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An error for the terminal: ours as they are, the system's with their file, others with their type."""
     text = redacted(" ".join(str(error).split()))
     if isinstance(error, MoleError):
@@ -76,7 +76,9 @@ def build_parser() -> Parser:
     add_studio(parts)
     add_train(parts)
     add_preflight(parts)
-    add(parts, "presets", commands.list_presets, "List the set-ups to begin with: the papers', and your own.")
+    add_command(
+        parts, "presets", train.list_presets_command, "List the set-ups to begin with: the papers', and your own."
+    )
     add_chat(parts)
     add_eval(parts)
     add_runs(parts)
@@ -85,24 +87,24 @@ def build_parser() -> Parser:
     return root
 
 
-def add(parts: Any, name: str, function: Callable[[argparse.Namespace], None], help: str) -> Parser:
+def add_command(parts: Any, name: str, function: Callable[[argparse.Namespace], None], help: str) -> Parser:
     """Add a command."""
     command: Parser = parts.add_parser(name, help=help, description=help)
     command.set_defaults(command=function)
     return command
 
 
-def group(parts: Any, name: str, help: str) -> Any:
+def add_group(parts: Any, name: str, help: str) -> Any:
     """Add a group of commands."""
     return parts.add_parser(name, help=help, description=help).add_subparsers(metavar="COMMAND", required=True)
 
 
 def add_studio(parts: Any) -> None:
-    command = add(parts, "studio", commands.studio, "Serve the studio in the browser.")
+    command = add_command(parts, "studio", studio.studio_command, "Serve the studio in the browser.")
     command.add_argument(
         "--host", default="127.0.0.1", help="Address to listen on (default %(default)s: this machine)."
     )
-    command.add_argument("--port", type=number(int, 1, 65535), default=7860, help="Port (default %(default)s).")
+    command.add_argument("--port", type=in_range(int, 1, 65535), default=7860, help="Port (default %(default)s).")
     command.add_argument(
         "--auth",
         metavar="USER:PASS",
@@ -119,7 +121,7 @@ def add_studio(parts: Any) -> None:
 
 
 def add_train(parts: Any) -> None:
-    command = add(parts, "train", commands.train, "Train an adapter: --data, or --config, is needed.")
+    command = add_command(parts, "train", train.train_command, "Train an adapter: --data, or --config, is needed.")
     add_settings(command)
     command.add_argument(
         "--grid",
@@ -133,7 +135,7 @@ def add_train(parts: Any) -> None:
 
 def add_preflight(parts: Any) -> None:
     summary = "Tell what a run would take, and whether it fits, before it starts; takes the flags of mole train."
-    command = add(parts, "preflight", commands.preflight, summary)
+    command = add_command(parts, "preflight", train.preflight_command, summary)
     add_settings(command)
     command.add_argument("--measure", action="store_true", help="Also take real steps on the longest rows.")
     command.add_argument("--wait", action="store_true", help="With --measure: wait while a run has the device.")
@@ -153,7 +155,7 @@ def add_settings(command: Parser) -> None:
             spec = spec_of(item) if "spec" in item.metadata else None
             if spec is not None and spec.flag:
                 default = "" if item.default in (dataclasses.MISSING, "") else f" (default {item.default})"
-                choices = f" One of: {', '.join(commands.ROUTERS)}." if item.name == "router" else ""
+                choices = f" One of: {', '.join(ROUTERS)}." if item.name == "router" else ""
                 command.add_argument(
                     spec.flag,
                     dest=f"{section}.{item.name}",
@@ -173,78 +175,96 @@ def add_settings(command: Parser) -> None:
 
 
 def add_chat(parts: Any) -> None:
-    command = add(parts, "chat", commands.chat, "Chat with a trained adapter or a base model.")
-    command.add_argument("target", metavar="TARGET", help=TARGET)
+    command = add_command(parts, "chat", chat.chat_command, "Chat with a trained adapter or a base model.")
+    command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     command.add_argument("--prompt", help="Answer this and end; without it the chat is interactive.")
     command.add_argument("--system", help="System prompt.")
     command.add_argument(
-        "--max-new-tokens", type=number(int, 1), default=256, metavar="N", help="Longest reply (default %(default)s)."
+        "--max-new-tokens",
+        type=in_range(int, 1),
+        default=256,
+        metavar="N",
+        help="Longest reply (default %(default)s).",
     )
     command.add_argument(
-        "--temperature", type=number(float, 0), default=0.0, metavar="T", help="0 is greedy (default %(default)s)."
+        "--temperature",
+        type=in_range(float, 0),
+        default=0.0,
+        metavar="T",
+        help="0 is greedy (default %(default)s).",
     )
     command.add_argument(
-        "--top-p", type=number(float, 0, 1), default=1.0, metavar="P", help="Nucleus sampling (default %(default)s)."
+        "--top-p",
+        type=in_range(float, 0, 1),
+        default=1.0,
+        metavar="P",
+        help="Nucleus sampling (default %(default)s).",
     )
-    command.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="Seed of the sampling.")
+    command.add_argument("--seed", type=in_range(int, 0), default=0, metavar="N", help="Seed of the sampling.")
     command.add_argument("--trace", metavar="FILE.json", help="Write the routing of every token (with --prompt).")
 
 
 def add_eval(parts: Any) -> None:
-    command = add(parts, "eval", commands.evaluate, "Measure accuracy or exact match, and perplexity.")
-    command.add_argument("target", metavar="TARGET", help=TARGET)
+    command = add_command(parts, "eval", chat.evaluate_command, "Measure accuracy or exact match, and perplexity.")
+    command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     command.add_argument("--data", required=True, metavar="FILE", help="Rows to evaluate on: a file or a hub id.")
-    command.add_argument("--limit", type=number(int, 1), metavar="N", help="Only the first N rows.")
+    command.add_argument("--limit", type=in_range(int, 1), metavar="N", help="Only the first N rows.")
     command.add_argument("--json", metavar="FILE", help="Write the result to a file too.")
 
 
 def add_runs(parts: Any) -> None:
-    parts = group(parts, "runs", "List, show, queue, stop, resume, delete and export runs.")
-    command = add(parts, "list", commands.list_runs, "List all runs.")
+    parts = add_group(parts, "runs", "List, show, queue, stop, resume, delete and export runs.")
+    command = add_command(parts, "list", runs.list_runs_command, "List all runs.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
-    command = add_run(parts, "show", commands.show_run, "Show a run's state, metrics and settings.")
+    command = add_run(parts, "show", runs.show_run_command, "Show a run's state, metrics and settings.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
-    command = add(parts, "compare", commands.compare_runs, "Compare runs: results, mean ± sd over seeds.")
+    command = add_command(parts, "compare", runs.compare_runs_command, "Compare runs: results, mean ± sd over seeds.")
     command.add_argument("runs", metavar="RUN", nargs="+", help="Two or more runs, or a group of them.")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="Print the numbers as JSON.")
     form.add_argument("--markdown", action="store_true", help="Print Markdown, for a paper.")
-    add(parts, "queue", commands.queue_runs, "List the runs that wait for their device, the next one first.")
-    command = add_run(parts, "move", commands.move_run, "Give a waiting run another place in the line for its device.")
-    command.add_argument("place", metavar="PLACE", type=number(int, 1), help="1 is the next to run.")
-    add_run(parts, "stop", commands.stop_run, "Save a checkpoint and stop; a queued run leaves the line.")
-    command = add_run(parts, "resume", commands.resume_run, "Continue a stopped, interrupted or failed run.")
+    add_command(
+        parts, "queue", runs.queue_runs_command, "List the runs that wait for their device, the next one first."
+    )
+    command = add_run(
+        parts, "move", runs.move_run_command, "Give a waiting run another place in the line for its device."
+    )
+    command.add_argument("place", metavar="PLACE", type=in_range(int, 1), help="1 is the next to run.")
+    add_run(parts, "stop", runs.stop_run_command, "Save a checkpoint and stop; a queued run leaves the line.")
+    command = add_run(parts, "resume", runs.resume_run_command, "Continue a stopped, interrupted or failed run.")
     command.add_argument("--detach", action="store_true", help="In the background.")
-    command = add_run(parts, "delete", commands.delete_run, "Delete a run's folder.")
+    command = add_run(parts, "delete", runs.delete_run_command, "Delete a run's folder.")
     command.add_argument("--yes", action="store_true", help="Do not ask.")
-    command = add_run(parts, "export", commands.export_run, "Copy the adapter, run.yaml and events somewhere.")
+    command = add_run(parts, "export", runs.export_run_command, "Copy the adapter, run.yaml and events somewhere.")
     command.add_argument("dest", metavar="DEST", help="A new folder, or a new .zip file.")
 
 
 def add_run(parts: Any, name: str, function: Callable[[argparse.Namespace], None], help: str) -> Parser:
     """Add a command whose first argument is a run."""
-    command = add(parts, name, function, help)
+    command = add_command(parts, name, function, help)
     command.add_argument("run", metavar="RUN", help="The run's name.")
     return command
 
 
 def add_models(parts: Any) -> None:
-    parts = group(parts, "models", "List base models, or fetch one.")
-    command = add(parts, "list", commands.list_models, "List the base models that are here.")
+    parts = add_group(parts, "models", "List base models, or fetch one.")
+    command = add_command(parts, "list", models.list_models_command, "List the base models that are here.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
-    command = add(parts, "pull", commands.pull_model, "Fetch a base model and make it ready.")
+    command = add_command(parts, "pull", models.pull_model_command, "Fetch a base model and make it ready.")
     command.add_argument("name", metavar="NAME", help="smollm2-135m, a hub id, or a .gguf file.")
 
 
 def add_data(parts: Any) -> None:
-    parts = group(parts, "data", "Check data.")
-    command = add(parts, "check", commands.check_data, "Read a data file as training would, and tell what is wrong.")
+    parts = add_group(parts, "data", "Check data.")
+    command = add_command(
+        parts, "check", data.check_data_command, "Read a data file as training would, and tell what is wrong."
+    )
     command.add_argument("file", metavar="FILE", help="JSON, JSONL, CSV or Parquet file, or a hub id.")
     command.add_argument("--model", help="Also count tokens with this base model's tokenizer and template.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
 
 
-def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
+def in_range(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
     """An argparse type: a whole number (`int`) or number (`float`) in a range."""
 
     def parse(text: str) -> Any:

@@ -20,19 +20,19 @@ VERDICTS = {
 POLL_SECONDS = 0.2
 
 
-def report(config: RunConfig, *, measure: bool, wait: bool) -> dict[str, Any]:
+def run_preflight(config: RunConfig, *, measure: bool, wait: bool) -> dict[str, Any]:
     """Estimate a run, measure it if requested, print both → `{"estimate": …, "measurement": … or None}`.
 
     Raises `InputError` for bad input, `BusyError` when a run has the device, `MoleError` when the check failed.
     """
     check = PreflightJob.of(config)
-    end = follow(check, config, "estimate")
+    end = run_job(check, config, "estimate")
     estimate = check.read("estimate")
     print_estimate(estimate)
     measurement: dict[str, Any] | None = None
     fits = estimate["fits"]
     if measure:
-        end = follow(check, config, "measurement", wait)
+        end = run_job(check, config, "measurement", wait)
         if end["phase"] == "no_memory":
             fits = "no"
             print(f"\nMeasured: it does not fit. {end['text']}")
@@ -42,7 +42,7 @@ def report(config: RunConfig, *, measure: bool, wait: bool) -> dict[str, Any]:
     return {"estimate": estimate, "measurement": measurement, "fits": fits}
 
 
-def follow(check: PreflightJob, config: RunConfig, kind: str, wait: bool = False) -> dict[str, Any]:
+def run_job(check: PreflightJob, config: RunConfig, kind: str, wait: bool = False) -> dict[str, Any]:
     """Start a check, tell on stderr how it goes, and return how it ended; Ctrl-C ends it too."""
     check.start(config, kind, wait=wait)
     told = ""

@@ -21,7 +21,7 @@ from serving import ROOT, Studio, free_port, serve, studio_command
 
 from app import guard, main
 from app.guard import Login
-from mole.cli.auth import check_open, is_loopback
+from mole.cli.auth import check_access, is_loopback
 from mole.core.errors import InputError
 
 from .conftest import API, EVIL, Stranger, run_async, visiting
@@ -59,10 +59,10 @@ def test_a_studio_others_can_reach_needs_a_password(home: Path, given: list[str]
 
 
 def test_unless_that_is_what_one_says(home: Path) -> None:
-    check_open("0.0.0.0", auth=True, share=True, allow_anyone=False)
-    check_open("0.0.0.0", auth=False, share=True, allow_anyone=True)
+    check_access("0.0.0.0", auth=True, share=True, allow_anyone=False)
+    check_access("0.0.0.0", auth=False, share=True, allow_anyone=True)
     for host in ("127.0.0.1", "127.8.8.8", "localhost", "LOCALHOST", "::1", "[::1]"):
-        check_open(host, auth=False, share=False, allow_anyone=False)
+        check_access(host, auth=False, share=False, allow_anyone=False)
     assert not any(map(is_loopback, ("", "0", "0.0.0.0", "::", "10.0.0.1", "127.0.0.1.evil.example", "1")))
     command = [sys.executable, "-m", "mole.cli", "studio", "--help"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
@@ -81,7 +81,7 @@ def test_half_a_password_is_none(home: Path, given: str, monkeypatch: pytest.Mon
 
     monkeypatch.setenv("MOLE_AUTH", "other:password")
     with pytest.raises(InputError, match="USER:PASS, both not empty"):
-        auth.credentials(given)
+        auth.read_credentials(given)
     assert "MOLE_AUTH" not in os.environ, "what is started later does not inherit it"
 
 

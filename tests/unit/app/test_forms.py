@@ -11,7 +11,8 @@ import pytest
 
 from app.ui import forms
 from app.ui.tabs import train
-from mole.cli import commands, parser
+from mole.cli import parser
+from mole.cli.commands.train import train_settings
 from mole.config import ROUTERS, SECTIONS, RunConfig
 from mole.core.errors import InputError
 
@@ -58,7 +59,7 @@ def test_the_command_starts_the_same_run(form: forms.RunForm, changed: dict[str,
     config = form.config(values_of(form, **changed))
     words = shlex.split(forms.command(config).replace("\\\n", " "))
     assert words[:1] == ["mole"]
-    assert RunConfig.from_dict(commands.train_settings(parser.build_parser().parse_args(words[1:]))) == config
+    assert RunConfig.from_dict(train_settings(parser.build_parser().parse_args(words[1:]))) == config
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_a_config_put_into_the_form_comes_out_again(form: forms.RunForm, adapter
     config = RunConfig.from_dict({"name": "again", "adapter": adapter, "data": data, "model": {"dtype": "float32"}})
     assert form.config(form.fill(config)) == config
     words = shlex.split(forms.command(config).replace("\\\n", " "))
-    assert RunConfig.from_dict(commands.train_settings(parser.build_parser().parse_args(words[1:]))) == config
+    assert RunConfig.from_dict(train_settings(parser.build_parser().parse_args(words[1:]))) == config
 
 
 def test_a_form_filled_anew_keeps_nothing_of_another_router(form: forms.RunForm) -> None:

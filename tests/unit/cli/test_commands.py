@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 
 from mole import runs
-from mole.cli import commands, parser
+from mole.cli import parser
+from mole.cli.commands.train import train_settings
 from mole.config import SECTIONS, RunConfig, spec_of
 from mole.core import checkpoint
 from mole.runs import queue
@@ -173,9 +174,7 @@ def test_a_name_that_is_taken_is_refused(mole: Mole, base: list[str]) -> None:
 
 def settings_of(line: str) -> RunConfig:
     """What `mole train …` would train with."""
-    return RunConfig.from_dict(
-        parser.commands.train_settings(parser.build_parser().parse_args(["train", *line.split()]))
-    )
+    return RunConfig.from_dict(train_settings(parser.build_parser().parse_args(["train", *line.split()])))
 
 
 def test_flags_go_over_the_config_file_and_set_over_both(mole: Mole) -> None:
@@ -405,11 +404,11 @@ def test_presets_are_listed_and_begun_with(mole: Mole, base: list[str]) -> None:
         assert f"\n{name} " in listed.out
     Path("over.yaml").write_text("training: {warmup_steps: 7}\nadapter: {r: 2}")
     options = parser.build_parser().parse_args([*base, "--preset", "mola", "--config", "over.yaml", "--rank", "4"])
-    made = RunConfig.from_dict(commands.train_settings(options))
+    made = RunConfig.from_dict(train_settings(options))
     assert (made.adapter.num_experts, made.training.learning_rate) == ([2, 4, 6, 8], 3e-4)  # the preset's
     assert (made.training.warmup_steps, made.adapter.r) == (7, 4)  # the file over it, the flag over that
     other = parser.build_parser().parse_args([*base, "--preset", "mola", "--router", "dynmole"])
-    assert RunConfig.from_dict(commands.train_settings(other)).adapter.to_flat()["entropy_threshold"] == 0.9
+    assert RunConfig.from_dict(train_settings(other)).adapter.to_flat()["entropy_threshold"] == 0.9
 
 
 def test_a_grid_is_queued_listed_moved_and_left(mole: Mole, base: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

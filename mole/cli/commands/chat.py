@@ -1,0 +1,95 @@
+"""`mole chat`, `mole eval`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from mole.cli.console import check_writable, metric_text, write_json
+from mole.config import ModelConfig
+from mole.core.errors import InputError
+
+if TYPE_CHECKING:
+    from mole.models.loading import Loaded
+
+
+def chat_command(options: argparse.Namespace) -> None:
+    """`mole chat`"""
+    if options.prompt is not None and not options.prompt.strip():
+        raise InputError("--prompt is empty; give some text.", field="prompt")
+    if options.trace and options.prompt is None:
+        raise InputError("--trace needs --prompt: the routing of one reply is written.", field="trace")
+    check_writable(options.trace, "--trace")
+    from mole.chat.generate import ChatSettings
+    from mole.mixture.aot_compile import prepare
+
+    settings = ChatSettings(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    loaded = load_with_notice(options.target)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    if options.prompt is not None:
+        messages.append({"role": "user", "content": options.prompt})
+        print_reply(loaded, messages, settings, options.trace)
+        return
+    print(f"Chat with {options.target}; Ctrl-D ends, Ctrl-C cuts a reply short.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if question.strip():
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": print_reply(loaded, messages, settings)})
+            prepare(loaded.model)
+
+
+def print_reply(loaded: Loaded, messages: list[dict[str, str]], settings: Any, trace_file: str | None = None) -> str:
+    """Stream a reply to the terminal, write its routing to `trace_file` if given, and return it."""
+    from mole.chat.generate import stream
+
+    text, tokens = "", list[str]()
+    try:
+        for step in stream(loaded, messages, settings, record=trace_file is not None):
+            print(step.text[len(text) :], end="", flush=True)
+            text = step.text
+            tokens += [token for _, token in step.tokens]
+    except KeyboardInterrupt:
+        if trace_file:
+            raise
+    print(flush=True)
+    if trace_file and step.trace is not None:
+        write_json(trace_file, step.trace.to_dict(tokens, step.prompt_tokens))
+    return text
+
+
+def evaluate_command(options: argparse.Namespace) -> None:
+    """`mole eval`"""
+    check_writable(options.json, "--json")
+    from mole.data import read_examples
+
+    rows = read_examples(options.data, limit=options.limit, field="--data")
+    loaded = load_with_notice(options.target)
+    from mole.evaluation import job as evaluation_job
+    from mole.evaluation.evaluate import evaluate_file
+
+    begun = time.monotonic()
+    result = evaluate_file(loaded, options.data, limit=options.limit, progress=True)
+    evaluation_job.record_evaluation(options.target, result, options.limit, rows.fingerprint, time.monotonic() - begun)
+    print(f"{result['target']} on {result['data']}, {result['rows']} rows:")
+    for key, value in result["metrics"].items():
+        percent = key in ("accuracy", "exact_match") and value is not None
+        print(f"  {key.replace('_', ' ')}: {f'{value:.1%}' if percent else metric_text(value)}")
+    if options.json:
+        write_json(options.json, result)
+
+
+def load_with_notice(target: str) -> Loaded:
+    """Load what is chatted with or evaluated, and tell what should be known about it."""
+    from mole.runs.targets import load_target
+
+    loaded = load_target(target, ModelConfig())
+    if loaded.notice:
+        print(f"Note: {loaded.notice}", file=sys.stderr)
+    return loaded

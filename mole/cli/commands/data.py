@@ -1,0 +1,65 @@
+"""`mole data …`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mole.core.errors import InputError
+
+
+def check_data_command(options: argparse.Namespace) -> None:
+    """`mole data check`"""
+    from mole.data import read_examples
+
+    rows = read_examples(options.file, field="FILE")
+    rejected = [{"row": item.row, "reason": item.reason} for item in rows.rejected]
+    report: dict[str, Any] = {
+        "data": options.file,
+        "shape": rows.shape,
+        "rows": len(rows.examples),
+        "rejected": rejected,
+        "fingerprint": rows.fingerprint,
+    }
+    if options.model:
+        report["tokens"] = token_lengths(rows.examples, options.model, rejected)
+        report["rows"] = len(rows.examples) + len(rows.rejected) - len(rejected)
+    if not report["rows"]:
+        raise InputError(f"{options.file}: no row can be used; row {rejected[0]['row']}: {rejected[0]['reason']}")
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    print(f"{options.file}: {report['rows']} rows of shape {rows.shape}, {len(rejected)} rejected")
+    if options.model:
+        print("Tokens a row: " + ", ".join(f"{key} {value}" for key, value in report["tokens"].items()))
+    for item in rejected:
+        print(f"  row {item['row']}: {item['reason']}")
+
+
+def token_lengths(examples: Sequence[Any], model: str, rejected: list[dict[str, Any]]) -> dict[str, int]:
+    """Shortest, median, longest and total length in tokens; rows that cannot be encoded are added to `rejected`."""
+    from mole.config import DataConfig
+    from mole.core.errors import DataError
+    from mole.data import encode_examples
+    from mole.models.loading import load_tokenizer
+
+    lengths: list[int] = []
+    longest = DataConfig().max_length
+    for example, encoded in zip(examples, encode_examples(examples, load_tokenizer(model), sys.maxsize), strict=True):
+        if isinstance(encoded, DataError):
+            rejected.append({"row": example.row, "reason": str(encoded)})
+        else:
+            lengths.append(len(encoded.input_ids))
+    if not lengths:
+        return {}
+    return {
+        "min": min(lengths),
+        "median": int(statistics.median(lengths)),
+        "max": max(lengths),
+        "total": sum(lengths),
+        f"longer than {longest}": sum(length > longest for length in lengths),
+    }

@@ -1,0 +1,136 @@
+"""`mole runs …`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from mole import runs
+from mole.cli.commands.train import run_in_foreground
+from mole.cli.console import created_text, metric_text, print_table, steps_text
+from mole.core.errors import InputError
+
+
+def list_runs_command(options: argparse.Namespace) -> None:
+    """`mole runs list`"""
+    rows = [run.status() for run in runs.list_runs()]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        cells = [
+            [row["name"], row["state"], steps_text(row), row["router"], row["model"], created_text(row)] for row in rows
+        ]
+        print_table(["NAME", "STATE", "STEP", "ROUTER", "MODEL", "CREATED"], cells)
+    else:
+        print("No runs yet. Train one: mole train --data FILE")
+
+
+def show_run_command(options: argparse.Namespace) -> None:
+    """`mole runs show`"""
+    run = runs.get(options.run)
+    details = run.details()
+    if options.json:
+        print(json.dumps(details, indent=1))
+        return
+    print(f"{details['name']}: {details['state']}, step {steps_text(details)}, created {created_text(details)}")
+    if details["error"]:
+        print(f"Error:   {details['error']} {details['advice'] or ''}".rstrip())
+    for key, value in details["metrics"].items():
+        print(f"{key}: {metric_text(value)}")
+    print(f"Folder:  {run.path}\n")
+    print(run.config.to_yaml(), end="")
+
+
+def queue_runs_command(options: argparse.Namespace) -> None:
+    """`mole runs queue`"""
+    print_queue(runs.waiting_runs())
+
+
+def move_run_command(options: argparse.Namespace) -> None:
+    """`mole runs move`"""
+    print_queue(runs.move(runs.get(options.run), options.place))
+
+
+def print_queue(line: list[runs.Run]) -> None:
+    """The runs that wait, each with its device and its place there."""
+    places: dict[str, int] = {}
+    cells = []
+    for run in line:
+        device = str(run.last_event.get("device", ""))
+        places[device] = places.get(device, 0) + 1
+        cells.append([str(places[device]), device, run.name, run.group or "-", runs.device_user(device) or "-"])
+    if cells:
+        print_table(["PLACE", "DEVICE", "NAME", "GROUP", "NOW RUNNING"], cells)
+    else:
+        print("No run waits.")
+
+
+def compare_runs_command(options: argparse.Namespace) -> None:
+    """`mole runs compare`"""
+    from mole.analysis import compare, tables
+
+    names = list(dict.fromkeys(name for given in options.runs for name in names_of_run_or_group(given)))
+    if len(names) < 2:
+        raise InputError("Give two or more different runs to compare, or a group of them.", field="runs")
+    comparison = compare.compare(names)
+    if options.json:
+        print(json.dumps(comparison.to_dict(), indent=1))
+    elif options.markdown:
+        print(tables.markdown(comparison), end="")
+    else:
+        for head, rows in tables.terminal(comparison):
+            print_table(head, rows)
+            print()
+        print("\n".join([tables.LEGEND, *comparison.notes]))
+
+
+def names_of_run_or_group(name: str) -> list[str]:
+    """The run of that name, or the runs of that group. Raises `RunError` when there is neither."""
+    return [run.name for run in runs.list_runs() if run.group == name] or [runs.get(name).name]
+
+
+def stop_run_command(options: argparse.Namespace) -> None:
+    """`mole runs stop`"""
+    run = runs.get(options.run)
+    runs.stop(run)
+    if run.state == "stopped":
+        print(f"{run.name} is stopped.")
+    else:
+        print(f"{run.name} was asked to stop; it saves a checkpoint first.")
+
+
+def resume_run_command(options: argparse.Namespace) -> None:
+    """`mole runs resume`"""
+    run = runs.get(options.run)
+    if options.detach:
+        runs.start(run, resume=True)
+        print(run.name)
+    else:
+        runs.enqueue(run, resume=True)
+        run_in_foreground(run, resume=True)
+
+
+def delete_run_command(options: argparse.Namespace) -> None:
+    """`mole runs delete`"""
+    run = runs.get(options.run)
+    if not options.yes:
+        if not sys.stdin.isatty():
+            raise InputError(f"Deleting {run.name} needs a yes: add --yes.")
+        if input(f"Delete {run.name} ({run.state}, step {run.step}) for good? [y/N] ").strip().lower() not in (
+            "y",
+            "yes",
+        ):
+            print("Kept.")
+            return
+    runs.delete(run)
+    print(f"Deleted {run.name}.")
+
+
+def export_run_command(options: argparse.Namespace) -> None:
+    """`mole runs export`"""
+    run = runs.get(options.run)
+    path = runs.export(run, options.dest)
+    print(f"Wrote the adapter, run.yaml and events.jsonl of {run.name} to {path}.")
+    if path.is_dir():
+        print(f"Chat: mole chat {path / 'adapter'}")

@@ -1,0 +1,16 @@
+"""`mole studio`."""
+
+from __future__ import annotations
+
+import argparse
+
+from mole.cli import auth
+
+
+def studio_command(options: argparse.Namespace) -> None:
+    """`mole studio`"""
+    credentials = auth.read_credentials(options.auth)
+    auth.check_access(options.host, credentials is not None, options.share, options.allow_anyone)
+    from app.main import launch
+
+    launch(host=options.host, port=options.port, auth=credentials, share=options.share)
