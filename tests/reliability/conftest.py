@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import ROOT, SAVE_STEPS, STEPS, Attempt, Make, Whole, weights
+from forks import ROOT, SAVE_STEPS, STEPS, Attempt, Make, Whole, wait_for, weights
 
 from mole import runs
 from mole.config import RunConfig
+from mole.core import locks
 from mole.runs import job
 from mole.runs.run import Run
 
@@ -60,8 +62,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[st
 
 
 @pytest.fixture
-def make_tiny(home: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Make:
-    """`make_tiny(name, **{"training.save_total_limit": 1})`: a tiny run that has not started."""
+def make_tiny(home: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """`make_tiny(name, **{"training.save_total_limit": 1})`: a tiny run that has not started.
+
+    No process of such a run outlives the test.
+    """
     monkeypatch.setattr(job, "STARTING_SECONDS", 0.0)  # a run is resumed as soon as its process is dead
 
     def make(name: str | None = None, **changes: Any) -> Run:
@@ -71,17 +76,38 @@ def make_tiny(home: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
             values[section][key] = value
         return runs.create(RunConfig.from_dict({"name": name, **values}))
 
-    return make
+    yield make
+    for run in runs.list_runs():
+        wait_for(lambda run=run: not run.held or end_holder(run))
+
+
+def end_holder(run: Run) -> None:
+    """SIGKILL to the process that holds a run's lock."""
+    pid = locks.holder(run.lock_path).get("pid", os.getpid())
+    if pid != os.getpid():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def busy_cpu(home: Path) -> Iterator[locks.Lock]:
+    """Another process's lock on the CPU: a run that is started waits in line, and imports no torch."""
+    path = runs.device_lock_path("cpu")
+    path.parent.mkdir(exist_ok=True)
+    lock = locks.acquire(path, run="elsewhere")
+    assert lock is not None
+    with lock:
+        yield lock
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any], server: None) -> Whole:
-    """The tiny run, undisturbed: its weights, and its seconds once the fork server is warm."""
+    """The tiny run, undisturbed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOLE_HOME", str(tmp_path_factory.mktemp("undisturbed")))
-        for _ in range(2):
-            run = runs.create(RunConfig.from_dict(tiny))
-            begun = time.monotonic()
-            assert Attempt(run).code() == 0, run.log_path.read_text()
-            seconds = time.monotonic() - begun
-        return Whole(weights(run), seconds)
+        run, used = runs.create(RunConfig.from_dict(tiny)), 0.0
+        attempt = Attempt(run)
+        while not attempt.ended(0.005):
+            used = max(used, attempt.cpu_seconds())
+        assert attempt.code() == 0, run.log_path.read_text()
+        return Whole(weights(run), used)

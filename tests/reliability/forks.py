@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from mole.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0
-"""Seconds a busy machine may take for a few steps of a tiny model."""
+"""Seconds after which something hangs: many times what a busy machine takes for a few steps of a tiny model."""
 SAVE_STEPS, STEPS = 3, 12
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -35,24 +36,27 @@ Make = Callable[..., Run]
 Preparation = Callable[[Run], Any]
 
 
+def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
+    """Wait until the condition holds; a test that hangs fails instead."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
 @dataclass(frozen=True)
 class Whole:
-    """A training that nothing disturbed."""
+    """An undisturbed training: the adapter's weights, and the CPU seconds its process used."""
 
     weights: bytes
-    seconds: float
+    cpu_seconds: float
 
 
-class Attempt:
-    """A process that works on a run; `prepare(run)` is called in it first, with torch imported."""
+class Forked:
+    """A child of the fork server."""
 
-    def __init__(self, run: Run, prepare: Preparation | None = None, *, resume: bool | None = None) -> None:
-        self.run = run
-        if resume is None:
-            resume = run.last_event["type"] != "created"
-        runs.enqueue(run, resume=resume)
-        arguments = (str(runs.home()), run.name, resume, prepare)
-        self.process: BaseProcess = SERVER.Process(target=work, args=arguments, daemon=True)
+    def __init__(self, target: Callable[..., Any], *arguments: Any) -> None:
+        self.process: BaseProcess = SERVER.Process(target=target, args=arguments, daemon=True)
         self.process.start()
 
     def ended(self, seconds: float = PATIENCE) -> bool:
@@ -66,6 +70,35 @@ class Attempt:
         assert self.ended()
         return self.process.exitcode == -signal.SIGKILL
 
+    def kill_after(self, cpu_seconds: float) -> bool:
+        """SIGKILL as soon as it has used so much CPU time; False when it ended by itself before.
+
+        The clock stands while a busy machine lets the process wait, so the kill hits the same work there.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while not self.ended(0.005) and self.cpu_seconds() < cpu_seconds:
+            assert time.monotonic() < deadline, "it hangs"
+        return self.kill()
+
+    def cpu_seconds(self) -> float:
+        """The CPU time it has used so far; 0 when it has ended."""
+        assert self.process.pid is not None
+        try:
+            return time.clock_gettime(~self.process.pid << 3 | 2)  # CPUCLOCK_SCHED of a process, as in <time.h>
+        except OSError:
+            return 0.0
+
+
+class Attempt(Forked):
+    """A process that works on a run; `prepare(run)` is called in it first, with torch imported."""
+
+    def __init__(self, run: Run, prepare: Preparation | None = None, *, resume: bool | None = None) -> None:
+        self.run = run
+        if resume is None:
+            resume = run.last_event["type"] != "created"
+        runs.enqueue(run, resume=resume)
+        super().__init__(work, str(runs.home()), run.name, resume, prepare)
+
     def code(self) -> int:
         """Its exit code, once it has ended; -9 when it was killed."""
         hangs = not self.ended()
@@ -78,20 +111,57 @@ class Attempt:
 
 def work(home: str, name: str, resume: bool, prepare: Preparation | None) -> None:
     """In a child of the server: what `python -m mole.training.worker NAME` does, its output added to `train.log`."""
-    import torch
-
     os.environ["MOLE_HOME"] = home
-    torch.set_num_threads(1)
     run = runs.get(name)
-    output = os.open(run.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    for stream in (1, 2):
-        os.dup2(output, stream)
+    print_to(run.log_path, run.log_path)
     if prepare is not None:
         prepare(run)
     from mole.training.worker import main
 
-    code = main([name, *(["--resume"] if resume else [])])
+    leave(main([name, *(["--resume"] if resume else [])]))
+
+
+class Command(Forked):
+    """`mole …` in a child of the server; `prepare()` is called in it first."""
+
+    def __init__(self, folder: Path, *arguments: str, prepare: Callable[[], Any] | None = None) -> None:
+        self.out, self.err = folder / f"{arguments[0]}.out", folder / f"{arguments[0]}.err"
+        super().__init__(command, str(runs.home()), (self.out, self.err), arguments, prepare)
+
+    def answer(self) -> tuple[int, str, str]:
+        """Its exit code and what it printed on stdout and stderr, once it has ended."""
+        hangs = not self.ended()
+        if hangs:
+            self.kill()
+        assert not hangs, f"it hangs:\n{self.err.read_text()}"
+        assert self.process.exitcode is not None
+        return self.process.exitcode, self.out.read_text(), self.err.read_text()
+
+
+def command(home: str, output: tuple[Path, Path], arguments: tuple[str, ...], prepare: Any) -> None:
+    """In a child of the server: what `python -m mole.cli …` does, its output written to two files."""
+    os.environ["MOLE_HOME"] = home
+    print_to(*output)
+    if prepare is not None:
+        prepare()
+    from mole.cli import main
+
+    leave(main(arguments))
+
+
+def print_to(*output: Path) -> None:
+    """Let stdout and stderr of this process be added to these files, and torch use one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    for stream, path in enumerate(output, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), stream)
+
+
+def leave(code: int) -> None:
+    """End this process as an interpreter does, without the parent's finalizers."""
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -115,11 +185,16 @@ def weights(run: Run) -> bytes:
     return (run.adapter_dir / "adapter_model.safetensors").read_bytes()
 
 
+# Processes, as /proc shows them
+
+
 def processes_of(home: Path) -> set[int]:
     """The living processes that were started with this `$MOLE_HOME` (forked attempts were started without), and those
     zombies that have such a parent."""
-    found = {pid for pid in everybody() if f"MOLE_HOME={home}".encode() in environment_of(pid)}
-    return found | {pid for pid in everybody() if stat_of(pid)[:1] == ["Z"] and int(stat_of(pid)[1]) in found}
+    wanted = f"MOLE_HOME={home}".encode()
+    found = {pid for pid in everybody() if wanted in environment_of(pid)}
+    stats = {pid: stat_of(pid) for pid in everybody()}
+    return found | {pid for pid, stat in stats.items() if stat[:1] == ["Z"] and int(stat[1]) in found}
 
 
 def session_of(leader: int) -> set[int]:

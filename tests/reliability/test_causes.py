@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from forks import Attempt, Make, Whole, finish
+from operations import SAVED, killed_before
 from test_killed import check_finished
 
 from mole import runs
@@ -115,16 +116,13 @@ def test_without_memory_a_run_fails_and_says_what_takes_less(make_tiny: Make, tm
 
 @pytest.fixture
 def stopped(make_tiny: Make, tmp_path: Path, tiny_folder: Path) -> Run:
-    """A run with files of its own, killed behind its first checkpoint."""
+    """A run with files of its own, killed in the middle of its second checkpoint."""
     model, rows = tmp_path / "base", tmp_path / "own.jsonl"
     shutil.copytree(tiny_folder, model)
     template = make_tiny("template")
     shutil.copy(template.config.data.path, rows)
     run = make_tiny("stopped", **{"model.name": str(model), "data.path": str(rows)})
-    attempt = Attempt(run)
-    while not checkpoint.steps(run.checkpoints_dir):
-        assert not attempt.ended(0.002)
-    attempt.kill()
+    killed_before(SAVED, 1, run)
     assert run.state == "interrupted"
     return run
 

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from forks import Attempt, Make, Whole, finish
+from forks import PATIENCE, Attempt, Make, Whole, finish
+from operations import SAVED, killed_before
 from test_killed import check_finished
 
 from mole import runs
@@ -74,10 +75,7 @@ def test_a_run_with_damaged_checkpoints_ends_with_the_same_bits(make_tiny: Make,
     """With the newest broken it goes on from the one before; with all broken, from the start."""
     chance = random.Random(SEED + broken)
     run = make_tiny("damaged")
-    attempt = Attempt(run)
-    while len(checkpoint.steps(run.checkpoints_dir)) < 2:
-        assert not attempt.ended(0.002)
-    attempt.kill()
+    killed_before(SAVED, 2, run)
     kept = checkpoint.steps(run.checkpoints_dir)[-2:]
     for _, folder in kept[-broken:]:
         flip(folder / chance.choice(["adapter_model.safetensors", "training_state.safetensors"]), chance)
@@ -147,7 +145,7 @@ def test_a_run_made_before_the_clock_was_set_back_is_not_taken_for_one_that_is_j
     make_tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, now = make_tiny("future"), time.time
-    monkeypatch.setattr(job, "STARTING_SECONDS", 5.0)
+    monkeypatch.setattr(job, "STARTING_SECONDS", PATIENCE)
     monkeypatch.setattr(time, "time", lambda: now() + 86_400)
     runs.enqueue(run)
     monkeypatch.setattr(time, "time", now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import disks
 import pytest
 from disks import Disk
 from forks import Attempt, Make, Whole, finish, saved_step
-from test_killed import check_finished, watch
+from operations import before
+from test_killed import check_finished
 
 from mole import runs
 from mole.core import checkpoint
@@ -24,20 +25,6 @@ def disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     with disks.small_disk(home) as made:
         monkeypatch.setenv("MOLE_HOME", str(made.home))
         yield made
-
-
-def fill_before(fill: Callable[[], None], what: str, occurrence: int, run: Run) -> None:
-    """In the trainer: fill the disk right before an operation."""
-    left = occurrence
-
-    def tell(now: str) -> None:
-        nonlocal left
-        left -= now == what
-        if left < 0:
-            left = 1_000_000
-            fill()
-
-    watch(run, tell)
 
 
 def check_one_line(answer: Any, *words: str, code: int = 1) -> None:
@@ -73,7 +60,7 @@ def test_a_run_whose_disk_fills_up_says_so_and_goes_on_when_there_is_room(
     run, failures = make_tiny("filled"), 0
     for what, occurrence in SPOTS:
         saved = checkpoint.steps(run.checkpoints_dir)
-        code = Attempt(run, partial(fill_before, disk.fill(), what, occurrence)).code()
+        code = Attempt(run, partial(before, what, occurrence, disk.fill())).code()
         if run.state != "finished":
             check_full(run, disk, what, code)
             failures += 1

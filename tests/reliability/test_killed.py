@@ -5,22 +5,19 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
-import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from forks import SAVE_STEPS, Attempt, Make, Whole, finish, saved_step, weights
+from operations import SAVE, SAVED, die_before, killed_before, operations_of
 
 from mole import runs
 from mole.runs.run import Run
 
 SEED = 20_240_229
-KILLS, SOAK_KILLS = 50, 300
+KILLS, SOAK_KILLS = 12, 350
 
 
 def check_killed(run: Run) -> None:
@@ -55,18 +52,21 @@ def check_finished(run: Run, whole: Whole, bad: int = 0) -> None:
 
 
 def kill_at_random(make: Make, whole: Whole, kills: int, seed: int) -> None:
-    """Runs, each killed and resumed until it has finished, until there were so many kills."""
+    """Runs, each killed and resumed up to six times and then trained to its end, until there were so many kills."""
     moments = random.Random(seed)
     done = 0
     while done < kills:
-        run = make()
-        while run.state != "finished":
+        run, left = make(), 6
+        while left and run.state != "finished":
+            left -= 1
             attempt = Attempt(run)
-            if not attempt.ended(moments.uniform(0, whole.seconds)) and attempt.kill():
+            if attempt.kill_after(moments.uniform(0, whole.cpu_seconds)):
                 done += 1
                 check_killed(run)
             else:
                 assert attempt.code() == 0, run.log_path.read_text()
+        if run.state != "finished":
+            finish(run)
         check_finished(run, whole)
 
 
@@ -82,75 +82,6 @@ def test_killed_at_any_moment_hundreds_of_times(make_tiny: Make, whole: Whole) -
 
 
 # At every operation on the disk
-
-
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-AUDITED = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate"}
-
-
-def operation(run: Run, event: str, arguments: tuple[Any, ...]) -> str | None:
-    """A file operation in a run's folder as `rename checkpoints/.tmp-step-N → checkpoints/step-N`; None elsewhere."""
-    if event == "open":
-        path, _, flags = arguments
-        if not isinstance(path, str) or not isinstance(flags, int) or not flags & WRITING:
-            return None
-        paths = [path]
-    elif event in AUDITED:
-        paths = [os.fspath(part) for part in arguments if isinstance(part, (str, os.PathLike))]
-        if event == "os.remove" and arguments[1] >= 0:  # by name within an open folder, as shutil.rmtree does
-            paths = [os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), paths[0])]
-    else:
-        return None
-    if not any(Path(path).is_relative_to(run.path) for path in paths):
-        return None
-    names = " → ".join(os.path.relpath(path, run.path) for path in paths)
-    names = re.sub(r"step-\d+", "step-N", re.sub(r"-[0-9a-f]{8}\b", "", names))
-    return f"{event.removeprefix('os.')} {re.sub(r'[.][0-9a-f]{8}(?= |$)', '.#', names)}"
-
-
-def watch(run: Run, tell: Any) -> None:
-    """In the trainer: call `tell(operation)` before each operation on the run's files."""
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if (what := operation(run, event, arguments)) is not None:
-            tell(what)
-
-    sys.addaudithook(hook)
-    sync = os.fsync
-
-    def synced(descriptor: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if (what := operation(run, "open", (path, "", os.O_WRONLY))) is not None:
-            tell(what.replace("open", "fsync", 1))
-        sync(descriptor)
-
-    os.fsync = synced
-
-
-def note_operations(to: Path, run: Run) -> None:
-    """In the trainer: write each operation to a file."""
-    descriptor = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    watch(run, lambda what: os.write(descriptor, f"{what}\n".encode()))
-
-
-def die_before(what: str, occurrence: int, run: Run) -> None:
-    """In the trainer: SIGKILL right before the given operation."""
-    left = occurrence
-
-    def tell(now: str) -> None:
-        nonlocal left
-        left -= now == what
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    watch(run, tell)
-
-
-def operations_of(make: Make, file: Path) -> list[str]:
-    """The operations on the disk of a whole training, in order."""
-    run = make()
-    assert Attempt(run, partial(note_operations, file)).code() == 0
-    return file.read_text().splitlines()
 
 
 def kill_before_each(make: Make, whole: Whole, points: list[tuple[str, int]]) -> None:
@@ -171,29 +102,44 @@ def kill_before_each(make: Make, whole: Whole, points: list[tuple[str, int]]) ->
 
 
 @pytest.fixture
-def operations(make_tiny: Make, tmp_path: Path) -> Iterator[list[str]]:
-    yield operations_of(make_tiny, tmp_path / "operations")
+def operations(make_tiny: Make, tmp_path: Path) -> list[str]:
+    return operations_of(make_tiny, tmp_path / "operations")
+
+
+NEEDED = (
+    "rename checkpoints/.tmp-step-N → checkpoints/step-N",
+    "rename checkpoints/step-N → checkpoints/.tmp-step-N",
+    "fsync checkpoints/.tmp-step-N/manifest.json",
+    "rmdir checkpoints/.tmp-step-N",
+    "rename .tmp-adapter → adapter",
+    "fsync .tmp-adapter/adapter_model.safetensors",
+    "open events.jsonl",
+)
+"""A checkpoint before and after its rename and before its event, the prune, the adapter."""
+SAMPLE = 8
+
+
+def kill_before_kinds(make: Make, whole: Whole, operations: list[str], kinds: list[str]) -> None:
+    """Kill before one operation of each kind, the how-manieth of its kind is drawn."""
+    chance = random.Random(SEED)
+    points = [(what, chance.randrange(operations.count(what))) for what in kinds]
+    chance.shuffle(points)
+    kill_before_each(make, whole, points)
 
 
 @pytest.mark.slow
+def test_killed_before_operations_on_its_files(make_tiny: Make, whole: Whole, operations: list[str]) -> None:
+    """Before those that matter most, and a sample of the others."""
+    assert set(NEEDED) <= set(operations), "the hook does not see them"
+    others = sorted(set(operations) - set(NEEDED))
+    kill_before_kinds(make_tiny, whole, operations, [*NEEDED, *random.Random(SEED).sample(others, SAMPLE)])
+
+
+@pytest.mark.soak
 def test_killed_before_each_kind_of_operation_on_its_files(
     make_tiny: Make, whole: Whole, operations: list[str]
 ) -> None:
-    """In the middle of a checkpoint, before and after its rename, before its event, in the prune, in the adapter, …"""
-    for needed in (
-        "rename checkpoints/.tmp-step-N → checkpoints/step-N",
-        "rename checkpoints/step-N → checkpoints/.tmp-step-N",
-        "fsync checkpoints/.tmp-step-N/manifest.json",
-        "rmdir checkpoints/.tmp-step-N",
-        "rename .tmp-adapter → adapter",
-        "fsync .tmp-adapter/adapter_model.safetensors",
-        "open events.jsonl",
-    ):
-        assert needed in operations, f"the hook does not see it: {needed}"
-    shuffled = random.Random(SEED)
-    points = [(what, shuffled.randrange(operations.count(what))) for what in sorted(set(operations))]
-    shuffled.shuffle(points)
-    kill_before_each(make_tiny, whole, points)
+    kill_before_kinds(make_tiny, whole, operations, sorted(set(operations)))
 
 
 def die_in_the_middle_of_an_event(number: int, run: Run) -> None:
@@ -234,18 +180,15 @@ def test_killed_in_the_middle_of_an_event_s_line(make_tiny: Make, whole: Whole) 
 def test_with_one_checkpoint_to_keep_there_is_always_a_good_one(make_tiny: Make, whole: Whole, tmp_path: Path) -> None:
     """Killed before every operation of the second save and its prune."""
     limit = {"training.save_total_limit": 1}
-    run = make_tiny(**limit)
-    assert Attempt(run, partial(note_operations, tmp_path / "operations")).code() == 0
-    operations = [what for what in (tmp_path / "operations").read_text().splitlines() if "checkpoints" in what]
-    rename = "rename checkpoints/.tmp-step-N → checkpoints/step-N"
-    first, second = [place for place, what in enumerate(operations) if what == rename][:2]
-    last = operations.index("mkdir checkpoints/.tmp-step-N", second)
-    save = range(first + 1, last)
-    assert {"rename checkpoints/step-N → checkpoints/.tmp-step-N", rename} <= {operations[place] for place in save}
+    operations = operations_of(lambda: make_tiny(**limit), tmp_path / "operations")
+    operations = [what for what in operations if "checkpoints" in what]
+    first, second = [place for place, what in enumerate(operations) if what == SAVED][:2]
+    save = range(first + 1, operations.index(SAVE, second))
+    assert {"rename checkpoints/step-N → checkpoints/.tmp-step-N", SAVED} <= {operations[place] for place in save}
     for place in list(save)[:: max(1, len(save) // 6)]:
         what = operations[place]
         run = make_tiny(**limit)
-        assert Attempt(run, partial(die_before, what, operations[:place].count(what))).code() == -signal.SIGKILL
+        killed_before(what, operations[:place].count(what), run)
         assert saved_step(run), what
         check_killed(run)
     finish(run)
@@ -260,7 +203,7 @@ def test_killed_before_every_single_operation_on_its_files(
 ) -> None:
     for place, what in enumerate(operations):
         run = make_tiny()
-        assert Attempt(run, partial(die_before, what, operations[:place].count(what))).code() == -signal.SIGKILL, what
+        killed_before(what, operations[:place].count(what), run)
         check_killed(run)
         if run.state != "finished":
             finish(run)

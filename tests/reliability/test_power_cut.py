@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import SERVER, Make
-from test_killed import die_before, note_operations, operations_of
+from forks import Forked, Make
+from operations import die_before, note_operations, operations_of
 
 from mole import runs
 from mole.config import RunConfig, save_preset, saved_presets
@@ -77,11 +77,10 @@ def delete_run(config: dict[str, Any]) -> None:
 
 def in_child(home: Path, prepare: Any, act: Any, config: dict[str, Any]) -> int:
     """Do it in a process of its own, of which `prepare` watches the whole home → exit code."""
-    child = SERVER.Process(target=_act, args=(str(home), prepare, act, config), daemon=True)
-    child.start()
-    child.join(60)
-    assert child.exitcode is not None
-    return child.exitcode
+    child = Forked(_act, str(home), prepare, act, config)
+    assert child.ended(), "it hangs"
+    assert child.process.exitcode is not None
+    return child.process.exitcode
 
 
 def _act(home: str, prepare: Any, act: Any, config: dict[str, Any]) -> None:

@@ -1,45 +1,38 @@
-"""The life of a run, attacked with real processes: killed, stopped, queued, started twice, its parent gone."""
+"""The life of a run, attacked with real processes: stopped, queued, started twice, its parent gone."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from forks import ROOT
+from forks import (
+    PATIENCE,
+    ROOT,
+    STEPS,
+    Attempt,
+    Command,
+    Make,
+    Whole,
+    environment_of,
+    stat_of,
+    wait_for,
+    weights,
+)
+from operations import EVENT, before, wait_to_be_stopped
 
 from mole import runs
-from mole.config import RunConfig
 from mole.core import checkpoint, locks
 from mole.core.errors import BusyError, MoleError
 from mole.runs import job
 from mole.runs.run import Run
 
-PATIENCE = 240.0
-"""Seconds a busy machine may take to import torch and train a few steps of a tiny model."""
-
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
-    """Wait until the condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
-def wait_for_state(run: Run, state: str) -> None:
-    wait_for(lambda: run.state == state or run.state == "failed")
-    assert run.state == state, run.log_path.read_text()
 
 
 def alive(pid: int) -> bool:
@@ -48,201 +41,128 @@ def alive(pid: int) -> bool:
 
 
 def worker_pid(run: Run) -> int:
-    """The process that holds the run."""
-    wait_for(lambda: run.held, 30)
-    wait_for(lambda: "pid" in locks.holder(run.lock_path), 5)
+    """The process that holds the run, once it waits for its device."""
+    wait_for(lambda: run.held and "Waiting for cpu" in run.log_path.read_text())
     return int(locks.holder(run.lock_path)["pid"])
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, Any]:
-    """A short training of a tiny model on the CPU."""
-    rows = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    words = ("apple", "pear", "fig", "plum", "kiwi", "lime", "date", "nut")
-    rows.write_text(
-        "".join(json.dumps({"prompt": f"say {a} {b}", "completion": f"{b} {a}"}) + "\n" for a in words for b in words)
-    )
-    return {
-        "model": {"name": str(tiny_folder), "device": "cpu"},
-        "data": {"path": str(rows), "eval_fraction": 0.05},
-        "adapter": {"router": "dynmole", "num_experts": 2, "r": 2},
-        "training": {"max_steps": 40, "save_steps": 5, "per_device_train_batch_size": 4, "warmup_steps": 2},
-    }
+def open_files(pid: int) -> set[str]:
+    """The files a process has open at the moment."""
+    found = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.add(os.readlink(descriptor))
+        except FileNotFoundError:
+            continue  # closed meanwhile
+    return found
 
 
-@pytest.fixture
-def make(home: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Run]]:
-    """`make(name)`: a run that has not started. Every process it gets is gone after the test."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield lambda name: runs.create(RunConfig.from_dict({"name": name, **settings}))
-    for run in runs.list_runs():
-        while run.held:
-            os.kill(worker_pid(run), signal.SIGKILL)
-            time.sleep(0.1)
-
-
-@pytest.fixture
-def busy_cpu(home: Path) -> Iterator[locks.Lock]:
-    """Somebody else's lock on the CPU: runs started meanwhile wait in line."""
-    path = runs.device_lock_path("cpu")
-    path.parent.mkdir()
-    lock = locks.acquire(path)
-    assert lock is not None
-    with lock:
-        yield lock
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -> bytes:
-    """The adapter's weights after a training that nothing disturbed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOLE_HOME", str(tmp_path_factory.mktemp("undisturbed")))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        run = runs.create(RunConfig.from_dict({"name": "whole", **settings}))
-        runs.start(run)
-        wait_for_state(run, "finished")
-        return (run.adapter_dir / "adapter_model.safetensors").read_bytes()
-
-
-def mole(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "mole.cli", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-# Killed and stopped
-
-
-@pytest.mark.slow
-def test_a_killed_run_is_interrupted_and_resumes_to_the_same_weights(
-    make: Callable[[str], Run], uninterrupted: bytes
-) -> None:
-    run = make("killed")
-    runs.start(run)
-    wait_for(lambda: run.step >= 13 or run.state == "failed")
-    os.kill(worker_pid(run), signal.SIGKILL)
-    wait_for(lambda: not run.held, 10)
-    reached = run.step
-    assert run.state == "interrupted"
-    assert "mole runs resume killed" in run.details()["advice"]
-    assert not run.adapter_dir.exists()
-
-    runs.start(run, resume=True)
-    wait_for_state(run, "finished")
-    again = [event for event in run.events() if event["type"] == "started"][1]
-    assert again["resumed_from"]
-    assert reached - again["step"] <= 5
-    checkpoint.verify(run.adapter_dir)
-    assert (run.adapter_dir / "adapter_model.safetensors").read_bytes() == uninterrupted
+# Stopped
 
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_stops_and_resume_ends_with_the_same_weights(
-    make: Callable[[str], Run], settings: dict[str, Any], tmp_path: Path, uninterrupted: bytes
+    make_tiny: Make, whole: Whole, tmp_path: Path
 ) -> None:
-    make("template")
-    process = mole("train", "--config", str(runs.get("template").config_path), "--name", "stopped")
-    wait_for(lambda: (runs.runs_dir() / "stopped").exists() and runs.get("stopped").step >= 7)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    run = runs.get("stopped")
-    assert process.returncode == 0, err
+    """The signal comes from outside, in the middle of the training."""
+    template = make_tiny("template")
+    runs.stop(template)
+    run, reached = Run("stopped", runs.runs_dir() / "stopped"), tmp_path / "reached"
+    middle = partial(before, EVENT, 9, partial(wait_to_be_stopped, reached, run), run)
+    command = Command(tmp_path, "train", "--config", str(template.config_path), "--name", "stopped", prepare=middle)
+    wait_for(lambda: reached.exists() or command.ended(0))
+    assert command.process.pid is not None
+    os.kill(command.process.pid, signal.SIGINT)
+    code, out, err = command.answer()
+    assert code == 0, err
     assert run.state == "stopped"
     assert f"Stopped at step {run.step}. Continue: mole runs resume stopped" in out
-    assert run.step < 40
+    assert 0 < run.step < STEPS
     assert checkpoint.newest_good(run.checkpoints_dir) == run.checkpoints_dir / f"step-{run.step}"
     assert "Traceback" not in err
 
-    out, err = mole("runs", "resume", "stopped").communicate(timeout=PATIENCE)
+    _, out, err = Command(tmp_path, "runs", "resume", "stopped").answer()
     assert run.state == "finished", err
     assert f"Adapter: {run.adapter_dir}" in out
     assert "mole chat stopped" in out
-    assert (run.adapter_dir / "adapter_model.safetensors").read_bytes() == uninterrupted
+    assert weights(run) == whole.weights
 
 
-@pytest.mark.slow
-def test_data_that_is_gone_fails_with_its_name_and_no_traceback(make: Callable[[str], Run], tmp_path: Path) -> None:
-    config = make("template").config
+def test_data_that_is_gone_fails_with_its_name_and_no_traceback(make_tiny: Make, tmp_path: Path) -> None:
     rows = tmp_path / "gone.jsonl"
     rows.write_text("")
-    config.data.path, config.name = str(rows), "failing"
-    run = runs.create(config)
+    run = make_tiny("failing", **{"data.path": str(rows)})
     rows.unlink()
-    runs.enqueue(run)
-    answer = subprocess.run([sys.executable, "-m", "mole.training.worker", "failing"], capture_output=True, text=True)
-    assert answer.returncode == 2
+    code, _, err = Command(tmp_path, "runs", "resume", "failing").answer()
+    assert code == 2
     assert run.state == "failed"
-    assert "gone.jsonl" in run.details()["error"]
+    assert "gone.jsonl" in run.details()["error"] and "gone.jsonl" in err
     assert "Traceback" in run.log_path.read_text()
-    assert "Traceback" not in answer.stderr
+    assert "Traceback" not in err
 
 
 # The detached process
 
 
-@pytest.mark.timed
 @linux
-def test_the_worker_stands_alone_and_leaves_no_zombie(make: Callable[[str], Run], busy_cpu: locks.Lock) -> None:
-    run = make("alone")
-    began = time.monotonic()
-    runs.start(run)
-    assert time.monotonic() - began < 2
+def test_the_worker_stands_alone_and_leaves_no_zombie(make_tiny: Make, busy_cpu: locks.Lock) -> None:
+    run = make_tiny("alone")
+    runs.start(run)  # returns, though the run has to wait
     assert run.state == "queued"
     pid = worker_pid(run)
     assert os.getsid(pid) == pid
     assert os.readlink(f"/proc/{pid}/cwd") == str(runs.home())
-    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    assert any(entry.startswith(f"PYTHONPATH={ROOT}:".encode()) for entry in environment), "it runs the same sources"
-    files = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
-    assert files <= {"/dev/null", str(run.log_path), str(run.lock_path)}
+    sources = f"PYTHONPATH={ROOT}:".encode()
+    assert any(entry.startswith(sources) for entry in environment_of(pid)), "it runs the same sources"
+    own = {"/dev/null", str(run.log_path), str(run.lock_path)}
+    wait_for(lambda: open_files(pid) <= own)  # it looks at the queue now and then; what it inherited would stay open
     assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
 
     runs.stop(run)
-    wait_for(lambda: not alive(pid), 10)
+    wait_for(lambda: not alive(pid))
     assert run.state == "stopped"
     assert not run.stop_requested()
 
 
 @linux
-def test_the_worker_outlives_the_one_that_started_it(make: Callable[[str], Run], busy_cpu: locks.Lock) -> None:
-    run = make("orphan")
+def test_the_worker_outlives_the_one_that_started_it(make_tiny: Make, busy_cpu: locks.Lock) -> None:
+    run = make_tiny("orphan")
     code = "import time; from mole import runs; runs.start(runs.get('orphan')); print(flush=True); time.sleep(600)"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
     assert parent.stdout is not None
     parent.stdout.readline()
     pid = worker_pid(run)
+    assert stat_of(pid)[1] == str(parent.pid)
     os.killpg(parent.pid, signal.SIGKILL)
     parent.wait()
-    time.sleep(0.3)
-    assert alive(pid)
-    assert run.state == "queued"
+    wait_for(lambda: stat_of(pid)[1:2] != [str(parent.pid)])
+    assert alive(pid) and run.held and run.state == "queued"
     runs.stop(run)
-    wait_for(lambda: not alive(pid), 10)
+    wait_for(lambda: not alive(pid))
     assert run.state == "stopped"
 
 
-def test_a_polite_kill_of_a_waiting_run_stops_it(make: Callable[[str], Run], busy_cpu: locks.Lock) -> None:
-    run = make("polite")
+def test_a_polite_kill_of_a_waiting_run_stops_it(make_tiny: Make, busy_cpu: locks.Lock) -> None:
+    run = make_tiny("polite")
     runs.start(run)
-    pid = worker_pid(run)
-    wait_for(lambda: run.last_event["type"] == "queued", 10)
-    time.sleep(0.5)
-    os.kill(pid, signal.SIGTERM)
-    wait_for(lambda: not run.held, 10)
+    os.kill(worker_pid(run), signal.SIGTERM)
+    wait_for(lambda: not run.held)
     assert run.state == "stopped"
 
 
 def test_a_killed_waiting_run_is_still_in_line_and_can_be_woken(
-    make: Callable[[str], Run], busy_cpu: locks.Lock, monkeypatch: pytest.MonkeyPatch
+    make_tiny: Make, busy_cpu: locks.Lock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make("rebooted")
+    run = make_tiny("rebooted")
+    monkeypatch.setattr(job, "STARTING_SECONDS", PATIENCE)
     runs.start(run)
     os.kill(worker_pid(run), signal.SIGKILL)
-    wait_for(lambda: not run.held, 10)
+    wait_for(lambda: not run.held)
     assert run.state == "queued"
     assert runs.wake_queued() == []  # so fresh that its process may just be starting
     monkeypatch.setattr(job, "STARTING_SECONDS", 0.0)
     assert runs.wake_queued() == [run]
-    worker_pid(run)
+    wait_for(lambda: run.held)
     assert runs.wake_queued() == []
 
 
@@ -250,9 +170,10 @@ def test_a_killed_waiting_run_is_still_in_line_and_can_be_woken(
 
 
 def test_of_many_starts_at_once_one_wins_and_the_others_are_told(
-    make: Callable[[str], Run], busy_cpu: locks.Lock
+    make_tiny: Make, busy_cpu: locks.Lock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make("wanted")
+    run = make_tiny("wanted")
+    monkeypatch.setattr(job, "STARTING_SECONDS", PATIENCE)
 
     def start(_: int) -> str:
         try:
@@ -269,14 +190,13 @@ def test_of_many_starts_at_once_one_wins_and_the_others_are_told(
     assert [event["type"] for event in run.events()] == ["created", "queued"]
 
 
-def test_a_second_worker_of_a_run_says_who_holds_it_and_changes_nothing(
-    make: Callable[[str], Run], busy_cpu: locks.Lock
-) -> None:
-    run = make("held")
+def test_a_second_worker_of_a_run_says_who_holds_it_and_changes_nothing(make_tiny: Make, busy_cpu: locks.Lock) -> None:
+    run = make_tiny("held")
     runs.start(run)
     pid = worker_pid(run)
     before = run.events()
-    answer = subprocess.run([sys.executable, "-m", "mole.training.worker", "held"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "mole.training.worker", "held"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert answer.returncode == 1
     assert answer.stderr == f"mole: The run held is held by process {pid}.\n"
     assert run.events() == before
@@ -284,22 +204,26 @@ def test_a_second_worker_of_a_run_says_who_holds_it_and_changes_nothing(
 
 @pytest.mark.slow
 def test_queued_runs_get_the_device_one_after_the_other_in_order(
-    make: Callable[[str], Run], busy_cpu: locks.Lock
+    make_tiny: Make, busy_cpu: locks.Lock, tmp_path: Path
 ) -> None:
-    first, cancelled, last = make("b"), make("c"), make("a")
+    first, cancelled, last = make_tiny("b"), make_tiny("c"), make_tiny("a")
+    reached = tmp_path / "reached"
+    attempts = [Attempt(first, partial(before, EVENT, 7, partial(wait_to_be_stopped, reached, first)))]
+    for run in (cancelled, last):
+        attempts.append(Attempt(run))
     for run in (first, cancelled, last):
-        runs.start(run)
         worker_pid(run)
     assert [run.name for run in runs.waiting_runs("cpu")] == ["b", "c", "a"]
     runs.stop(cancelled)
-    wait_for_state(cancelled, "stopped")
+    wait_for(lambda: cancelled.state == "stopped")
     busy_cpu.release()
-    wait_for(lambda: first.state == "running", 30)
-    assert last.state == "queued"
+    wait_for(reached.exists)
+    assert first.state == "running" and last.state == "queued"
     assert "run b (process" in locks.describe_holder(runs.device_lock_path("cpu"))
-    wait_for_state(last, "finished")
-    assert first.state == "finished"
-    ended = next(event["time"] for event in first.events() if event["type"] == "finished")
+    runs.stop(first)
+    assert [attempt.code() for attempt in attempts] == [0, 0, 0]
+    assert first.state == "stopped" and last.state == "finished"
+    ended = next(event["time"] for event in first.events() if event["type"] == "stopped")
     began = next(event["time"] for event in last.events() if event["type"] == "starting")
     assert ended < began
 

@@ -7,23 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import ROOT, Make, processes_of, session_of
-from test_two_at_once import wait_for
+from forks import ROOT, Make, Whole, finish, processes_of, session_of, wait_for
+from test_killed import check_finished, check_killed
 
 from mole import runs
 from mole.core import checkpoint
 from mole.runs.run import Run
-
-GONE = 60
-"""Seconds after a stop in which the last process of a run ends."""
 
 
 @contextmanager
@@ -38,7 +34,7 @@ def studio(home: Path) -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
         command = [sys.executable, "-m", "mole.cli", "studio", "--port", str(port)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(lambda: is_served(f"http://127.0.0.1:{port}"), 120)
+        wait_for(lambda: is_served(f"http://127.0.0.1:{port}"))
         yield process, Client(f"http://127.0.0.1:{port}", verbose=False)
     finally:
         process.kill()
@@ -81,12 +77,12 @@ def test_a_run_outlives_its_studio_and_obeys_the_next_one(home: Path, make_tiny:
         first.wait()
     goes_on(run)
     assert trainer(run) == begun
-    assert processes_of(home) == session_of(begun), "the studio is gone, the run is all that is left"
+    wait_for(lambda: processes_of(home) == session_of(begun))  # the studio is gone, the run is all that is left
 
     with studio(home) as (second, client):
         assert client.predict("survivor", api_name="/show_run")["state"] == "running"
         client.predict("survivor", api_name="/stop_run")
-        wait_for(lambda: not session_of(begun), GONE)
+        wait_for(lambda: not session_of(begun))
         assert run.state == "stopped"
         stopped = run.step
         assert checkpoint.newest_good(run.checkpoints_dir) == run.checkpoints_dir / f"step-{stopped}"
@@ -97,7 +93,7 @@ def test_a_run_outlives_its_studio_and_obeys_the_next_one(home: Path, make_tiny:
         assert [event["step"] for event in run.events() if event["type"] == "started"] == [0, stopped]
         resumed = trainer(run)
         subprocess.run([sys.executable, "-m", "mole.cli", "runs", "stop", "survivor"], check=True)
-        wait_for(lambda: not session_of(resumed), GONE)
+        wait_for(lambda: not session_of(resumed))
         assert run.state == "stopped"
         assert processes_of(home) == {second.pid}, "no orphan, and no zombie of the studio's"
     assert not processes_of(home)
@@ -105,17 +101,15 @@ def test_a_run_outlives_its_studio_and_obeys_the_next_one(home: Path, make_tiny:
 
 @pytest.mark.slow
 def test_killed_moments_after_mole_train_detach_it_resumes_to_the_same_bits(
-    home: Path, make_tiny: Make, whole: Any
+    home: Path, make_tiny: Make, whole: Whole
 ) -> None:
-    """The real detached process: while python starts, while torch is imported, and while it trains."""
-    from test_killed import check_finished, check_killed
-
+    """The real detached process is killed while python starts, while torch is imported, and while it trains."""
     template = make_tiny("template")
-    command = [sys.executable, "-m", "mole.cli"]
-    train = [*command, "train", "--config", str(template.config_path), "--name", "detached", "--detach"]
-    assert subprocess.run(train, check=True, capture_output=True, text=True).stdout == "detached\n"
+    runs.stop(template)
+    train = ["train", "--config", str(template.config_path), "--name", "detached", "--detach"]
+    command = [sys.executable, "-m", "mole.cli", *train]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "detached\n"
     run = runs.get("detached")
-    resume = [*command, "runs", "resume", "detached", "--detach"]
     for reached in (
         lambda: bool(processes_of(home)),
         lambda: run.last_event["type"] == "starting",
@@ -123,11 +117,11 @@ def test_killed_moments_after_mole_train_detach_it_resumes_to_the_same_bits(
     ):
         wait_for(reached)
         for pid in processes_of(home):
-            os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not processes_of(home) and not run.held, 30)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not processes_of(home) and not run.held)
         check_killed(run)
-        time.sleep(max(0.0, 5.5 - (time.time() - run.last_event["time"])))  # so fresh, it may be just starting
-        subprocess.run(resume, check=True, capture_output=True)
-    wait_for(lambda: run.state == "finished" or run.state == "failed")
-    wait_for(lambda: not processes_of(home), GONE)
+        if run.step < 4:
+            runs.start(run, resume=True)
+    finish(run)
     check_finished(run, whole)

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import PATIENCE, SERVER, Attempt, Make, processes_of, work
+from forks import PATIENCE, SERVER, Attempt, Forked, Make, Whole, processes_of, wait_for, work
+from operations import EVENT, before, wait_to_be_stopped
+from test_killed import check_finished
 
 from mole import runs
 from mole.core import locks
@@ -21,25 +24,7 @@ from mole.core.errors import BusyError, MoleError
 from mole.runs import job
 from mole.runs.run import Run
 
-ROUNDS, RACERS = 8, 3
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def busy_cpu(home: Path) -> Iterator[locks.Lock]:
-    """Somebody else's lock on the CPU: who is started meanwhile waits, and imports no torch."""
-    path = runs.device_lock_path("cpu")
-    path.parent.mkdir(exist_ok=True)
-    lock = locks.acquire(path, run="elsewhere")
-    assert lock is not None
-    with lock:
-        yield lock
+ROUNDS, RACERS = 4, 3
 
 
 def race(act: Callable[[Any], str], given: Any) -> list[str]:
@@ -48,24 +33,25 @@ def race(act: Callable[[Any], str], given: Any) -> list[str]:
     racers = [SERVER.Process(target=_race, args=(str(runs.home()), act, given, gate, answers)) for _ in range(RACERS)]
     for racer in racers:
         racer.start()
-    said = [answers.get() for _ in racers]
     for racer in racers:
-        racer.join(60)
+        racer.join(PATIENCE)
         assert racer.exitcode == 0
-    return said
+    return [answers.get() for _ in racers]
 
 
 def _race(home: str, act: Callable[[Any], str], given: Any, gate: Any, answers: Any) -> None:
     os.environ["MOLE_HOME"] = home
-    gate.wait(60)
+    gate.wait(PATIENCE)
     answers.put(act(given))
 
 
 def enqueue(name: str) -> str:
+    job.STARTING_SECONDS = PATIENCE
     return said(lambda: runs.enqueue(runs.get(name)))
 
 
 def start(name: str) -> str:
+    job.STARTING_SECONDS = PATIENCE
     return said(lambda: runs.start(runs.get(name)))
 
 
@@ -86,7 +72,12 @@ def stop_all(made: list[Run]) -> None:
     for run in made:
         if run.state in ("queued", "running"):
             runs.stop(run)
-    wait_for(lambda: not processes_of(runs.home()), 60)
+    wait_for(lambda: not processes_of(runs.home()))
+
+
+def holders(made: list[Run]) -> set[int]:
+    """The processes that hold these runs, as far as they have noted themselves."""
+    return {locks.holder(run.lock_path)["pid"] for run in made if run.held and "pid" in locks.holder(run.lock_path)}
 
 
 def test_of_several_processes_that_queue_one_run_one_wins(make_tiny: Make) -> None:
@@ -105,9 +96,8 @@ def test_of_several_processes_that_start_one_run_one_wins_and_one_worker_lives(
     run = make_tiny("wanted")
     answers = race(start, run.name)
     assert answers.count("mine") == 1, answers
-    wait_for(lambda: run.held, 60)
-    (pid,) = processes_of(runs.home())
-    assert locks.holder(run.lock_path)["pid"] == pid
+    wait_for(lambda: len(holders([run])) == 1)
+    assert processes_of(runs.home()) == holders([run])
     stop_all([run])
     assert run.state == "stopped"
 
@@ -119,9 +109,8 @@ def test_studios_that_wake_the_same_queue_leave_one_process_a_run_and_train_none
     for run in waiting:
         runs.enqueue(run)
     assert race(wake, None) == ["mine"] * RACERS
-    wait_for(lambda: all(run.held for run in waiting), 60)
-    wait_for(lambda: len(processes_of(runs.home())) == len(waiting), 60)
-    assert {locks.holder(run.lock_path)["pid"] for run in waiting} == processes_of(runs.home())
+    wait_for(lambda: len(holders(waiting)) == len(waiting))
+    wait_for(lambda: processes_of(runs.home()) == holders(waiting))
     stop_all(waiting)
     for run in waiting:
         assert run.state == "stopped"
@@ -134,23 +123,23 @@ def test_a_worker_that_comes_late_does_not_train_a_run_that_was_stopped_meanwhil
     runs.enqueue(run)
     run.append_event(last, 3)
     before = run.events()
-    late = SERVER.Process(target=work, args=(str(runs.home()), "late", False, None))
-    late.start()
-    late.join(PATIENCE)
-    assert late.exitcode == 2
+    late = Forked(work, str(runs.home()), "late", False, None)
+    assert late.ended() and late.process.exitcode == 2
     assert "does not wait to be trained" in run.log_path.read_text()
     assert run.events() == before
 
 
 @pytest.mark.slow
-def test_a_run_on_the_command_line_beside_another_waits_says_for_whom_and_has_its_turn(make_tiny: Make) -> None:
-    first = make_tiny("first", **{"training.max_steps": 100_000})
-    attempt = Attempt(first)
-    wait_for(lambda: first.state == "running" and first.step)
-    second = make_tiny("template")
-    runs.stop(second)
-    command = ["train", "--config", str(second.config_path), "--name", "second"]
-    cli = subprocess.Popen([sys.executable, "-m", "mole.cli", *command], stderr=subprocess.PIPE, text=True)
+def test_a_run_on_the_command_line_beside_another_waits_says_for_whom_and_has_its_turn(
+    make_tiny: Make, whole: Whole, tmp_path: Path
+) -> None:
+    """A real `mole train` in the foreground, while another run is in the middle of its training."""
+    first, template = make_tiny("first"), make_tiny("template")
+    runs.stop(template)
+    attempt = Attempt(first, partial(before, EVENT, 7, partial(wait_to_be_stopped, tmp_path / "reached", first)))
+    wait_for((tmp_path / "reached").exists)
+    command = [sys.executable, "-m", "mole.cli", "train", "--config", str(template.config_path), "--name", "second"]
+    cli = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert cli.stderr is not None
     line = cli.stderr.readline()
     assert line == f"Waiting for cpu: run first (process {attempt.process.pid}) is using it.\n"
@@ -160,8 +149,8 @@ def test_a_run_on_the_command_line_beside_another_waits_says_for_whom_and_has_it
         runs.enqueue(run)
     assert attempt.kill()
     cli.communicate(timeout=PATIENCE)
-    assert cli.returncode == 0
-    assert (first.state, run.state) == ("interrupted", "finished")
+    assert cli.returncode == 0 and first.state == "interrupted"
+    check_finished(run, whole)
 
 
 def test_a_queued_run_whose_process_was_killed_says_so_and_how_to_go_on(
@@ -169,10 +158,11 @@ def test_a_queued_run_whose_process_was_killed_says_so_and_how_to_go_on(
 ) -> None:
     """No studio may be there to wake it."""
     run = make_tiny("left")
+    monkeypatch.setattr(job, "STARTING_SECONDS", PATIENCE)
     runs.enqueue(run)
     assert run.details()["error"] is None, "its process may be just starting"
     now = time.time
-    monkeypatch.setattr(time, "time", lambda: now() + 60)
+    monkeypatch.setattr(time, "time", lambda: now() + 2 * PATIENCE)
     with run.lock():
         assert run.details()["error"] is None, "somebody waits for its turn"
     details = run.details()
