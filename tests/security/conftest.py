@@ -22,6 +22,8 @@ from serving import Studio, free_port, serve, studio_command
 T = TypeVar("T")
 API = "/gradio_api"
 EVIL = "http://evil.example"
+PATIENCE = 240.0
+"""Seconds after which an answer hangs; a busy machine may take a while."""
 
 
 @dataclass
@@ -51,7 +53,9 @@ class Stranger:
         values = {part["id"]: part["props"].get("value") for part in self.config["components"]}
         return [values.get(number) for number in endpoint["inputs"]]
 
-    def call(self, endpoint: dict[str, Any], data: Any, event: Any = None, patience: float = 120) -> dict[str, Any]:
+    def call(
+        self, endpoint: dict[str, Any], data: Any, event: Any = None, patience: float = PATIENCE
+    ) -> dict[str, Any]:
         """Call it as its kind is called: at once, or through the line → its output, or `{"error": …}`."""
         body = {"fn_index": endpoint["id"], "data": data, "session_hash": self.session, "event_data": event}
         text = json.dumps(body)  # writes NaN, as a hostile client would
@@ -64,7 +68,7 @@ class Stranger:
             return outcome(answer)
         return self.wait(answer.json()["event_id"], patience)
 
-    def wait(self, event: str, patience: float = 120) -> dict[str, Any]:
+    def wait(self, event: str, patience: float = PATIENCE) -> dict[str, Any]:
         """The last word on an event in the line."""
         deadline = time.monotonic() + patience
         with self.http.stream("GET", f"{API}/queue/data?session_hash={self.session}", timeout=patience) as lines:
@@ -98,7 +102,7 @@ def outcome(answer: httpx.Response) -> dict[str, Any]:
 
 def visiting(studio: Studio, **options: Any) -> Stranger:
     """A stranger at the door of a studio."""
-    return Stranger(studio, httpx.Client(base_url=studio.url, timeout=60, trust_env=False, **options))
+    return Stranger(studio, httpx.Client(base_url=studio.url, timeout=PATIENCE, trust_env=False, **options))
 
 
 def run_async(what: Coroutine[Any, Any, T]) -> T:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import random
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from serving import Studio
 
-from .conftest import API, Stranger, everything_in, visiting
+from .conftest import API, PATIENCE, Stranger, everything_in, visiting
 
 pytestmark = pytest.mark.slow
+T = TypeVar("T")
 
 LONG = "A" * 200_000
 DEEP: Any = "x"
@@ -40,6 +44,15 @@ HOSTILE: dict[str, Any] = {
 """What takes the place of every argument at once."""
 
 
+sampled = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["some", "all"])
+"""On each handler a sample of the attacks; in `make soak` all of them."""
+
+
+def drawn(attacks: Sequence[T], count: int, every: bool, *seed: Any) -> list[T]:
+    """So many of the attacks, the same every time for the same seed, or all of them."""
+    return list(attacks) if every else random.Random(repr(seed)).sample(attacks, count)
+
+
 def wrong(answer: dict[str, Any], public: bool = False) -> str:
     """What is wrong with an answer: an error must be one readable line, and on the page (not `public`) no HTML."""
     error = answer.get("error")
@@ -60,34 +73,37 @@ def nothing_breaks(shared_studio: Studio) -> Any:
     """After each attack the studio lives, its log has no traceback, and its home nothing that was not asked for."""
     before = (shared_studio.home / "studio.log").stat().st_size
     yield
-    urllib.request.urlopen(shared_studio.url, timeout=30).read()
+    urllib.request.urlopen(shared_studio.url, timeout=PATIENCE).read()
     told = (shared_studio.home / "studio.log").read_text(encoding="utf-8", errors="replace")[before:]
     assert "Traceback" not in told, told[-3000:]
     assert not (shared_studio.home / "runs").exists() or not os.listdir(shared_studio.home / "runs")
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_every_argument_replaced(stranger: Stranger, kind: str) -> None:
-    value, wrongs = HOSTILE[kind], []
+@sampled
+def test_every_argument_replaced(stranger: Stranger, every: bool) -> None:
+    wrongs = []
     assert len(stranger.endpoints) > 60, "the page's handlers were not found"
     for endpoint in stranger.endpoints:
-        if told := fault(stranger, endpoint, [value] * len(endpoint["inputs"]), {"name": value}):
-            wrongs.append((endpoint["id"], endpoint["api_name"], told))
+        for kind in drawn([*HOSTILE], 4, every, endpoint["id"]):
+            value = HOSTILE[kind]
+            if told := fault(stranger, endpoint, [value] * len(endpoint["inputs"]), {"name": value}):
+                wrongs.append((endpoint["id"], endpoint["api_name"], kind, told))
     assert not wrongs, wrongs
 
 
-@pytest.mark.parametrize("kind", ["nothing", "another kind", "a path up"])
-def test_one_argument_replaced_and_the_page_s_own_beside_it(stranger: Stranger, kind: str) -> None:
+@sampled
+def test_one_argument_replaced_and_the_page_s_own_beside_it(stranger: Stranger, every: bool) -> None:
     """The first, the middle and the last argument in turn: most handlers look at these before they refuse others."""
-    value, wrongs = HOSTILE[kind], []
+    wrongs = []
     for endpoint in stranger.endpoints:
         own = stranger.initial(endpoint)
+        if begins_something(endpoint, stranger):
+            continue
         for place in sorted({0, len(own) // 2, len(own) - 1}) if own else ():
-            data = [*own[:place], value, *own[place + 1 :]]
-            if begins_something(endpoint, stranger):
-                continue
-            if told := fault(stranger, endpoint, data):
-                wrongs.append((endpoint["id"], endpoint["api_name"], place, told))
+            for kind in drawn(["nothing", "another kind", "a path up"], 1, every, endpoint["id"], place):
+                data = [*own[:place], HOSTILE[kind], *own[place + 1 :]]
+                if told := fault(stranger, endpoint, data):
+                    wrongs.append((endpoint["id"], endpoint["api_name"], place, kind, told))
     assert not wrongs, wrongs
 
 
@@ -99,33 +115,32 @@ def begins_something(endpoint: dict[str, Any], stranger: Stranger) -> bool:
     return any(ids.get(target[0]) in starting for target in endpoint["targets"])
 
 
-def test_too_few_and_too_many_arguments(stranger: Stranger) -> None:
+@sampled
+def test_too_few_and_too_many_arguments(stranger: Stranger, every: bool) -> None:
     wrongs = []
     for endpoint in stranger.endpoints:
-        for data in ([], [None] * 200, "text", {"a": 1}, None):
+        for data in drawn([[], [None] * 200, "text", {"a": 1}, None], 1, every, endpoint["id"]):
             if told := fault(stranger, endpoint, data):
-                wrongs.append((endpoint["id"], told))
+                wrongs.append((endpoint["id"], data, told))
     assert not wrongs, wrongs
 
 
-@pytest.mark.parametrize(
-    "event", [None, {}, "x", {"name": "../x", "action": "up", "number": "../1", "compare": 3, "at": "x"}]
-)
-def test_events_that_no_click_makes(stranger: Stranger, event: Any) -> None:
+@sampled
+def test_events_that_no_click_makes(stranger: Stranger, every: bool) -> None:
     """What a click tells beside the arguments: which row, which button."""
+    events = [None, {}, "x", {"name": "../x", "action": "up", "number": "../1", "compare": 3, "at": "x"}]
     wrongs = []
     for endpoint in stranger.endpoints:
         if begins_something(endpoint, stranger):
             continue
-        if told := fault(stranger, endpoint, stranger.initial(endpoint), event):
-            wrongs.append((endpoint["id"], endpoint["targets"], told))
+        for event in drawn(events, 1, every, endpoint["id"]):
+            if told := fault(stranger, endpoint, stranger.initial(endpoint), event):
+                wrongs.append((endpoint["id"], endpoint["targets"], event, told))
     assert not wrongs, wrongs
 
 
 @pytest.mark.parametrize("data", [*HOSTILE.values(), ["../x", 1], ["x", math.inf], [["x"], -1]], ids=lambda _: "")
 def test_the_functions_of_the_page_s_own_components(stranger: Stranger, data: Any) -> None:
-    import json
-
     functions = [
         (part["id"], name) for part in stranger.config["components"] for name in part["props"].get("server_fns", ())
     ]
@@ -169,7 +184,7 @@ def test_the_functions_of_the_page_s_own_components(stranger: Stranger, data: An
 )
 def test_the_server_s_own_routes(stranger: Stranger, method: str, path: str, body: str) -> None:
     headers = {"content-type": "application/json"}
-    with stranger.http.stream(method, API + path, content=body, headers=headers, timeout=20) as answer:
+    with stranger.http.stream(method, API + path, content=body, headers=headers) as answer:
         if "event-stream" in answer.headers.get("content-type", ""):
             return  # it would go on for ever; that the studio lives is seen afterwards
         text = answer.read().decode("utf-8", errors="replace")
@@ -177,7 +192,8 @@ def test_the_server_s_own_routes(stranger: Stranger, method: str, path: str, bod
     assert not ("vibe" in path or "monitoring" in path or "proxy" in path) or answer.status_code >= 400
 
 
-def test_the_public_endpoints_by_their_names(stranger: Stranger) -> None:
+@sampled
+def test_the_public_endpoints_by_their_names(stranger: Stranger, every: bool) -> None:
     """What programs call, one hostile argument after another beside sensible ones."""
     sensible = {
         "show_run": ["nobody"], "read_events": ["nobody", 0], "start_run": [{}], "stop_run": ["nobody"],
@@ -189,8 +205,9 @@ def test_the_public_endpoints_by_their_names(stranger: Stranger) -> None:
     told = {}
     for name, own in sensible.items():
         for place in range(len(own)):
-            for kind, value in HOSTILE.items():
-                answer = stranger.call(stranger.named(name), [*own[:place], value, *own[place + 1 :]])
+            for kind in drawn([*HOSTILE], 5, every, name, place):
+                data = [*own[:place], HOSTILE[kind], *own[place + 1 :]]
+                answer = stranger.call(stranger.named(name), data)
                 told[name, place, kind] = wrong(answer, public=True) or ("" if "error" in answer else "no error")
     allowed = {
         key for key, text in told.items() if text == "no error" and (key[0] == "read_events" or key[0] == "chat")

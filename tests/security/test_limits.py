@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from mole.data import read_examples
 from mole.evaluation import job as evaluation_job
 from mole.runs import grid
 
-from .conftest import API, Stranger
+from .conftest import API, PATIENCE, Stranger
 
 MB = 1 << 20
 
@@ -84,10 +83,10 @@ def test_a_parquet_file_of_a_few_bytes_that_stands_for_millions_of_rows(tmp_path
     column = pyarrow.DictionaryArray.from_arrays(pyarrow.array(bytes(count), pyarrow.int8()), ["x"])
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
     assert path.stat().st_size < MB
-    begun = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match=f"holds {count} rows"):
         read_examples(str(path))
-    assert time.monotonic() - begun < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "no row was made of it"
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/stdin", "pipe.jsonl"])
@@ -107,6 +106,7 @@ BOMB = "\n".join(
 )
 
 
+@pytest.mark.timeout(PATIENCE)
 @pytest.mark.parametrize(
     "text", [BOMB, "a: &a [*a]", "a: {<<: &b {x: *b}}", "[" * 50_000, "- " * 50_000, "a: " + "{a: " * 20_000]
 )
@@ -114,10 +114,9 @@ def test_a_small_yaml_file_that_stands_for_a_gigantic_one(tmp_path: Path, text: 
     """A billion laughs: references to references. They are not followed, nor quoted."""
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    begun = time.monotonic()
     with pytest.raises(InputError) as caught:
         read_yaml(path)
-    assert len(str(caught.value)) < 1000 and time.monotonic() - begun < 60
+    assert len(str(caught.value)) < 1000
     with pytest.raises(yaml.YAMLError):
         parse_yaml(text)
     assert len(grid.parse_values("&a [x], *a")) == 2, "text between commas, not a reference"
@@ -133,16 +132,13 @@ def test_yaml_makes_no_objects(tmp_path: Path, value: str) -> None:
         RunConfig.load(path)
 
 
-@pytest.mark.timed
+@pytest.mark.timeout(PATIENCE)
 def test_the_queue_and_the_grid(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=f"{limits.QUEUE} runs can be queued at a time"):
         grid.expand({}, {"training.seed": list(range(100)), "adapter.r": list(range(1, 100))}, "g")
-    begun = time.monotonic()
-    with pytest.raises(InputError, match="combinations"):
-        grid.expand(
-            {}, {f"training.{n}": list(range(1000)) for n in ("seed", "max_steps", "save_steps", "eval_steps")}, "g"
-        )
-    assert time.monotonic() - begun < 5, "they are counted, not made"
+    axes = {f"training.{name}": list(range(1000)) for name in ("seed", "max_steps", "save_steps", "eval_steps")}
+    with pytest.raises(InputError, match="combinations"):  # counted, not made: there are 10¹²
+        grid.expand({}, axes, "g")
     for number in range(limits.QUEUE):
         run = runs.create(config(name=f"r{number}"))
         run.append_event("queued", 0, device="cpu", resume=False, position=float(number))
@@ -218,7 +214,7 @@ def test_requests_of_too_many_bytes(stranger: Stranger) -> None:
     with socket.create_connection(("127.0.0.1", int(stranger.studio.url.rpartition(":")[2]))) as wire:
         size = limits.UPLOAD_BYTES + 2 * MB  # of which not one byte is sent
         wire.sendall(f"POST {API}/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode())
-        wire.settimeout(30)
+        wire.settimeout(PATIENCE)
         assert b" 413 " in wire.recv(1000)
     nested = json.dumps({"data": []})[:-2] + "[" * 200_000
     assert stranger.http.post(f"{API}/run/predict", content=nested).status_code in (400, 422)
@@ -238,7 +234,7 @@ def test_a_line_at_the_door_that_is_full_says_so(stranger: Stranger) -> None:
     }
 
     def join(_: int) -> tuple[int, str]:
-        answer = stranger.http.post(f"{API}/queue/join", json=body, timeout=120)
+        answer = stranger.http.post(f"{API}/queue/join", json=body)
         return answer.status_code, answer.text
 
     with ThreadPoolExecutor(8) as pool:

@@ -23,7 +23,7 @@ from mole.core.text import explain, one_line
 from mole.models import loading
 from mole.training import worker
 
-from .conftest import visiting
+from .conftest import PATIENCE, visiting
 
 TOKEN = "hf_" + "Sw0rdfishSw0rdfishSw0rdfish1234567"
 OTHER = "hf_" + "AnotherOnesTokenAnotherOnes1234567"
@@ -46,7 +46,7 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(line.split("=", 1) for line in block.split("\0") if "=" in line)
 
 
-def until(found: Callable[[], Any], seconds: float = 120) -> Any:
+def until(found: Callable[[], Any], seconds: float = 300) -> Any:
     """What is found within some time."""
     deadline = time.monotonic() + seconds
     while not (value := found()):
@@ -94,7 +94,7 @@ def test_the_worker_s_environment_and_arguments_as_the_system_shows_them(
         run = runs.get("mine")
         pid = until(lambda: run.held and locks.holder(run.lock_path).get("pid"))
         environment, arguments = environment_of(pid), " ".join(psutil.Process(pid).cmdline())
-        until(lambda: runs.get("mine").state in ("finished", "failed"), 300)
+        until(lambda: runs.get("mine").state in ("finished", "failed"))
         assert runs.get("mine").state == "finished", run.log_path.read_text()
     assert not set(environment) & set(SECRETS)
     assert environment["HF_TOKEN"] == TOKEN, "a gated model needs it"
@@ -149,7 +149,7 @@ def test_a_token_of_another_shape_is_known_by_its_name(monkeypatch: pytest.Monke
 def test_the_command_line_hides_it_too(home: Path) -> None:
     command = [sys.executable, "-m", "mole.cli", "models", "pull", f"me/{TOKEN}"]
     environment = {**os.environ, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and TOKEN not in done.stdout + done.stderr and redaction.HIDDEN in done.stderr
 
 

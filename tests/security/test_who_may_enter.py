@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import os
 import re
+import selectors
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 from fastapi import HTTPException
@@ -24,7 +24,7 @@ from app.guard import Login
 from mole.cli.auth import check_access, is_loopback
 from mole.core.errors import InputError
 
-from .conftest import API, EVIL, Stranger, run_async, visiting
+from .conftest import API, EVIL, PATIENCE, Stranger, visiting
 
 USER, PASSWORD = "me", "correct horse: battery"
 
@@ -53,7 +53,7 @@ def test_it_listens_on_this_machine_only(shared_studio: Studio) -> None:
 def test_a_studio_others_can_reach_needs_a_password(home: Path, given: list[str]) -> None:
     """One line, exit code 2, and nothing was served: it says so before Gradio is even imported."""
     command = [sys.executable, "-m", "mole.cli", "studio", *given]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"mole: --(host|share).* without --auth .*--allow-anyone.*\n", done.stderr), done.stderr
 
@@ -65,14 +65,14 @@ def test_unless_that_is_what_one_says(home: Path) -> None:
         check_access(host, auth=False, share=False, allow_anyone=False)
     assert not any(map(is_loopback, ("", "0", "0.0.0.0", "::", "10.0.0.1", "127.0.0.1.evil.example", "1")))
     command = [sys.executable, "-m", "mole.cli", "studio", "--help"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE).stdout
     assert "--allow-anyone" in told and "$MOLE_AUTH" in told
 
 
 def test_open_to_anyone_when_told_so_on_all_addresses(home: Path) -> None:
     port = free_port()
     with serve([*studio_command(port), "--host", "0.0.0.0", "--allow-anyone"], port, home) as studio:
-        assert httpx.get(f"{studio.url}/config", headers={"host": "studio.example"}, trust_env=False).status_code == 200
+        assert visiting(studio).http.get("/config", headers={"host": "studio.example"}).status_code == 200
 
 
 @pytest.mark.parametrize("given", ["", ":", "me:", ":secret"])
@@ -129,92 +129,112 @@ def test_nothing_is_given_to_those_outside(locked: Studio) -> None:
 
 def test_the_right_password_opens(locked: Studio) -> None:
     outside = visiting(locked)
-    for user, password in ((USER, "wrong"), ("other", PASSWORD), (USER, ""), (USER + PASSWORD, " "), ("\ufeff", "\0")):
-        answer = outside.http.post("/login", data={"username": user, "password": password}, timeout=120)
+    for user, password in ((USER, "wrong"), (USER, ""), ("\ufeff", "\0")):
+        answer = outside.http.post("/login", data={"username": user, "password": password})
         assert answer.status_code in (400, 422), answer.text
-    answer = outside.http.post("/login", data={"username": USER, "password": PASSWORD}, timeout=120)
+    answer = outside.http.post("/login", data={"username": USER, "password": PASSWORD})
     assert answer.json() == {"success": True}
     token = answer.cookies
     assert all("httponly" in value.lower() for name, value in answer.headers.multi_items() if name == "set-cookie")
     unsecure = {name: value for name, value in token.items() if "unsecure" in name}
-    config = httpx.get(f"{locked.url}/config", cookies=unsecure, trust_env=False, timeout=60)
-    assert config.json()["dependencies"]
+    assert visiting(locked, cookies=unsecure).config["dependencies"]
 
 
-def tries(login: Login, *attempts: tuple[str, str, str]) -> list[tuple[bool | int, float]]:
+class Clock:
+    """Time that only `Jumping` moves on."""
+
+    now = 1_000_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Jumping(selectors.DefaultSelector):
+    """What an event loop waits with: as soon as nobody has anything to do, it is the time that is waited for."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def select(self, timeout: float | None = None) -> Any:
+        self.clock.now += max(timeout or 0.0, 0.0)
+        return super().select(timeout if timeout is None else 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the log-ins in a test: their waits are exact and take no time."""
+    made = Clock()
+    monkeypatch.setattr(guard, "time", made)
+    return made
+
+
+def tries(login: Login, clock: Clock, *attempts: tuple[str, str, str]) -> list[tuple[bool | int, float]]:
     """What a log-in answers to (address, user, password) asked all at once, and after how many seconds."""
 
     async def one(address: str, user: str, password: str) -> tuple[bool | int, float]:
         guard.CLIENT.set(address)
-        begun = time.monotonic()
+        begun = clock.now
         try:
             answer: bool | int = await login.check(user, password)
         except HTTPException as error:
             answer = error.status_code
-        return answer, time.monotonic() - begun
+        return answer, clock.now - begun
 
     async def together() -> list[Any]:
         return await asyncio.gather(*(asyncio.create_task(one(*attempt)) for attempt in attempts))
 
-    return run_async(together())
+    def in_a_loop() -> list[Any]:
+        loop = asyncio.SelectorEventLoop(Jumping(clock))
+        loop.time = clock.monotonic  # type: ignore[method-assign]
+        with contextlib.closing(loop):
+            return loop.run_until_complete(together())
+
+    with ThreadPoolExecutor(1) as thread:  # the browser of other tests has an event loop in this one
+        return thread.submit(in_a_loop).result()
 
 
-class Hasty(Login):
-    """The same, a hundred times as fast."""
-
-    FIRST, LONGEST, PATIENCE = 0.005, 0.08, 0.3
-
-
-@pytest.mark.timed
-def test_guesses_wait_for_each_other_and_longer_each_time() -> None:
+def test_guesses_wait_for_each_other_and_longer_each_time(clock: Clock) -> None:
     """Asked all at once, for nobody has to wait for an answer before guessing again."""
-    login = Hasty(USER, PASSWORD)
     guesses = [("6.6.6.6", USER, f"guess {number}") for number in range(300)]
-    answers = tries(login, *guesses, ("6.6.6.6", USER, PASSWORD))
+    answers = tries(Login(USER, PASSWORD), clock, *guesses, ("6.6.6.6", USER, PASSWORD))
     waited = [seconds for answer, seconds in answers if answer is False]
-    assert not any(answer is True for answer, _ in answers)
-    assert 5 <= len(waited) <= 9, "the line at the door is short, so they take neither threads nor memory"
-    gaps = [after - before for before, after in itertools.pairwise(waited)]
-    assert sum(gaps[3:]) > 2 * sum(gaps[:3]), gaps
-    assert {answer for answer, _ in answers[len(waited) :]} == {429}
+    assert waited == pytest.approx([0, 0.5, 1.5, 3.5, 7.5, 15.5, 23.5])
+    assert {answer for answer, _ in answers[len(waited) :]} == {429}, "the line is short: it takes no memory"
     assert answers[-1][0] == 429, "not even the right one, from there and now: or guessing at once would find it"
 
 
-@pytest.mark.timed
-def test_who_guesses_locks_nobody_else_out() -> None:
-    login = Hasty(USER, PASSWORD)
-    answers = tries(login, *[("6.6.6.6", USER, "guess")] * 100, ("1.2.3.4", USER, PASSWORD))
-    answer, seconds = answers[-1]
-    assert answer is True and seconds < 0.2
-    time.sleep(Hasty.PATIENCE + Hasty.LONGEST)
-    ((answer, _),) = tries(login, ("6.6.6.6", USER, PASSWORD))
-    assert answer is True, "and who guessed gets in too, later, with the right one"
-    ((answer, seconds),) = tries(login, ("6.6.6.6", USER, "a slip"))
-    assert answer is False and seconds < 0.2, "after which a slip is a first one again"
+def test_who_guesses_locks_nobody_else_out(clock: Clock) -> None:
+    login = Login(USER, PASSWORD)
+    answers = tries(login, clock, *[("6.6.6.6", USER, "guess")] * 100, ("1.2.3.4", USER, PASSWORD))
+    assert answers[-1] == (True, 0.0)
+    clock.now += Login.PATIENCE + Login.LONGEST
+    assert tries(login, clock, ("6.6.6.6", USER, PASSWORD)) == [(True, 0.0)], "who guessed gets in too, later"
+    assert tries(login, clock, ("6.6.6.6", USER, "a slip")) == [(False, 0.0)]
+    ((answer, seconds),) = tries(login, clock, ("6.6.6.6", USER, PASSWORD))
+    assert answer is True and seconds == pytest.approx(Login.FIRST), "after which a slip is a first one again"
 
 
-def test_the_table_of_addresses_is_bounded() -> None:
-    login = Hasty(USER, PASSWORD)
-    login.ADDRESSES = 50
-    tries(login, *[(f"2001:db8::{number:x}", USER, "guess") for number in range(500)])
+def test_the_table_of_addresses_is_bounded(clock: Clock) -> None:
+    login = Login(USER, PASSWORD)
+    login.ADDRESSES = 50  # type: ignore[misc]
+    tries(login, clock, *[(f"2001:db8::{number:x}", USER, "guess") for number in range(500)])
     assert len(login._tries) == 50
 
 
-def test_the_comparison_takes_as_long_for_a_near_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_takes_as_long_for_a_near_miss(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not measured, which no machine under load could do: what is compared has one length, by `compare_digest`."""
     seen = []
     compare = guard.hmac.compare_digest
     monkeypatch.setattr(guard.hmac, "compare_digest", lambda a, b: seen.append((len(a), len(b))) or compare(a, b))
-    login = Hasty(USER, PASSWORD)
-    for user, password in (
-        (USER, "c"),
-        (USER, PASSWORD[:-1]),
-        ("m", PASSWORD),
-        ("x" * 10_000, "y" * 10_000),
-        ("\ud800", ""),
-    ):
-        assert tries(login, (user, user, password))[0][0] is False
-    assert seen == [(64, 64)] * 5
+    misses = [
+        (USER, "c"), (USER, PASSWORD[:-1]), ("m", PASSWORD), ("other", PASSWORD), (USER + PASSWORD, " "),
+        ("\ufeff", "\0"), ("x" * 10_000, "y" * 10_000), ("\ud800", ""),
+    ]  # fmt: skip
+    login = Login(USER, PASSWORD)
+    for number, (user, password) in enumerate(misses):
+        assert tries(login, clock, (f"6.6.6.{number}", user, password)) == [(False, 0.0)]
+    assert seen == [(64, 64)] * len(misses)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -256,14 +276,14 @@ def test_a_page_of_another_origin_does_nothing_here(stranger: Stranger, origin: 
 def test_also_with_a_cookie(locked: Studio) -> None:
     """Who is logged in, and opens a hostile page beside the studio, has it drive nothing."""
     inside = visiting(locked)
-    assert inside.http.post("/login", data={"username": USER, "password": PASSWORD}, timeout=120).status_code == 200
+    assert inside.http.post("/login", data={"username": USER, "password": PASSWORD}).status_code == 200
     cookies = {name: value for name, value in inside.http.cookies.items() if "unsecure" in name}
     for path in ("/queue/join", "/component_server", "/upload"):
         headers = {"origin": EVIL, "content-type": "text/plain"}
-        answer = httpx.post(f"{locked.url}{API}{path}", content="{}", headers=headers, cookies=cookies, trust_env=False)
+        answer = visiting(locked, cookies=cookies).http.post(API + path, content="{}", headers=headers)
         assert answer.status_code == 403
     own = {"origin": locked.url, "content-type": "application/json"}
-    answer = httpx.get(f"{locked.url}/config", headers=own, cookies=cookies, trust_env=False, timeout=60)
+    answer = visiting(locked, cookies=cookies).http.get("/config", headers=own)
     assert answer.status_code == 200, "the studio's own page says where it is from, too"
 
 
