@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import browser, open_page, page, shared_studio, studio, studio_with_model
+from browsing import browser, open_page, page, pytest_runtest_makereport, windows
+from serving import shared_studio, studio, studio_with_model
 
-__all__ = ["browser", "open_page", "page", "shared_studio", "studio", "studio_with_model"]
+__all__ = [
+    "browser", "open_page", "page", "pytest_runtest_makereport", "shared_studio", "studio", "studio_with_model",
+    "windows",
+]  # fmt: skip
 
 ENVIRONMENT = {
     "MOLE_COMPILE": "0",  # tests that want compiled functions say so: making them takes long

@@ -1,13 +1,13 @@
-"""The studio as its users meet it: a real `mole studio` process and a real Chromium; conftest.py offers the fixtures.
+"""The studio as its users meet it: a real `mole studio` process; conftest.py offers the fixtures.
 
-def test_something(studio, page):         # a studio with an empty $MOLE_HOME of its own
-    page.goto(studio.url)                 # afterwards: nothing on the console, no request left the machine
+def test_something(studio, page):         # a studio with an empty $MOLE_HOME of its own; the page is of browsing.py
+    studio.open(page, "tab=chat")
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+import random
 import socket
 import subprocess
 import sys
@@ -17,21 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from browsing import LOGS, PATIENCE, quiet
+from playwright.sync_api import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-ARGUMENTS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
-
-PATIENCE = 30_000
-"""Milliseconds that what is expected of a page may take on a busy machine, unless a test says so."""
-expect.set_options(timeout=PATIENCE)
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """On two cores torch's threads would wait for each other by spinning, in the browser's way: many times slower."""
 
@@ -48,14 +39,41 @@ class Studio:
     def open(self, page: Page, query: str = "") -> None:
         """Open the page and wait until it can be used."""
         page.goto(f"{self.url}/{query and '?'}{query}")
-        page.wait_for_selector("[role=tab]", timeout=60_000)
-        page.wait_for_timeout(1000)  # what the page asks for when it opens arrives; its stream never ends, so no "idle"
+        page.wait_for_selector("body[data-arrived]")
+        quiet(page)
+
+
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = iter(random.sample(range(20_000 + WORKER % 8, 32_000, 8), 1_500))
+"""Ports of this process alone; the system gives none of them to a connection, which could take it before a server."""
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port that nobody has, another one each time."""
+    for port in PORTS:
+        with socket.socket() as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("there is no free port")
+
+
+def until(happened: Callable[[], bool], seconds: float = PATIENCE / 1000) -> None:
+    """Wait for what no page shows."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_served(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=60).read()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -67,18 +85,14 @@ def serve(command: list[str], port: int, home: Path, **environment: str) -> Iter
     process = subprocess.Popen(command, cwd=ROOT, env=settings, stdout=log, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
-        while True:
-            try:
-                urllib.request.urlopen(url, timeout=5).read()
-                break
-            except OSError:
-                log.seek(0)
-                assert process.poll() is None and time.monotonic() < begun + 60, log.read()
-                time.sleep(0.02)
+        until(lambda: is_served(url) or process.poll() is not None)
+        assert process.poll() is None, (home / "studio.log").read_text()
+        LOGS[url] = home / "studio.log"
         yield Studio(url, home, time.monotonic() - begun)
     finally:
+        LOGS.pop(url, None)
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         log.close()
 
 
@@ -108,51 +122,3 @@ def studio_with_model(embedded_home: Path) -> Iterator[Studio]:
     port = free_port()
     with serve(studio_command(port), port, embedded_home) as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """Chromium; without one these tests fail, they do not pass unseen."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert found, "These tests drive a real browser: install chromium (on Debian: apt-get install chromium)."
-    with sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=found, args=ARGUMENTS)
-        yield running
-        running.close()
-
-
-LEAVING = "addEventListener('beforeunload', () => { console.error = () => {} })"
-"""Gradio's client aborts its own stream when a page is left, and reports that as an error."""
-
-
-@pytest.fixture
-def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """`open_page(width=1280, height=900)`: a page of its own; in the end no complaint and no request to elsewhere."""
-    contexts: list[Any] = []
-    complaints: list[str] = []
-
-    def make(width: int = 1280, height: int = 900) -> Page:
-        context = browser.new_context(viewport={"width": width, "height": height})
-        contexts.append(context)
-        context.add_init_script(LEAVING)
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        page.on("console", lambda said: said.type == "error" and complaints.append(f"console: {said.text}"))
-        page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-        page.on("request", lambda request: is_elsewhere(request.url) and complaints.append(f"left: {request.url}"))
-        return page
-
-    yield make
-    for context in contexts:
-        context.close()
-    assert not complaints, complaints
-
-
-def is_elsewhere(url: str) -> bool:
-    return not url.startswith(("http://127.0.0.1", "data:", "blob:"))
-
-
-@pytest.fixture
-def page(open_page: Callable[..., Page]) -> Page:
-    """One page, 1280 × 900."""
-    return open_page()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import quiet
 from playwright.sync_api import Page, expect
-from serving import Studio, free_port, serve, studio_command
+from serving import Studio, free_port, serve, studio_command, until
 
 from mole import runs
 from mole.config import RunConfig, apply_overrides
@@ -19,7 +20,6 @@ from mole.training import worker
 pytestmark = pytest.mark.ui
 HOSTILE = "CUDA out of memory near <img src=x onerror=\"document.title='owned'\"><script>1</script>"
 PICTURE = "document.querySelector('#runs-run %s').toDataURL()"
-SETTLE = 800
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +77,14 @@ def test_the_scrubber_shows_the_routing_of_any_step(studio: Studio, page: Page) 
     expect(slider).to_have_attribute("aria-valuetext", "step 1")
     expect(page.locator("#runs-run .load-title")).to_contain_text("at step 1")
     expect(now).to_have_attribute("aria-pressed", "false")
-    page.wait_for_timeout(SETTLE)
+    quiet(page)
     assert page.evaluate(PICTURE % ".heatmap") != newest, "another step, another load"
     assert page.evaluate(PICTURE % ".curve") != curve, "the step is marked in the curve"
     page.keyboard.press("ArrowRight")
     expect(step).to_have_text("Step 2")
     now.click()
     expect(step).to_have_text("Step 30")
-    page.wait_for_timeout(SETTLE)
+    quiet(page)
     assert page.evaluate(PICTURE % ".heatmap") == newest
 
 
@@ -94,7 +94,7 @@ def test_playing_goes_through_the_training_and_ends_at_now(studio: Studio, page:
     play.click()
     expect(page.locator("#runs-run .play")).to_have_attribute("aria-label", "Pause")
     expect(page.locator("#runs-run .now")).to_have_attribute("aria-pressed", "false")
-    expect(page.locator("#runs-run .play")).to_have_attribute("aria-label", "Play the training", timeout=60_000)
+    expect(page.locator("#runs-run .play")).to_have_attribute("aria-label", "Play the training")
     expect(page.locator("#runs-run .step")).to_have_text("Step 30")
 
 
@@ -122,14 +122,14 @@ def test_a_refresh_and_another_window_show_the_same(studio: Studio, page: Page, 
     tiles = page.locator("#runs-run .tiles").inner_text()
     assert "–" not in tiles
     expect(page.locator("#runs-run .heatmap")).to_be_visible()
-    page.wait_for_timeout(SETTLE)
+    quiet(page)
     pictures = [page.evaluate(PICTURE % each) for each in (".curve", ".heatmap", ".profile")]
     other = open_page()
     for again in (page, other):
         watch(studio, again, "trained")
         expect(again.locator("#runs-run .tiles")).to_have_text(re.compile(re.escape(tiles.split("\n")[-1])))
         expect(again.locator("#runs-run .heatmap")).to_be_visible()
-        again.wait_for_timeout(SETTLE)
+        quiet(again)
         assert [again.evaluate(PICTURE % each) for each in (".curve", ".heatmap", ".profile")] == pictures
 
 
@@ -159,22 +159,24 @@ def test_a_run_is_followed_while_it_trains_also_after_the_tab_was_left(
     runs.start(run)
     try:
         watch(studio, page, "going")
-        expect(page.locator("#runs-run .load")).to_be_visible(timeout=300_000)
+        expect(page.locator("#runs-run .load")).to_be_visible()
         alarm = page.locator("#runs-run .alarms li").first
-        expect(alarm).to_contain_text("No expert is used", timeout=60_000)
+        expect(alarm).to_contain_text("No expert is used")
         expect(alarm).to_contain_text("Try: Lower adapter.threshold to 0.25.")
         expect(page.locator("#runs-run .progress")).to_contain_text(re.compile(r"Step \d+ of 100000 · about .* left"))
         page.get_by_role("tab", name="Train").click()
-        page.wait_for_timeout(1_500)
-        page.get_by_role("tab", name="Runs").click()
+        expect(page.locator("#start")).to_be_visible()
         left = shown_step(page)
-        page.wait_for_function(f"({SHOWN}) > {left}", timeout=30_000)
+        until(lambda: run.step > left + 20)
+        page.get_by_role("tab", name="Runs").click()
+        page.wait_for_function(f"({SHOWN}) > {left}")
+        left = shown_step(page)
         studio.open(page, "tab=runs&run=going")
-        page.wait_for_function(f"({SHOWN}) > {left}", timeout=30_000)
+        page.wait_for_function(f"({SHOWN}) > {left}")
         assert shown_step(page) <= run.step
         page.click("#runs-stop")
-        expect(page.locator("#runs-run .state")).to_have_text("stopped", timeout=60_000)
-        expect(page.locator("#runs-run .step")).to_have_text(f"Step {run.step}", timeout=30_000)
+        expect(page.locator("#runs-run .state")).to_have_text("stopped")
+        expect(page.locator("#runs-run .step")).to_have_text(f"Step {run.step}")
     finally:
         run.request_stop()
 

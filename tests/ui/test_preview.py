@@ -30,7 +30,7 @@ def choose(page: Page, field: str, value: Path) -> None:
 
 def look(page: Page) -> None:
     page.click("#preview")
-    expect(page.locator(f"{VIEW} .seen")).to_be_visible(timeout=120_000)
+    expect(page.locator(f"{VIEW} .seen")).to_be_visible()
 
 
 def test_a_bad_data_set_is_shown_row_by_row(

@@ -34,7 +34,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
 def play(scratch: Studio, page: Page, button: str, tokens: int) -> None:
     page.goto(scratch.url)
     page.click(button)
-    expect(page.locator("#routing-view .strip span")).to_have_count(tokens, timeout=60_000)
+    expect(page.locator("#routing-view .strip span")).to_have_count(tokens)
 
 
 def updates_per_second(page: Page) -> tuple[float, float]:
@@ -51,7 +51,7 @@ def updates_per_second(page: Page) -> tuple[float, float]:
     count = "() => [performance.now(), +(document.querySelector('#routing-view .heatmap').dataset.draws || 0)]"
     page.wait_for_function(f"({count})()[1] > 3")
     (begun, before), idle = page.evaluate(count), busy()
-    expect(page.locator("#routing-view .strip span")).to_have_count(TOKENS, timeout=60_000)
+    expect(page.locator("#routing-view .strip span")).to_have_count(TOKENS)
     (ended, after), spent = page.evaluate(count), busy()
     return (after - before) / ((ended - begun) / 1000), (spent - idle) / (after - before)
 
@@ -116,7 +116,7 @@ def view(scratch: Studio, page: Page) -> Locator:
 def opened(scratch: Studio, page: Page) -> Locator:
     page.goto(scratch.url)
     page.click("#twice")
-    expect(page.locator("#second-view .strip span")).to_have_count(SMALL, timeout=60_000)
+    expect(page.locator("#second-view .strip span")).to_have_count(SMALL)
     view = page.locator("#routing-view")
     expect(view.get_by_role("button", name="Reply − earlier")).to_be_visible()
     return view
@@ -269,7 +269,7 @@ def test_a_screen_reader_hears_a_choice_and_the_end_but_not_every_token(view: Lo
 def test_a_reply_of_1500_tokens_stays_quick(scratch: Studio, page: Page) -> None:
     page.goto(scratch.url)
     page.click("#long")
-    expect(page.locator("#routing-view .strip span")).to_have_count(1500, timeout=90_000)
+    expect(page.locator("#routing-view .strip span")).to_have_count(1500)
     view = page.locator("#routing-view")
     view.locator(".strip").focus()
     page.keyboard.press("Home")

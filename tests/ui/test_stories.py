@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
-from serving import ONE_THREAD, ROOT, Studio, free_port, serve, studio_command
+from serving import ONE_THREAD, ROOT, Studio, free_port, is_served, serve, studio_command, until
 
 from mole import runs
 
@@ -48,17 +47,14 @@ def fill(page: Page, model: Path, data: Path, name: str, steps: int) -> None:
 def start(page: Page, model: Path, data: Path, name: str, steps: int) -> None:
     fill(page, model, data, name, steps)
     page.click("#start")
-    expect(page.locator("#train-run .name")).to_have_text(name, timeout=60_000)
-    expect(page.locator("#train-run .state")).to_have_attribute("data-state", "running", timeout=120_000)
+    expect(page.locator("#train-run .name")).to_have_text(name)
+    expect(page.locator("#train-run .state")).to_have_attribute("data-state", "running")
 
 
-def wait_for_steps(name: str, more: int = 5) -> int:
-    """Wait until the run has done some more steps; returns how many it has done."""
-    before, deadline = runs.get(name).step, time.monotonic() + 120
-    while runs.get(name).step < before + more:
-        assert time.monotonic() < deadline, runs.get(name).log_path.read_text()
-        time.sleep(0.1)
-    return runs.get(name).step
+def wait_for_steps(name: str, more: int = 5) -> None:
+    """Wait until the run has done some more steps."""
+    before = runs.get(name).step
+    until(lambda: runs.get(name).step >= before + more)
 
 
 @pytest.fixture
@@ -87,13 +83,13 @@ def test_the_tab_is_closed_and_another_browser_finds_the_run(
     expect(second.locator("#train-run .state")).to_have_attribute("data-state", "running")
     expect(second.locator("#train-run [data-tile=loss]")).not_to_have_text("–")
     shown = second.locator("#train-run .progress").text_content()
-    expect(second.locator("#train-run .progress")).not_to_have_text(str(shown), timeout=30_000)
+    expect(second.locator("#train-run .progress")).not_to_have_text(str(shown))
     second.reload()
     expect(second.locator("#train-run .name")).to_have_text("left-alone")
     second.click("#train-stop")
-    expect(second.locator("#train-run .state")).to_have_attribute("data-state", "stopped", timeout=60_000)
+    expect(second.locator("#train-run .state")).to_have_attribute("data-state", "stopped")
     second.click("#train-resume")
-    expect(second.locator("#train-run .state")).to_have_attribute("data-state", "running", timeout=120_000)
+    expect(second.locator("#train-run .state")).to_have_attribute("data-state", "running")
     wait_for_steps("left-alone")
 
 
@@ -106,7 +102,7 @@ def test_the_studio_is_killed_and_started_again_while_a_run_goes_on(
     studio = subprocess.Popen(studio_command(port), cwd=ROOT, env={**os.environ, **ONE_THREAD}, **quiet)
     try:
         opened = Studio(f"http://127.0.0.1:{port}", home, 0)
-        wait_until_served(opened.url)
+        until(lambda: is_served(opened.url))
         opened.open(page, "tab=train")
         start(page, tiny_folder, data, "survivor", ENDLESS)
         page.close()
@@ -122,22 +118,9 @@ def test_the_studio_is_killed_and_started_again_while_a_run_goes_on(
         expect(page.locator("#train-run .name")).to_have_text("survivor")
         expect(page.locator("#train-run .state")).to_have_attribute("data-state", "running")
         page.click("#train-stop")
-        expect(page.locator("#train-run .state")).to_have_attribute("data-state", "stopped", timeout=60_000)
+        expect(page.locator("#train-run .state")).to_have_attribute("data-state", "stopped")
         assert not Path(f"/proc/{pid}").exists() or not runs.get("survivor").held
         page.goto("about:blank")
-
-
-def wait_until_served(url: str) -> None:
-    import urllib.request
-
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=5).read()
-            return
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
 
 
 def tab_to(page: Page, selector: str, most: int = 250) -> None:
@@ -165,15 +148,15 @@ def test_training_and_chat_need_no_mouse(
     page.keyboard.type("6")
     tab_to(page, "#start")
     page.keyboard.press("Enter")
-    expect(page.locator("#train-run .state")).to_have_attribute("data-state", "finished", timeout=180_000)
+    expect(page.locator("#train-run .state")).to_have_attribute("data-state", "finished")
     tab_to(page, "#train-chat")
     page.keyboard.press("Enter")
-    expect(page.locator("#target input")).to_have_value("by-hand · dynmole", timeout=30_000)
+    expect(page.locator("#target input")).to_have_value("by-hand · dynmole")
     tab_to(page, "#message")
     page.keyboard.type("Hello")
     page.keyboard.press("Enter")
-    expect(page.locator("#routing-view .strip span").first).to_be_attached(timeout=120_000)
-    expect(page.locator("#chat-stop")).to_be_hidden(timeout=120_000)
+    expect(page.locator("#routing-view .strip span").first).to_be_attached()
+    expect(page.locator("#chat-stop")).to_be_hidden()
     tab_to(page, "#routing-view .strip")
     page.keyboard.press("Home")
     expect(page.locator("#routing-view .summary")).to_contain_text("Token 1")

@@ -37,7 +37,7 @@ def start_training(studio: Studio, page: Page, data: Path) -> None:
     page.keyboard.press("Tab")
     begun = time.monotonic()
     page.click("#start")
-    expect(page.locator("#train-run .name")).to_have_text("story", timeout=20_000)
+    expect(page.locator("#train-run .name")).to_have_text("story")
     assert time.monotonic() - begun < 20, "Start comes back at once, it does not wait for the training"
 
 
@@ -48,7 +48,7 @@ def test_train_come_back_chat_and_see_the_routing_move(studio_with_model: Studio
 
     studio.open(page)  # anew, without the run in the address: the page finds the run that is going on
     expect(page.locator("#train-run .name")).to_have_text("story")
-    expect(page.locator("#train-run .load")).to_be_visible(timeout=300_000)
+    expect(page.locator("#train-run .load")).to_be_visible()
     expect(page.locator("#train-run .state")).to_have_text("finished", timeout=600_000)
     expect(page.locator("#train-run .progress")).to_contain_text("Step 6 of 6")
     expect(page.locator("#train-run [data-tile=eval]")).not_to_have_text("–")
@@ -59,9 +59,9 @@ def test_train_come_back_chat_and_see_the_routing_move(studio_with_model: Studio
     page.fill("#message textarea", "Write a long story about a dog and a cat.")
     page.keyboard.press("Enter")
     tokens = page.locator("#routing-view .strip span:not(.from-prompt)")
-    expect(tokens.nth(2)).to_be_attached(timeout=180_000)
+    expect(tokens.nth(2)).to_be_attached()
     early = page.evaluate(PICTURE)
-    expect(tokens.nth(6)).to_be_attached(timeout=120_000)
+    expect(tokens.nth(6)).to_be_attached()
     page.wait_for_function("(early) => " + PICTURE + " !== early", arg=early)  # the heatmap moves with the tokens
     end_reply(page)
     expect(page.locator("#routing-view .about")).to_contain_text("dynmole on smollm2-135m · 4 experts · 30 layers")
@@ -78,7 +78,7 @@ def test_train_come_back_chat_and_see_the_routing_move(studio_with_model: Studio
 def end_reply(page: Page) -> None:
     """Stop the reply, unless it has just ended by itself."""
     page.evaluate("document.querySelector('#chat-stop')?.click()")
-    expect(page.locator("#chat-stop")).to_be_hidden(timeout=30_000)
+    expect(page.locator("#chat-stop")).to_be_hidden()
 
 
 def ask_the_base(page: Page) -> None:
@@ -88,7 +88,7 @@ def ask_the_base(page: Page) -> None:
     page.get_by_role("option", name="Base model: smollm2-135m").click()
     page.fill("#message textarea", "Hello")
     page.keyboard.press("Enter")
-    expect(page.locator("#routing-view .empty")).to_contain_text("no experts", timeout=120_000)
+    expect(page.locator("#routing-view .empty")).to_contain_text("no experts")
     expect(page.locator("#routing-view .views")).to_be_hidden()
     end_reply(page)
 

@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from playwright.sync_api import Page, Request, expect
-from serving import PATIENCE, Studio, free_port, serve, studio_command
+from browsing import quiet
+from playwright.sync_api import Page, expect
+from serving import Studio, free_port, serve, studio_command, until
 
 from mole import runs
-from mole.config import RunConfig
+from mole.config import ROUTERS, RunConfig
 from mole.core import locks
 
 pytestmark = pytest.mark.ui
 
 
-@pytest.fixture(scope="module", autouse=True)
-def patience() -> Iterator[None]:
-    """Filling eighty fields takes a busy machine longer than Playwright waits by itself."""
-    expect.set_options(timeout=60_000)
-    yield
-    expect.set_options(timeout=PATIENCE)
-
-
-@pytest.fixture
-def page(open_page: Callable[..., Page]) -> Page:
-    """One page, as patient."""
-    page = open_page()
-    page.set_default_timeout(60_000)
-    return page
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     """One studio for all tests here; its home is theirs too."""
-    home, port, before = tmp_path_factory.mktemp("home"), free_port(), os.environ.get("MOLE_HOME")
-    os.environ["MOLE_HOME"] = str(home)
-    with serve(studio_command(port), port, home) as running:
-        yield running
-    os.environ.pop("MOLE_HOME") if before is None else os.environ.update(MOLE_HOME=before)
+    home, port = tmp_path_factory.mktemp("home"), free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOLE_HOME", str(home))
+        with serve(studio_command(port), port, home) as running:
+            yield running
 
 
 @pytest.fixture
@@ -61,13 +41,6 @@ def busy(shared: Studio) -> Iterator[locks.Lock]:
         runs.stop(run)
     until(lambda: not any(run.held for run in runs.list_runs()))
     lock.release()
-
-
-def until(happened: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def choose(page: Page, field: str, option: str) -> None:
@@ -141,8 +114,8 @@ def test_ones_own_run_yaml_goes_out_and_comes_in(shared: Studio, page: Page, tmp
     (tmp_path / "wrong.yaml").write_text("adapter: {router: topk, top_p: 0.5}")
     load(page, tmp_path / "wrong.yaml")
     expect(page.locator("#problem [role=alert]")).to_contain_text("wrong.yaml cannot be loaded: adapter.top_p")
+    quiet(page)
     expect(page.locator("#field-training-seed input")).to_have_value("7")
-    page.wait_for_timeout(2000)
     expect(page.locator("#problem [role=alert]")).to_contain_text("wrong.yaml cannot be loaded: adapter.top_p")
 
 
@@ -151,17 +124,11 @@ def test_once_a_change_is_seen_to_the_page_is_quiet(shared: Studio, page: Page, 
     shared.open(page)
     (tmp_path / "given.yaml").write_text("adapter: {router: topk}")
     load(page, tmp_path / "given.yaml")
-    page.wait_for_timeout(6000)
-    sent: list[int] = []
-    page.on("request", lambda request: sent.append(request.post_data_json["trigger_id"]) if is_call(request) else None)
-    page.wait_for_timeout(3000)
-    with urllib.request.urlopen(f"{shared.url}/config") as answer:
-        timers = {part["id"] for part in json.load(answer)["components"] if part["type"] == "timer"}
-    assert sent and set(sent) <= timers, sent
-
-
-def is_call(request: Request) -> bool:
-    return urlsplit(request.url).path.endswith(("/run/predict", "/queue/join"))
+    expect(page.locator("#field-adapter-router input")).to_have_value(ROUTERS["topk"].title)
+    quiet(page)
+    asked = page.evaluate("calls.begun()")
+    page.wait_for_event("requestfinished", lambda request: request.url.endswith("/run/predict"))  # the queue's clock
+    assert page.evaluate("calls.begun()") == asked
 
 
 def test_a_preset_of_ones_own_is_kept_found_again_and_deleted(shared: Studio, page: Page) -> None:
@@ -221,9 +188,8 @@ def test_a_queue_of_three_is_put_in_order_and_one_is_taken_out(
     assert [run.name for run in runs.waiting_runs()] == ["three", "two"]
     line.nth(0).click()
     expect(page.locator("#train-run .name")).to_have_text("three")
-    busy.release()
-    until(lambda: runs.get("three").state == "finished" and runs.get("two").state == "finished", 120)
-    assert runs.get("three").last_event["time"] < runs.get("two").last_event["time"]
+    for run in runs.queue():  # as another page, or the command line, would
+        runs.stop(run)
     expect(line).to_have_count(0)
 
 
