@@ -90,10 +90,11 @@ $(VENV)/.dev: $(PINS) | $(BIN)/python # all at once: with .installed before it, 
 	@touch $(VENV)/.installed $@
 
 browser: # a Chromium for the tests that look at the page
-	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; \
-	then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	@for name in chromium-headless-shell chromium chromium-browser google-chrome; do \
+	  if command -v $$name >/dev/null; then exit 0; fi; \
+	done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell fonts-dejavu-core; \
 	else \
-	  echo "The browser tests need Chromium (on Debian: sudo apt-get install chromium)." >&2; exit 1; \
+	  echo "The browser tests need Chromium (on Debian: sudo apt-get install chromium-headless-shell)." >&2; exit 1; \
 	fi
