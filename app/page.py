@@ -18,7 +18,7 @@ from app.ui.tabs import runs, train
 from app.ui.tabs.chat import ChatTab, build_chat_tab, refresh_targets
 from app.ui.tabs.runs import RunsTab
 from app.ui.tabs.train import TrainTab
-from app.ui.wiring import QUIET
+from app.ui.wiring import QUIET, run_or_warn, toast_text
 from app.views.tour import tour
 from mole import runs as library
 from mole.core.errors import MoleError, RunError
@@ -109,7 +109,7 @@ class Page(gr.Blocks):
                 raise
             if not isinstance(error, MoleError):
                 guard.report(error, getattr(block_fn, "name", "") or "event")
-            raise gr.Error(live.harmless(str(error) or type(error).__name__), print_exception=False) from None
+            raise gr.Error(toast_text(str(error) or type(error).__name__), print_exception=False) from None
 
     async def postprocess_data(self, block_fn: Any, predictions: Any, state: Any) -> list[Any]:
         """Gradio makes every output anew that is skipped, milliseconds each; clocks and replies of ours skip most."""
@@ -199,7 +199,7 @@ def wire_ways(parts: Parts) -> None:
     listing.open_checkpoint.click(chat_with, listing.checkpoint, to_chat, **QUIET)
 
     def retry(name: str) -> list[Any]:
-        values = live.told(lambda: training.fill_from(name))
+        values = run_or_warn(lambda: training.fill_from(name))
         skipped = [gr.skip()] * (len(training.form.inputs) + 1)
         return skipped if values is None else [gr.Tabs(selected="train"), *values]
 

@@ -17,7 +17,7 @@ import gradio as gr
 import yaml
 from gradio.components import Component
 
-from app.ui import problem
+from app.views.problem import problem_value
 from mole.config import ROUTERS, SECTIONS, AdapterConfig, RunConfig, spec_of, union_members
 from mole.core.errors import DataError, ModelError, MoleError
 
@@ -189,13 +189,13 @@ class RunForm:
             filled += [in_component(made, chosen.to_flat()[name]) for name, made in group.items()]
         return filled
 
-    def told(self, values: Sequence[Any], error: MoleError, reveal: bool = False) -> dict[str, Any]:
+    def problem_of(self, values: Sequence[Any], error: MoleError, reveal: bool = False) -> dict[str, Any]:
         """An error as the page's problem line, at the field it is about; `values` are those of `inputs`."""
         dotted = error.field
         if dotted is None and isinstance(error, (DataError, ModelError)):
             dotted = "data.path" if isinstance(error, DataError) else "model.name"
         element = self.element_of(dotted, self.nested(values)["adapter"]["router"])
-        return problem.told(str(error), element, reveal, self.folds.get(element, []))
+        return problem_value(str(error), element, reveal, self.folds.get(element, []))
 
     def element_of(self, dotted: str | None, router: str) -> str:
         """The page's element of a setting named by an error; empty when the form has none."""

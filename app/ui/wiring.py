@@ -1,21 +1,41 @@
-"""How the page's events are wired: quietly, and the last change last."""
+"""How the page's events are wired: without flicker, the latest change wins, errors become warnings."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 
+from app.services.messages import short_message
+from mole.core.errors import MoleError
+
+T = TypeVar("T")
+
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-"""How small events are wired: nothing flickers, and they are no part of the API."""
+"""Options of small events: no progress indicator, and not part of the API."""
 
 
-def on_change(changed: Sequence[Any], fn: Callable[..., Any], inputs: Any, outputs: Any, **given: Any) -> Any:
-    """Call `fn` after any of these components changed; what changes while it runs is seen to by one more call.
+def on_change(changed: Sequence[Any], fn: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> Any:
+    """Call `fn` after any of these components changed; changes while it runs cause one more call.
 
-    A handler that was waited for makes Gradio's page repeat the whole event, so two that wait on one event would wake
-    each other for ever. Here each waits on a step of its own.
+    Two handlers that wait for their turn on one event would trigger each other for ever, because Gradio's page repeats
+    the whole event for a handler that had to wait. So each waits on a step of its own.
     """
     relay = gr.on([made.change for made in changed], None, None, None, js="() => []", trigger_mode="multiple", **QUIET)
-    return relay.then(fn, inputs, outputs, trigger_mode="always_last", **{**QUIET, **given})
+    return relay.then(fn, inputs, outputs, trigger_mode="always_last", **{**QUIET, **options})
+
+
+def run_or_warn(action: Callable[[], T]) -> T | None:
+    """Run an action; a `MoleError` becomes a warning on the page, and the result None."""
+    try:
+        return action()
+    except MoleError as error:
+        gr.Warning(toast_text(str(error)), title="Not done")
+        return None
+
+
+def toast_text(text: str) -> str:
+    """A message for Gradio's toasts, which would render it as HTML."""
+    return html.escape(short_message(text), quote=False)

@@ -1,4 +1,4 @@
-"""Components of our own: a `gr.HTML` with a constant template, its styles and scripts in files of one folder."""
+"""The one way to make a view: a `gr.HTML` with a constant template, its styles and scripts in files of one folder."""
 
 from __future__ import annotations
 
@@ -7,26 +7,34 @@ from typing import Any
 
 import gradio as gr
 
-KIT = tuple(Path(__file__).parent / "routing" / f"{name}.js" for name in ("kit", "heatmap"))
-"""Drawing, for whoever draws: colours, curves, heatmaps."""
+SHARED = Path(__file__).parent / "shared"
+BASICS = (SHARED / "dom.js", SHARED / "text.js")
+"""Elements and texts, for every view."""
+CANVAS = (SHARED / "canvas.js", SHARED / "heatmap.js")
+"""Colours, curves and heatmaps, for the views that draw."""
 
 
-def script(*parts: Path) -> str:
-    """The JavaScript in some files, one after the other."""
-    return "\n".join(path.read_text(encoding="utf-8") for path in parts)
+def joined(*paths: Path) -> str:
+    """The text of some files, one after the other."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
-def component(folder: Path, name: str, *scripts: str, kit: bool = True, **given: Any) -> gr.HTML:
-    """`NAME.html` and `NAME.css` of a folder, with the scripts that are named (`NAME.js` if none is).
+def view(folder: Path, name: str, *scripts: str, canvas: bool = False, **options: Any) -> gr.HTML:
+    """A component from a folder's `NAME.html` and `NAME.css`.
 
-    `kit` puts the drawing kit before them; `given` are further arguments of `gr.HTML`, and go over these.
+    Args:
+        folder: the view's folder.
+        name: of its template and its style sheet.
+        scripts: its scripts, in order, without `.js`; `name` if none is given.
+        canvas: whether it draws, and needs the shared scripts for that.
+        options: further arguments of `gr.HTML`; they override those set here.
     """
-    files = [folder / f"{part}.js" for part in scripts or (name,)]
+    shared = (*BASICS, *CANVAS) if canvas else BASICS
     settings: dict[str, Any] = {
-        "html_template": (folder / f"{name}.html").read_text(encoding="utf-8"),
-        "css_template": (folder / f"{name}.css").read_text(encoding="utf-8"),
-        "js_on_load": script(*(KIT if kit else ()), *files),
+        "html_template": joined(folder / f"{name}.html"),
+        "css_template": joined(folder / f"{name}.css"),
+        "js_on_load": joined(*shared, *(folder / f"{part}.js" for part in scripts or (name,))),
         "apply_default_css": False,
         "container": False,
     }
-    return gr.HTML(**{**settings, **given})
+    return gr.HTML(**{**settings, **options})

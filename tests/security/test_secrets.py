@@ -157,10 +157,10 @@ def test_what_the_page_is_told(monkeypatch: pytest.MonkeyPatch, home: Path) -> N
     import gradio as gr
 
     from app.services import endpoints
-    from app.ui.panels import live
+    from app.ui import wiring
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert TOKEN not in live.harmless(QUOTES[0])
+    assert TOKEN not in wiring.toast_text(QUOTES[0])
 
     def fails() -> None:
         raise MoleError(QUOTES[1])

@@ -10,10 +10,9 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.ui import problem
-from app.ui.panels import live
-from app.ui.wiring import QUIET
-from app.views.run import evaluation_list
+from app.ui.wiring import QUIET, run_or_warn
+from app.views.evaluations import evaluation_list
+from app.views.problem import problem_value, problem_view
 from mole import runs
 from mole.core.errors import ConfigError, InputError, MoleError, RunError
 from mole.evaluation import job as evaluation_job
@@ -68,7 +67,7 @@ def build(name: gr.State, target: gr.Dropdown) -> EvaluationPanel:
                 "Evaluate", variant="primary", size="md", interactive=not locked, elem_id="evaluate-start"
             )
             upload = gr.UploadButton("Upload a file", size="md", file_types=FILE_TYPES, elem_id="evaluate-upload")
-        note = problem.problem(elem_id="evaluate-problem")
+        note = problem_view(elem_id="evaluate-problem")
         results = evaluation_list(elem_id="evaluations")
     panel = EvaluationPanel(group, data, limit, note, results, gr.State([]))
     wire(panel, name, target, start, upload)
@@ -106,10 +105,10 @@ def data_choices(name: str) -> list[tuple[str, str]]:
 
 def keep(name: str, path: str) -> tuple[Any, dict[str, Any]]:
     """Keep an uploaded file and choose it."""
-    kept = live.told(lambda: settings.keep_upload(path))
+    kept = run_or_warn(lambda: settings.keep_upload(path))
     if kept is None:
         return gr.skip(), gr.skip()
-    return gr.Dropdown(choices=[*data_choices(name), (kept.name, str(kept))], value=str(kept)), problem.told()
+    return gr.Dropdown(choices=[*data_choices(name), (kept.name, str(kept))], value=str(kept)), problem_value()
 
 
 def begin(target: str | None, data: str | None, limit: float | None) -> dict[str, Any]:
@@ -123,14 +122,14 @@ def begin(target: str | None, data: str | None, limit: float | None) -> dict[str
         evaluation_job.start_evaluation(target, (data or "").strip(), int(limit) if limit else None)
     except MoleError as error:
         field = {"limit": "evaluate-limit", "data": "evaluate-data", "data.columns": "evaluate-data"}
-        return problem.told(str(error), field.get(error.field or "", ""), reveal=True)
-    return problem.told()
+        return problem_value(str(error), field.get(error.field or "", ""), reveal=True)
+    return problem_value()
 
 
 def cancel(name: str, event: gr.EventData) -> None:
     """End the evaluation whose button was pressed."""
     settings.forbid_on_space()
-    live.told(lambda: evaluation_job.Evaluation(runs.get(name), int(event._data["number"])).cancel())
+    run_or_warn(lambda: evaluation_job.Evaluation(runs.get(name), int(event._data["number"])).cancel())
 
 
 def show(name: str, seen: Sequence[dict[str, Any]]) -> tuple[Any, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.ui import forms, problem
+from app.ui import forms
 from app.ui.wiring import on_change
+from app.views.problem import problem_value, problem_view
 from mole import runs
 from mole.config import ROUTERS, SECTIONS, RunConfig
 from mole.core.errors import MoleError
@@ -78,7 +79,7 @@ def build() -> Grid:
                 label="Name of the group", info="Empty takes one by itself.", placeholder="sweep", elem_id="grid-group"
             )
             start = gr.Button("Queue runs", interactive=False, elem_id="grid-start")
-        note = problem.problem(elem_id="grid-problem")
+        note = problem_view(elem_id="grid-problem")
         summary = gr.Markdown(elem_classes="quiet", elem_id="grid-summary")
     return Grid(routers, seeds, field, values, group, note, summary, start)
 
@@ -121,7 +122,7 @@ def wire(panel: Grid, form: forms.RunForm, queued: Callable[[list[Run]], list[An
         except MoleError as error:
             return [said(error, values), "", gr.Button("Queue runs", interactive=False)]
         locked = bool(settings.space_id())
-        return [problem.told(), words(made), gr.Button(button(made), interactive=bool(made) and not locked)]
+        return [problem_value(), words(made), gr.Button(button(made), interactive=bool(made) and not locked)]
 
     def queue(*values: Any) -> list[Any]:
         settings.forbid_on_space()
@@ -130,15 +131,15 @@ def wire(panel: Grid, form: forms.RunForm, queued: Callable[[list[Run]], list[An
         except MoleError as error:
             return [said(error, values, reveal=True), gr.skip(), *[gr.skip()] * len(outputs)]
         text = f"Queued {len(made)} runs in the group **{made[0].group}**."
-        return [problem.told(), text, *queued(made)]
+        return [problem_value(), text, *queued(made)]
 
     def said(error: MoleError, values: tuple[Any, ...], reveal: bool = False) -> dict[str, Any]:
         field = error.field or ""
         if field and field == values[panel.inputs.index(panel.field)]:
-            return problem.told(str(error), "grid-values")
+            return problem_value(str(error), "grid-values")
         if field in ELEMENTS:
-            return problem.told(str(error), ELEMENTS[field])
-        return form.told(values[len(panel.inputs) :], error, reveal)
+            return problem_value(str(error), ELEMENTS[field])
+        return form.problem_of(values[len(panel.inputs) :], error, reveal)
 
     given = [*panel.inputs, *form.inputs]
     on_change(panel.inputs, count, given, [panel.note, panel.summary, panel.start], queue=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +9,11 @@ import gradio as gr
 
 from app import settings
 from app.services import charts
-from app.services.messages import short_message
 from app.services.run_control import resume_training, stop_training
-from app.ui.wiring import QUIET
+from app.ui.wiring import QUIET, run_or_warn
 from app.views.run import run_view
 from mole import runs
-from mole.core.errors import MoleError, RunError
+from mole.core.errors import RunError
 
 TICK = 1.0
 TICK_READING = 0.3
@@ -111,23 +109,9 @@ def tick(name: str, seen: Seen) -> list[Any]:
 
 def press_stop(name: str) -> None:
     """Ask the run to save and stop."""
-    told(lambda: stop_training(name))
+    run_or_warn(lambda: stop_training(name))
 
 
 def press_resume(name: str) -> None:
     """Go on with a stopped run from its last checkpoint."""
-    told(lambda: resume_training(name))
-
-
-def told(action: Any) -> Any:
-    """Do it; what goes wrong in a way we know is said on the page in its one line."""
-    try:
-        return action()
-    except MoleError as error:
-        gr.Warning(harmless(str(error)), title="Not done")
-        return None
-
-
-def harmless(text: str) -> str:
-    """Text for a message that comes up on the page, which would be taken for HTML."""
-    return html.escape(short_message(text), quote=False)
+    run_or_warn(lambda: resume_training(name))

@@ -13,9 +13,10 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.ui import forms, problem
+from app.ui import forms
 from app.ui.wiring import QUIET, on_change
 from app.views.preflight import preflight_view
+from app.views.problem import problem_value
 from mole.config import RunConfig, apply_overrides
 from mole.core.errors import InputError, MoleError
 from mole.preflight import job as preflight_job
@@ -45,7 +46,7 @@ class Preflight:
 def build(form: forms.RunForm, note: gr.HTML) -> Preflight:
     """Make the panel where we stand in the layout, once the form has all its fields.
 
-    What is wrong with the form is said in `note`, a `problem.problem`.
+    What is wrong with the form is said in `note`, a `problem_view`.
     """
     gr.Markdown("## Does it fit?", elem_classes="heading")
     view = preflight_view(elem_id="preflight")
@@ -75,17 +76,17 @@ def wire(panel: Preflight, form: forms.RunForm, note: gr.HTML) -> None:
             try:
                 config = form.config(values)
                 begin(config, kind, wait)
-                return [problem.told(), *refresh({}, config)]
+                return [problem_value(), *refresh({}, config)]
             except MoleError as error:
-                return [form.told(values, error, reveal=True), *[gr.skip()] * len(panel.shown)]
+                return [form.problem_of(values, error, reveal=True), *[gr.skip()] * len(panel.shown)]
 
         return start
 
     def take(event: gr.EventData, *values: Any) -> list[Any]:
         try:
-            return [problem.told(), *form.fill(with_suggestion(form.config(values), int(event._data["at"])))]
+            return [problem_value(), *form.fill(with_suggestion(form.config(values), int(event._data["at"])))]
         except MoleError as error:
-            return [form.told(values, error, reveal=True), *[gr.skip()] * len(form.inputs)]
+            return [form.problem_of(values, error, reveal=True), *[gr.skip()] * len(form.inputs)]
 
     def end(*values: Any) -> list[Any]:
         settings.forbid_on_space()

@@ -10,9 +10,9 @@ import gradio as gr
 from gradio.context import Context
 
 from app import settings
-from app.ui import forms, problem
-from app.ui.panels.live import told
-from app.ui.wiring import QUIET
+from app.ui import forms
+from app.ui.wiring import QUIET, run_or_warn
+from app.views.problem import problem_value
 from mole.analysis.tables import escaped
 from mole.config import Preset, RunConfig, all_presets, delete_preset, find_preset, save_preset
 from mole.core.errors import InputError, MoleError
@@ -75,7 +75,7 @@ def words(preset: Preset) -> str:
 
 
 def wire(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
-    """Choosing, loading and saving; what goes wrong is said in `note`, a `problem.problem`."""
+    """Choosing, loading and saving; what goes wrong is said in `note`, a `problem_view`."""
 
     def choose(name: str, *values: Any) -> list[Any]:
         nested = form.nested(values)
@@ -83,19 +83,19 @@ def wire(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
             preset = find_preset(name) if name else DEFAULTS
             config = preset.run_config(nested)
         except InputError as error:
-            return [problem.told(str(error), "preset"), *[gr.skip()] * (2 + len(values))]
+            return [problem_value(str(error), "preset"), *[gr.skip()] * (2 + len(values))]
         config.name = nested.get("name")
-        return [problem.told(), words(preset), gr.Button(visible=preset.user_saved), *form.fill(config)]
+        return [problem_value(), words(preset), gr.Button(visible=preset.user_saved), *form.fill(config)]
 
     def load(path: str) -> list[Any]:
         try:
             config = read(Path(path))
         except InputError as error:
-            return [problem.told(str(error), "preset-load"), *[gr.skip()] * len(form.inputs)]
-        return [problem.told(), *form.fill(config)]
+            return [problem_value(str(error), "preset-load"), *[gr.skip()] * len(form.inputs)]
+        return [problem_value(), *form.fill(config)]
 
     def written(*values: Any) -> str:
-        config = told(lambda: form.config(values))
+        config = run_or_warn(lambda: form.config(values))
         return config.to_yaml() if config else ""
 
     filled = [note, panel.summary, panel.delete, *form.inputs]
@@ -117,13 +117,13 @@ def wire_own(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
         try:
             preset = save_preset(name.strip(), form.config(values))
         except MoleError as error:
-            return [problem.told(str(error), "preset-name"), *[gr.skip()] * 4]
+            return [problem_value(str(error), "preset-name"), *[gr.skip()] * 4]
         chosen = gr.Dropdown(choices=choices(), value=preset.name)
-        return [problem.told(), chosen, words(preset), gr.Button(visible=True), gr.Row(visible=False)]
+        return [problem_value(), chosen, words(preset), gr.Button(visible=True), gr.Row(visible=False)]
 
     def delete(name: str) -> list[Any]:
         settings.forbid_on_space()
-        told(lambda: delete_preset(name))
+        run_or_warn(lambda: delete_preset(name))
         chosen = gr.Dropdown(choices=choices(), value=DEFAULTS.name)
         return [chosen, "The preset is deleted; the form is as it was.", gr.Button(visible=False)]
 

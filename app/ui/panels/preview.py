@@ -10,9 +10,10 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.ui import forms, problem
+from app.ui import forms
 from app.ui.wiring import on_change
 from app.views.preview import preview_view
+from app.views.problem import problem_value
 from mole.config import RunConfig
 from mole.core.errors import MoleError
 from mole.data import RejectedRow
@@ -42,9 +43,9 @@ def wire(panel: PreviewPanel, form: forms.RunForm, note: gr.HTML) -> None:
         try:
             config = form.config(values)
             settings.check_public(config)
-            return [problem.told(), packed(preview(config, ROWS), config)]
+            return [problem_value(), packed(preview(config, ROWS), config)]
         except MoleError as error:
-            return [form.told(values, error, reveal=True), refused(getattr(error, "rejected", []))]
+            return [form.problem_of(values, error, reveal=True), refused(getattr(error, "rejected", []))]
 
     panel.button.click(
         look,

@@ -10,8 +10,8 @@ import gradio as gr
 from app import settings
 from app.services.listing import LISTING
 from app.services.run_control import move_in_queue, stop_training
-from app.ui.panels.live import ALIVE, Live, show, told
-from app.ui.wiring import QUIET
+from app.ui.panels.live import ALIVE, Live, show
+from app.ui.wiring import QUIET, run_or_warn
 from app.views.queue import queue_view
 from mole import runs
 from mole.core.errors import RunError
@@ -105,6 +105,6 @@ def press(event: gr.EventData) -> None:
     """Move a run up or down, or take it out."""
     name, action = str(event._data["name"]), str(event._data["action"])
     if action == "cancel":
-        told(lambda: stop_training(name))
+        run_or_warn(lambda: stop_training(name))
     else:
-        told(lambda: move_in_queue(name, -1 if action == "up" else 1))
+        run_or_warn(lambda: move_in_queue(name, -1 if action == "up" else 1))

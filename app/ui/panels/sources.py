@@ -11,9 +11,8 @@ import gradio as gr
 
 from app import settings
 from app.ui import forms
-from app.ui.line import line, told
-from app.ui.panels import live
-from app.ui.wiring import QUIET, on_change
+from app.ui.wiring import QUIET, on_change, run_or_warn
+from app.views.status_line import status_line, status_value
 from mole.config import coerce
 from mole.core.errors import InputError, MoleError
 from mole.core.paths import local_path
@@ -47,7 +46,7 @@ def build(form: forms.RunForm) -> None:
 def build_model(form: forms.RunForm) -> None:
     """The model with its suggestions, and under it what is known of the chosen one."""
     name = form.add("model", "name", choices=suggestions(), allow_custom_value=True)
-    about = line(elem_id="model-about")
+    about = status_line(elem_id="model-about")
     gr.on(fn=lambda: gr.Dropdown(choices=suggestions()), outputs=name, queue=False, **QUIET)  # what is here may change
     gr.on(fn=about_model, inputs=name, outputs=about, queue=False, **QUIET)
 
@@ -65,9 +64,9 @@ def suggestions() -> list[tuple[str, str]]:
 def about_model(name: str | None) -> dict[str, str]:
     """What is known of a model on this machine; the hub is not asked."""
     try:
-        return told(catalog.about(name or "")[0])
+        return status_value(catalog.about(name or "")[0])
     except MoleError as error:
-        return told(str(error), tone="bad")
+        return status_value(str(error), tone="bad")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def build_data(form: forms.RunForm) -> None:
     upload = gr.UploadButton("Upload a file", size="sm", file_types=DATA_TYPES, elem_id="upload")
 
     def keep(uploaded: str) -> Any:
-        kept = live.told(lambda: settings.keep_upload(uploaded))
+        kept = run_or_warn(lambda: settings.keep_upload(uploaded))
         if kept is None:
             return gr.skip()
         return gr.Dropdown(choices=[*samples, (kept.name, str(kept))], value=str(kept))
@@ -115,7 +114,9 @@ def build_data(form: forms.RunForm) -> None:
 
 def build_columns(form: forms.RunForm, path: Any, found: DetectedColumns) -> Mapping:
     """What a file's columns are read as, and folded away how to change it."""
-    about = line(elem_id="data-about", value=told(describe_columns(found)) if found.columns else told())
+    about = status_line(
+        elem_id="data-about", value=status_value(describe_columns(found)) if found.columns else status_value()
+    )
     with gr.Accordion("Columns", open=False, elem_classes="accordion-card", elem_id="data-columns") as card:
         shape = gr.Dropdown(choices=list(SHAPES), value=found.shape, label="Read as", elem_id="columns-shape")
         with gr.Row():
@@ -156,14 +157,14 @@ def shown(path: str | None, text: str | None, shape: str | None) -> list[Any]:
     """For `outputs`: the file's columns, and what they are read as."""
     if not path or not is_here(path):
         words = f"{path} is no file here: the hub is asked for it when the run starts." if path else ""
-        return [told(words), gr.skip(), gr.Dropdown(list(SHAPES), value=None), *updates(NOTHING)]
+        return [status_value(words), gr.skip(), gr.Dropdown(list(SHAPES), value=None), *updates(NOTHING)]
     try:
         found = look(path, mapping_of(text), shape)
     except InputError as error:
-        return [told(str(error), tone="bad"), gr.skip(), gr.skip(), *[gr.skip()] * SLOTS]
+        return [status_value(str(error), tone="bad"), gr.skip(), gr.skip(), *[gr.skip()] * SLOTS]
     asks = found.shape is None or any(column is None for name, column in found.fields.items() if name != "input")
     card = gr.Accordion(open=True) if asks else gr.skip()
-    return [told(describe_columns(found)), card, gr.Dropdown(list(SHAPES), value=found.shape), *updates(found)]
+    return [status_value(describe_columns(found)), card, gr.Dropdown(list(SHAPES), value=found.shape), *updates(found)]
 
 
 def slots_of(found: DetectedColumns) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from app.services.run_control import delete_for_good
 from app.ui.panels import evaluation, live
 from app.ui.panels.evaluation import EvaluationPanel
 from app.ui.panels.live import Live
-from app.ui.wiring import QUIET
-from app.views.run import run_list
+from app.ui.wiring import QUIET, toast_text
+from app.views.run_list import run_list
 from mole import runs
 from mole.core import checkpoint
 from mole.core.errors import MoleError, RunError
@@ -279,7 +279,7 @@ def delete_run(name: str) -> tuple[str, Any]:
     try:
         delete_for_good(name)
     except MoleError as error:
-        gr.Warning(live.harmless(str(error)), title="Not deleted")
+        gr.Warning(toast_text(str(error)), title="Not deleted")
         return name, gr.Row(visible=False)
     return "", gr.Row(visible=False)
 
@@ -291,4 +291,4 @@ def export_run(name: str) -> str:
     try:
         return str(runs.export(runs.get(name), folder / f"{name}.zip"))
     except MoleError as error:
-        raise gr.Error(live.harmless(str(error)), title="Not exported", print_exception=False) from None
+        raise gr.Error(toast_text(str(error)), title="Not exported", print_exception=False) from None

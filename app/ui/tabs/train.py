@@ -10,12 +10,13 @@ import gradio as gr
 
 from app import settings
 from app.services.run_control import start_new_run
-from app.ui import forms, problem
+from app.ui import forms
 from app.ui.panels import grid, live, preflight, presets, preview, queue, sources
 from app.ui.panels.live import Live
 from app.ui.panels.preflight import Preflight
 from app.ui.panels.queue import Queue
 from app.ui.wiring import QUIET, on_change
+from app.views.problem import problem_value, problem_view
 from mole import runs
 from mole.config import ROUTERS, AdapterConfig
 from mole.core.errors import InputError, MoleError
@@ -121,7 +122,7 @@ def build_start(form: forms.RunForm, locked: bool) -> Start:
         with gr.Row(elem_classes="start-row"):
             form.add_name()
             button = gr.Button("Start training", variant="primary", interactive=not locked, elem_id="start")
-        note = problem.problem(elem_id="problem")
+        note = problem_view(elem_id="problem")
         status = gr.Markdown(elem_classes="quiet", elem_id="start-status")
         with gr.Accordion("The same on the command line", open=False, elem_classes="accordion-card"):
             command = gr.Textbox(
@@ -194,16 +195,16 @@ def wire_start(form: forms.RunForm, start: Start, view: Live, waiting: Queue) ->
 
     def check(*values: Any) -> list[Any]:
         try:
-            return [problem.told(), forms.command(form.config(values))]
+            return [problem_value(), forms.command(form.config(values))]
         except InputError as error:
-            return [form.told(values, error), gr.skip()]
+            return [form.problem_of(values, error), gr.skip()]
 
     def begin(*values: Any) -> list[Any]:
         try:
             run = start_new_run(lambda: form.config(values))
-            return [problem.told(), began([run]), run.name]
+            return [problem_value(), began([run]), run.name]
         except MoleError as error:
-            return [form.told(values, error, reveal=True), "", gr.skip()]
+            return [form.problem_of(values, error, reveal=True), "", gr.skip()]
 
     on_change(form.inputs, check, form.inputs, [start.note, start.command], queue=False)
     started = start.button.click(

@@ -8,21 +8,20 @@ from typing import Any
 
 import gradio as gr
 
-from app.views.component import component
+from app.views.component import view
 from mole.analysis import tables
 from mole.analysis.compare import ComparedRun, Comparison, SeedGroup, mean_curve
 from mole.analysis.run_metrics import LossCurve, LossPoint
 from mole.analysis.tables import Table
 from mole.core.errors import InputError
 
-HERE = Path(__file__).parent
 POINTS = 600
 """LossCurve of a curve that are sent and drawn; a screen has few more pixels for it."""
 
 
-def compare_view(**given: Any) -> gr.HTML:
+def compare_view(**options: Any) -> gr.HTML:
     """The component; its value is what `shown` gives."""
-    return component(HERE, "compare", "plot", "compare", **given)
+    return view(Path(__file__).parent, "compare", "plot", "compare", canvas=True, **options)
 
 
 def shown(comparison: Comparison) -> dict[str, Any]:

@@ -1,15 +1,8 @@
-// Runs side by side. Value: what `app.compare_view.shown` gives, or {names} alone when there is nothing to compare.
+// Runs side by side. Value: what `app.views.compare.comparison_value` returns, or {names} alone with nothing to compare.
 // A cell is a run, or the runs of a group that differ in their seed: they share colour, dashes and dots.
-const $ = (selector) => element.querySelector(selector);
 const AXES = { step: 0, time: 1, tokens: 2 }; // the place of each in a point [step, seconds, tokens, loss]
 const view = { data: null, across: "step", scale: null, hidden: new Set(), mark: null, cell: null, dark: isDark(), named: false };
 const repaint = painter(element, paint);
-
-function make(tag, values = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), values);
-  node.append(...children);
-  return node;
-}
 
 function receive(value) {
   if (!value) return;
@@ -257,7 +250,7 @@ function paint() {
   paintRoutings();
 }
 
-// Hands -----------------------------------------------------------------------------------------------------
+// Pointer and keys -----------------------------------------------------------------------------------------------------
 
 for (const name of ["across", "scale"]) {
   $(`[data-of="${name}"]`).addEventListener("click", (event) => {
@@ -301,7 +294,7 @@ $(".copy").addEventListener("click", async () => {
     document.execCommand("copy");
     area.remove();
   }
-  told($(".copy"), "Copied");
+  confirm($(".copy"), "Copied");
 });
 
 $(".save").addEventListener("click", () => {
@@ -317,10 +310,10 @@ $(".save").addEventListener("click", () => {
   const file = URL.createObjectURL(new Blob([rows.map((row) => row.map(quoted).join(",")).join("\n") + "\n"], { type: "text/csv" }));
   make("a", { href: file, download: "curves.csv" }).click();
   URL.revokeObjectURL(file);
-  told($(".save"), "Saved");
+  confirm($(".save"), "Saved");
 });
 
-function told(button, text) {
+function confirm(button, text) {
   const before = button.dataset.text || (button.dataset.text = button.textContent);
   button.textContent = text;
   setTimeout(() => { button.textContent = before; }, 1600);

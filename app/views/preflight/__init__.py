@@ -1,4 +1,4 @@
-"""What a run takes and whether it fits: a custom `gr.HTML` component with a constant template."""
+"""Memory, time and parameters of a run before it starts, and ways to reduce memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Any
 
 import gradio as gr
 
-from app.views.component import component
-
-HERE = Path(__file__).parent
+from app.views.component import view
 
 
-def preflight_view(**given: Any) -> gr.HTML:
-    """The estimate, the measurement and the suggestions; its value is what `app.ui.panels.preflight.value_of` gives.
+def preflight_view(**options: Any) -> gr.HTML:
+    """The component; its value is `{"estimate", "measurement", "state"}`, each as the preflight job writes it, or None.
 
-    Its event `select` carries `{"at"}`: the index of the suggestion that was clicked.
+    Its event `select` carries `{"at"}`: the suggestion that was clicked, counted from 0.
     """
-    return component(HERE, "preflight", kit=False, **given)
+    return view(Path(__file__).parent, "preflight", **options)

@@ -1,29 +1,10 @@
 // What a run takes. Value: {estimate, measurement, state}, each null or as `mole.preflight.job` writes it.
-const $ = (selector) => element.querySelector(selector);
 const COLOURS = { "base model": "#0072b2", "experts and optimizer": "#e69f00", activations: "#009e73", logits: "#cc79a7", libraries: "#8a8a8a" };
 const FITS = { yes: "Fits", tight: "Borderline", no: "Does not fit", unknown: "Unknown" };
 const FINAL = ["done", "busy", "cancelled", "no_memory", "failed"];
 
-function make(tag, text = "", className = "") {
-  const made = document.createElement(tag);
-  made.textContent = text;
-  if (className) made.className = className;
-  return made;
-}
-
-function bytes(size) {
-  if (size >= 1e9) return `${(size / 1e9).toFixed(1)} GB`;
-  return size >= 1e6 ? `${Math.round(size / 1e6)} MB` : `${Math.round(size / 1e3)} kB`;
-}
-
 function count(value) {
-  return value >= 1e9 ? `${(value / 1e9).toFixed(2)} B` : value >= 1e6 ? `${(value / 1e6).toFixed(1)} M` : value.toLocaleString("en");
-}
-
-function duration(s) {
-  if (s < 10) return `${s.toPrecision(2)} s`;
-  if (s < 100) return `${Math.round(s)} s`;
-  return s < 5400 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`;
+  return value >= 1e9 ? `${(value / 1e9).toFixed(2)} B` : value >= 1e6 ? `${(value / 1e6).toFixed(1)} M` : grouped(value);
 }
 
 function receive(value) {
@@ -63,18 +44,18 @@ function draw(estimate, measurement, state) {
   bar(estimate);
   const share = (100 * estimate.trainable_parameters) / estimate.total_parameters;
   tiles($(".result > .tiles"), [
-    ["Trainable parameters", estimate.trainable_parameters.toLocaleString("en"), `${share.toPrecision(3)} % of ${count(estimate.total_parameters)}`],
-    ["Optimizer steps", estimate.total_steps.toLocaleString("en"), passes(estimate.epochs, estimate.rows)],
-    ["Time, roughly", estimate.seconds ? duration(estimate.seconds) : "–", estimate.seconds ? `${duration(estimate.seconds_per_step)} a step` : "measure to know"],
+    ["Trainable parameters", grouped(estimate.trainable_parameters), `${share.toPrecision(3)} % of ${count(estimate.total_parameters)}`],
+    ["Optimizer steps", grouped(estimate.total_steps), passes(estimate.epochs, estimate.rows)],
+    ["Time, roughly", estimate.seconds ? durationText(estimate.seconds) : "–", estimate.seconds ? `${durationText(estimate.seconds_per_step)} a step` : "measure to know"],
     ["Longest row", `${estimate.longest} tokens`, `mean ${Math.round(estimate.typical)}`],
   ]);
   suggest(estimate.suggestions ?? [], fits); // an estimate of an earlier version has none
-  $(".notes").replaceChildren(...estimate.notes.map((note) => make("li", note)));
+  $(".notes").replaceChildren(...estimate.notes.map((note) => make("li", {}, note)));
 }
 
 function passes(epochs, rows) {
   const number = Number(epochs.toPrecision(2));
-  return `${number} ${number === 1 ? "pass" : "passes"} over ${rows.toLocaleString("en")} rows`;
+  return `${number} ${number === 1 ? "pass" : "passes"} over ${grouped(rows)} rows`;
 }
 
 function verdictOf(measurement, estimate) {
@@ -84,8 +65,8 @@ function verdictOf(measurement, estimate) {
 
 function sentence(fits, estimate, measurement) {
   const where = `on ${estimate.device} in ${estimate.dtype}`;
-  const free = estimate.available ? ` of ${bytes(estimate.available)} free` : "";
-  const peak = measurement ? `Measured: ${bytes(measurement.peak)}${free} ${where}.` : estimate.peak ? `About ${bytes(estimate.peak)}${free} ${where}; an estimate.` : "";
+  const free = estimate.available ? ` of ${bytesText(estimate.available)} free` : "";
+  const peak = measurement ? `Measured: ${bytesText(measurement.peak)}${free} ${where}.` : estimate.peak ? `About ${bytesText(estimate.peak)}${free} ${where}; an estimate.` : "";
   const more = { no: " You can still start the run; most likely it runs out of memory.", tight: " Measure it to be sure." };
   return peak + (measurement && fits === "tight" ? "" : more[fits] || "");
 }
@@ -96,37 +77,35 @@ function bar(estimate) {
   const whole = Math.max(estimate.peak, estimate.available || 0);
   $(".stack").replaceChildren(
     ...parts.map(([name, size]) => {
-      const piece = make("i");
+      const piece = make("i", { title: `${name}: ${bytesText(size)}` });
       piece.style.width = `${(100 * size) / whole}%`;
       piece.style.background = COLOURS[name];
-      piece.title = `${name}: ${bytes(size)}`;
       return piece;
     }),
   );
-  const items = parts.map(([name, size]) => legend(name, bytes(size), (mark) => (mark.style.background = COLOURS[name])));
+  const items = parts.map(([name, size]) => legend(name, bytesText(size), (mark) => (mark.style.background = COLOURS[name])));
   if (estimate.available) {
     const limit = make("b"), short = estimate.peak > estimate.available;
     limit.style.left = `${(100 * estimate.available) / whole}%`;
     if (short) $(".stack").append(limit);
-    items.push(legend(short ? "free now (line)" : "free now (bar)", bytes(estimate.available), (mark) => (mark.className = short ? "line" : "whole")));
+    items.push(legend(short ? "free now (line)" : "free now (bar)", bytesText(estimate.available), (mark) => (mark.className = short ? "line" : "whole")));
   }
   $(".parts").replaceChildren(...items);
-  $(".stack").setAttribute("aria-label", `Estimated memory: ${parts.map(([name, size]) => `${name} ${bytes(size)}`).join(", ")}.`);
+  $(".stack").setAttribute("aria-label", `Estimated memory: ${parts.map(([name, size]) => `${name} ${bytesText(size)}`).join(", ")}.`);
 }
 
 function legend(name, size, paint) {
   const item = make("li"), mark = make("i");
   paint(mark);
-  item.append(mark, make("span", name), make("span", size));
+  item.append(mark, make("span", {}, name), make("span", {}, size));
   return item;
 }
 
 function tiles(list, rows) {
   list.replaceChildren(
     ...rows.map(([name, value, more]) => {
-      const tile = make("div");
-      tile.append(make("dt", name), make("dd", value));
-      if (more) tile.append(make("small", more));
+      const tile = make("div", {}, make("dt", {}, name), make("dd", {}, value));
+      if (more) tile.append(make("small", {}, more));
       return tile;
     }),
   );
@@ -136,10 +115,10 @@ function measured(values) {
   $(".measured").hidden = !values;
   if (!values) return;
   tiles($(".measured .tiles"), [
-    ["Peak memory", bytes(values.peak), `${values.device}, ${values.dtype}`],
-    ["Step, longest rows", duration(values.longest_seconds), `${values.longest} tokens a row`],
-    ["Step, random rows", duration(values.typical_seconds), `${Math.round(values.tokens_per_second).toLocaleString("en")} tokens/s`],
-    ["The whole run", duration(values.seconds), `${values.total_steps.toLocaleString("en")} steps`],
+    ["Peak memory", bytesText(values.peak), `${values.device}, ${values.dtype}`],
+    ["Step, longest rows", durationText(values.longest_seconds), `${values.longest} tokens a row`],
+    ["Step, random rows", durationText(values.typical_seconds), `${grouped(Math.round(values.tokens_per_second))} tokens/s`],
+    ["The whole run", durationText(values.seconds), `${grouped(values.total_steps)} steps`],
   ]);
 }
 
@@ -147,13 +126,12 @@ function suggest(suggestions, fits) {
   $(".suggestions").hidden = !suggestions.length || fits === "yes";
   $(".suggestions ul").replaceChildren(
     ...suggestions.map((change, at) => {
-      const item = make("li"), button = make("button"), chip = make("b", FITS[change.fits], "chip");
-      button.type = "button";
+      const chip = make("b", { className: "chip" }, FITS[change.fits]);
       chip.dataset.fits = change.fits;
-      button.append(make("span", change.label, "label"), make("span", bytes(change.peak), "size"), chip, make("span", change.effect, "effect"));
+      const part = (className, text) => make("span", { className }, text);
+      const button = make("button", { type: "button" }, part("label", change.label), part("size", bytesText(change.peak)), chip, part("effect", change.effect));
       button.addEventListener("click", () => trigger("select", { at }));
-      item.append(button);
-      return item;
+      return make("li", {}, button);
     }),
   );
 }

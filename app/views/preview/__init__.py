@@ -1,4 +1,4 @@
-"""Rows of data as the tokens a model is trained on: a custom `gr.HTML` with a constant template."""
+"""Rows of data as the tokens that the model is trained on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from app.views.component import component
-
-HERE = Path(__file__).parent
+from app.views.component import view
 
 
-def preview_view(**given: Any) -> gr.HTML:
+def preview_view(**options: Any) -> gr.HTML:
     """The component; its value is `app.ui.panels.preview.packed` or `refused`, or `{"stale": true}` after a change."""
-    return component(HERE, "preview", **given)
+    return view(Path(__file__).parent, "preview", canvas=True, **options)

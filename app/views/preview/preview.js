@@ -1,7 +1,6 @@
 // What the model sees of its data. Value: the counts, the lengths, the rejected rows, and some rows as tokens:
 // {number, texts: [str], ids: [int], flags: "0…3" (1: learnt, 2: special), dropped, cut, held_out}.
-const $ = (selector) => element.querySelector(selector);
-const FIRST = 200; // of a long row its beginning and its end are drawn, the middle when asked for
+const FIRST = 200; // of a long row only the beginning and the end are drawn, the middle on request
 const LAST = 500;
 const view = { data: null, at: 0 };
 const repaint = painter(element, paint);
@@ -24,24 +23,14 @@ function receive(value) {
   repaint();
 }
 
-function made(tag, text = "", className = "") {
-  const item = document.createElement(tag);
-  item.textContent = text;
-  if (className) item.className = className;
-  return item;
-}
-
-const counted = (count) => count.toLocaleString("en");
-const plural = (count, word) => `${counted(count)} ${word}${count === 1 ? "" : "s"}`;
-
 function write() {
   const { data } = view;
   const share = Math.round((100 * data.learnt_tokens) / Math.max(data.tokens, 1));
   $(".about").textContent = `${data.complete ? "" : `The first ${plural(data.looked_at, "row")} of a larger file. `}${data.source} as ${data.shape}, tokenised for ${data.model}: ${plural(data.tokens, "token")} to read, ${share} % of them learnt.`;
   const tiles = { used: data.used, held: data.held_out, truncated: data.truncated, rejected: data.rejected };
-  for (const [name, count] of Object.entries(tiles)) $(`[data-tile="${name}"]`).textContent = counted(count);
+  for (const [name, count] of Object.entries(tiles)) $(`[data-tile="${name}"]`).textContent = grouped(count);
   for (const kind of ["truncated", "rejected"]) $(`[data-kind="${kind}"]`).classList.toggle("warn", data[kind] > 0);
-  $(".notices").replaceChildren(...data.notices.map((text) => made("li", text)));
+  $(".notices").replaceChildren(...data.notices.map((text) => make("li", {}, text)));
 }
 
 function writeRefused() {
@@ -49,11 +38,7 @@ function writeRefused() {
   $(".refused").hidden = !data.rejected;
   $(".refused-title").textContent = data.rejected > data.rejections.length ? `The first ${data.rejections.length} of ${plural(data.rejected, "rejected row")}` : plural(data.rejected, "rejected row");
   $("tbody").replaceChildren(...data.rejections.map(({ row, reason }) => {
-    const line = made("tr");
-    const head = made("th", counted(row));
-    head.scope = "row";
-    line.append(head, made("td", reason));
-    return line;
+    return make("tr", {}, make("th", { scope: "row" }, grouped(row)), make("td", {}, reason));
   }));
 }
 
@@ -62,7 +47,7 @@ function turn(step) {
   view.at = Math.max(0, Math.min(data.rows.length - 1, view.at + step));
   const row = data.rows[view.at];
   const learnt = [...row.flags].filter((flag) => flag & 1).length;
-  $(".which").textContent = `Row ${counted(row.number)}${row.held_out ? ", held out" : ""} · ${plural(row.texts.length, "token")}, ${counted(learnt)} learnt · ${view.at + 1} of ${data.rows.length} shown`;
+  $(".which").textContent = `Row ${grouped(row.number)}${row.held_out ? ", held out" : ""} · ${plural(row.texts.length, "token")}, ${grouped(learnt)} learnt · ${view.at + 1} of ${data.rows.length} shown`;
   $(".previous").disabled = view.at === 0;
   $(".next").disabled = view.at === data.rows.length - 1;
   $(".tokens").scrollTop = 0;
@@ -74,14 +59,13 @@ function drawRow(row, whole) {
   const count = row.texts.length;
   const chips = (from, to) => Array.from({ length: to - from }, (_, i) => chip(row, from + i));
   const items = whole ? chips(0, count) : [...chips(0, FIRST), more(row, count - FIRST - LAST), ...chips(count - LAST, count)];
-  if (row.dropped) items.unshift(made("span", `… ${plural(row.dropped, "token")} of the prompt cut off`, "cut"));
-  if (row.cut) items.push(made("span", `… ${plural(row.cut, "token")} of the answer cut off`, "cut"));
+  if (row.dropped) items.unshift(make("span", { className: "cut" }, `… ${plural(row.dropped, "token")} of the prompt cut off`));
+  if (row.cut) items.push(make("span", { className: "cut" }, `… ${plural(row.cut, "token")} of the answer cut off`));
   $(".tokens").replaceChildren(...items);
 }
 
 function more(row, hidden) {
-  const button = made("button", `… ${counted(hidden)} more tokens`, "more");
-  button.type = "button";
+  const button = make("button", { type: "button", className: "more" }, `… ${grouped(hidden)} more tokens`);
   button.tabIndex = -1; // what it shows is in the spoken text
   button.addEventListener("click", () => drawRow(row, true));
   return button;
@@ -89,17 +73,15 @@ function more(row, hidden) {
 
 function chip(row, index) {
   const flag = Number(row.flags[index]);
-  const item = made("span", "", `chip${flag & 1 ? " learnt" : ""}${flag & 2 ? " special" : ""}`);
-  item.title = `Token ${row.ids[index]}`;
-  item.append(...visible(row.texts[index]));
-  return item;
+  const className = `chip${flag & 1 ? " learnt" : ""}${flag & 2 ? " special" : ""}`;
+  return make("span", { className, title: `Token ${row.ids[index]}` }, ...visible(row.texts[index]));
 }
 
 // White space made visible: ␣ for a blank, ⏎ for the end of a line, ⇥ for a tab, ∅ for part of a character.
 function visible(text) {
-  if (!text) return [made("span", "∅", "mark")];
+  if (!text) return [make("span", { className: "mark" }, "∅")];
   const signs = { " ": "␣", "\n": "⏎\n", "\t": "⇥", "\r": "␍" };
-  return text.split(/([ \n\t\r])/).filter(Boolean).map((part) => (signs[part] ? made("span", signs[part], "mark") : document.createTextNode(part)));
+  return text.split(/([ \n\t\r])/).filter(Boolean).map((part) => (signs[part] ? make("span", { className: "mark" }, signs[part]) : part));
 }
 
 function spoken(row) {
@@ -116,7 +98,7 @@ function spoken(row) {
 function paint() {
   if (!view.data || !view.data.rows.length) return;
   const { lengths, max_length: limit } = view.data;
-  const text = `longest ${counted(lengths.longest)}, max_length ${counted(limit)}`;
+  const text = `longest ${grouped(lengths.longest)}, max_length ${grouped(limit)}`;
   $(".lengths-text").textContent = text;
   $(".lengths").setAttribute("aria-label", `Histogram of the rows' lengths in tokens: ${text}, ${plural(view.data.truncated, "row")} truncated.`);
   drawLengths($(".lengths"), lengths, limit);
@@ -143,10 +125,10 @@ function drawLengths(canvas, { width: step, counts, open }, limit) {
   context.fillRect(plot.left, plot.bottom, plot.right - plot.left, 1);
   context.textBaseline = "middle";
   context.textAlign = "right";
-  for (const v of ticks(0, most, 2)) if (v && Number.isInteger(v)) context.fillText(counted(v), plot.left - 7, toY(v));
+  for (const v of ticks(0, most, 2)) if (v && Number.isInteger(v)) context.fillText(grouped(v), plot.left - 7, toY(v));
   context.textAlign = "center";
   for (const v of ticks(0, last, Math.max(2, Math.floor(width / 80)))) {
-    if (Number.isInteger(v)) context.fillText(counted(v), Math.min(toX(v), plot.right - 12), height - 8);
+    if (Number.isInteger(v)) context.fillText(grouped(v), Math.min(toX(v), plot.right - 12), height - 8);
   }
   context.textAlign = "right";
   if (open) context.fillText("and longer", plot.right, toY(counts[counts.length - 1]) - 8);
@@ -154,7 +136,7 @@ function drawLengths(canvas, { width: step, counts, open }, limit) {
   const x = far ? plot.right : toX(limit);
   if (!far) context.fillRect(x - 0.75, plot.top - 8, 1.5, plot.bottom - plot.top + 8);
   context.textAlign = far || x > width / 2 ? "right" : "left";
-  context.fillText(far ? `max_length ${counted(limit)} →` : "max_length", x + (far ? 0 : x > width / 2 ? -6 : 6), plot.top - 6);
+  context.fillText(far ? `max_length ${grouped(limit)} →` : "max_length", x + (far ? 0 : x > width / 2 ? -6 : 6), plot.top - 6);
 }
 
 $(".previous").addEventListener("click", () => turn(-1));

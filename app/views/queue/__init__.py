@@ -1,4 +1,4 @@
-"""What trains and waits, with its buttons: a custom `gr.HTML` component with a constant template."""
+"""The queue: which runs train and wait, with buttons to reorder and cancel them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Any
 
 import gradio as gr
 
-from app.views.component import component
-
-HERE = Path(__file__).parent
+from app.views.component import view
 
 
-def queue_view(**given: Any) -> gr.HTML:
-    """The component.
+def queue_view(**options: Any) -> gr.HTML:
+    """The component; its value is `{"rows": [row], "locked": bool}`.
 
-    Its value is `{"rows": [row], "locked": bool}`; its events are `select` with `{"name"}` and `apply` with
-    `{"name", "action"}`, the action being `up`, `down` or `cancel`.
+    Its event `select` carries `{"name"}`; its event `apply` carries `{"name", "action"}`, the action being `up`, `down`
+    or `cancel`.
     """
-    return component(HERE, "queue", kit=False, **given)
+    return view(Path(__file__).parent, "queue", **options)

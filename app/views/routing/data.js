@@ -4,7 +4,6 @@
 // server until a layer is opened.
 const INVITATION = "Send a message: for every token of the reply, this shows which experts were at work, in which layer, and how sure the router was.";
 const CLOSER_KEPT = 64;
-const $ = (selector) => element.querySelector(selector);
 const all = (selector) => element.querySelectorAll(selector);
 const compact = $(".routing").classList.contains("compact");
 const uid = Math.random().toString(36).slice(2); // several views may show the same reply on one page

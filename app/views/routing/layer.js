@@ -38,26 +38,15 @@ function buildLayer(names, experts) {
   const built = `${view.open} ${names} ${experts}`;
   if (view.drawn === built) return;
   view.drawn = built;
-  const row = (...cells) => {
-    const made = document.createElement("tr");
-    made.append(...cells);
-    return made;
-  };
-  const heading = (text, scope) => {
-    const made = document.createElement("th");
-    made.scope = scope;
-    made.append(text);
-    return made;
-  };
+  const heading = (text, scope) => make("th", { scope }, text);
   const opener = (name) => {
-    const made = document.createElement("button");
-    Object.assign(made, { type: "button", textContent: name, title: `Show ${name} in every layer` });
-    made.dataset.projection = name;
-    return made;
+    const button = make("button", { type: "button", title: `Show ${name} in every layer` }, name);
+    button.dataset.projection = name;
+    return button;
   };
   const numbers = Array.from({ length: experts }, (_, e) => heading(String(e + 1), "col"));
-  $(".layer thead").replaceChildren(row(heading("Expert", "col"), ...numbers));
-  $(".layer tbody").replaceChildren(...names.map((name) => row(heading(opener(name), "row"), ...numbers.map(() => document.createElement("td")))));
+  $(".layer thead").replaceChildren(make("tr", {}, heading("Expert", "col"), ...numbers));
+  $(".layer tbody").replaceChildren(...names.map((name) => make("tr", {}, heading(opener(name), "row"), ...numbers.map(() => make("td")))));
   $(".layer table").classList.toggle("narrow", ($(".layer").clientWidth - 116) / experts < 32);
 }
 

@@ -1,9 +1,5 @@
 const repaint = painter(element, paint);
 
-function put(selector, text) {
-  if ($(selector).textContent !== text) $(selector).textContent = text;
-}
-
 function begin(meta) {
   const routed = meta.experts > 0;
   $(".strip").replaceChildren();
@@ -48,9 +44,8 @@ function addChips() {
 }
 
 function chip(index) {
-  const made = document.createElement("span");
-  made.textContent = view.tokens[index].replace(/\n/g, "⏎\n").replace(/\t/g, "⇥") || "∅";
-  made.id = `${uid}-${index}`;
+  const text = view.tokens[index].replace(/\n/g, "⏎\n").replace(/\t/g, "⇥") || "∅";
+  const made = make("span", { id: `${uid}-${index}` }, text);
   made.dataset.index = index;
   made.setAttribute("role", "option");
   made.setAttribute("aria-selected", "false");
@@ -180,11 +175,10 @@ function paintWords() {
 }
 
 function expertKey(_, expert) {
-  const [made, swatch, words, bar] = ["span", "i", "b", "em"].map((tag) => document.createElement(tag));
-  if (expert >= HUES.light.length) swatch.className = "again";
-  made.style.setProperty("--hue", css(hue(expert)));
-  made.append(swatch, words, bar);
-  return made;
+  const swatch = make("i", { className: expert >= HUES.light.length ? "again" : "" });
+  const key = make("span", {}, swatch, make("b"), make("em"));
+  key.style.setProperty("--hue", css(hue(expert)));
+  return key;
 }
 
 function paint() {

@@ -9,14 +9,8 @@ function showTables(on) {
 }
 
 function tableRow(values, kind = "td") {
-  const made = document.createElement("tr");
-  values.forEach((value, place) => {
-    const cell = document.createElement(place ? kind : "th");
-    cell.scope = kind === "th" ? "col" : place ? "" : "row";
-    cell.textContent = value;
-    made.append(cell);
-  });
-  return made;
+  const scope = (place) => (kind === "th" ? "col" : place ? "" : "row");
+  return make("tr", {}, ...values.map((value, place) => make(place ? kind : "th", { scope: scope(place) }, String(value))));
 }
 
 function paintTables(data) {

@@ -1,6 +1,5 @@
-// A run as it goes. Its value is a delta (`app.charts.delta`): `status`, the rows of the curves from a number on, and
-// what is new of the newest step. Whatever was missed is asked for whole.
-const $ = (selector) => element.querySelector(selector);
+// The live view of a run. Value: what `app.services.charts.delta` returns: `status`, the new rows of the curves, and what
+// changed in the newest step. After a lost update everything is fetched again.
 const NOTHING = { generation: 0, rows: [], columns: [], evals: [], marks: [], last: null, newest: null, alarms: [], watched: false };
 const view = { status: null, trouble: null, reading: null, mark: null, asking: false, ...NOTHING };
 const repaint = painter(element, paint);
@@ -55,23 +54,12 @@ function points(column) {
   return at < 0 ? [] : view.rows.map((row) => [row[0], row[at]]);
 }
 
-function duration(seconds) {
-  const s = Math.max(0, Math.round(seconds));
-  if (s < 60) return `${s} s`;
-  if (s < 3600) return `${Math.floor(s / 60)} min ${s % 60} s`;
-  return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
-}
-
 // The run in the address: a refresh, or another browser, shows the same one.
 function keepInAddress(name) {
   const url = new URL(window.location);
   if (element.offsetParent === null || url.searchParams.get("run") === name) return;
   url.searchParams.set("run", name);
   history.replaceState(null, "", url);
-}
-
-function put(selector, text) {
-  if ($(selector).textContent !== text) $(selector).textContent = text;
 }
 
 function gigabytes(megabytes) {
@@ -110,8 +98,8 @@ function progressText(status, last) {
   const steps = status.total_steps ? `Step ${status.step} of ${status.total_steps}` : status.step ? `Step ${status.step}` : "";
   const words = {
     queued: "Waiting for its turn on the device.",
-    running: last && status.step >= status.total_steps ? `${steps} · measuring the held-out loss and saving …` : last ? `${steps} · about ${duration(last.eta_s || 0)} left` : status.note || "Loading the model and the data …",
-    finished: `${steps} · done${status.seconds ? ` in ${duration(status.seconds)}` : ""}`,
+    running: last && status.step >= status.total_steps ? `${steps} · measuring the held-out loss and saving …` : last ? `${steps} · about ${clockText(last.eta_s || 0)} left` : status.note || "Loading the model and the data …",
+    finished: `${steps} · done${status.seconds ? ` in ${clockText(status.seconds)}` : ""}`,
   };
   return words[status.state] || steps;
 }

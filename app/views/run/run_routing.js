@@ -175,20 +175,15 @@ function writeAlarms() {
 }
 
 function alarmItem(alarm) {
-  const item = document.createElement("li");
+  const part = (tag, className, text) => make(tag, { className }, text);
+  const item = make("li", {},
+    part("span", "severity", SEVERITY[alarm.severity]),
+    part("b", "title", alarm.title),
+    part("span", "where", alarm.where),
+    part("p", "meaning", alarm.meaning),
+    part("p", "try", `Try: ${alarm.advice}`));
   item.dataset.severity = alarm.severity;
   item.dataset.kind = alarm.kind;
-  const say = (tag, className, text) => {
-    const made = document.createElement(tag);
-    made.className = className;
-    made.textContent = text;
-    item.append(made);
-  };
-  say("span", "severity", SEVERITY[alarm.severity]);
-  say("b", "title", alarm.title);
-  say("span", "where", alarm.where);
-  say("p", "meaning", alarm.meaning);
-  say("p", "try", `Try: ${alarm.advice}`);
   return item;
 }
 

@@ -1,4 +1,4 @@
-"""The component to steer a reply with: sliders with the trained value marked, and a chip for every expert."""
+"""Routing overrides: sliders with the trained value marked, and a chip for every expert."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from app.views.component import component
-
-HERE = Path(__file__).parent
+from app.views.component import view
 
 
-def steering_view(**given: Any) -> gr.HTML:
-    """The component; its value is what `app.services.steering_options` gives, and holds what the person chose."""
-    return component(HERE, "steering", **given)
+def steering_view(**options: Any) -> gr.HTML:
+    """The component; its value is what `app.services.steering_options` returns, with the person's choices in it."""
+    return view(Path(__file__).parent, "steering", canvas=True, **options)

@@ -1,23 +1,17 @@
-// What is changed for the next reply. Value: {fields: [{name, label, help, kind, min, max, step, trained, words}],
+// Routing overrides of the next reply. Value: {fields: [{name, label, help, kind, min, max, step, trained, words}],
 // experts, settings, muted, pinned}; the last three are what the person chose, experts counted from 0.
 const NEXT = { "": "muted", muted: "pinned", pinned: "" };
-const SAID = { "": "as trained", muted: "muted", pinned: "pinned" };
-const settings = element.querySelector(".settings");
-const chips = element.querySelector(".chips");
+const STATE_WORDS = { "": "as trained", muted: "muted", pinned: "pinned" };
+const settings = $(".settings");
+const chips = $(".chips");
 let value = null;
 let built = "";
 
-function make(tag, given = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), given);
-  made.append(...children);
-  return made;
-}
-
-function number(amount) {
+function rounded(amount) {
   return String(Math.round(amount * 1000) / 1000);
 }
 
-// The settings that differ from the trained ones travel; one put back to where it was is no change.
+// Only settings that differ from the trained ones are sent; one that is moved back is no change.
 function change(changes) {
   value = { ...value, ...changes };
   props.value = value;
@@ -31,7 +25,7 @@ function set(field, chosen) {
   change({ settings: kept });
 }
 
-function slider(field, place) {
+function slider(field) {
   const input = make("input", { type: "range", min: field.min, max: field.max, step: field.step });
   const id = `steer-${field.name}`;
   input.id = id;
@@ -41,7 +35,7 @@ function slider(field, place) {
   tick.style.left = `calc(8px + ${share} * (100% - 16px))`;
   tick.title = `Trained with ${field.words}`;
   input.addEventListener("input", () => {
-    // A step's rounding must not keep one from going back to exactly what was trained.
+    // The trained value may lie between two steps: near it, exactly that value is taken.
     const near = Math.abs(input.valueAsNumber - field.trained) <= field.step * 0.6;
     set(field, near ? field.trained : input.valueAsNumber);
   });
@@ -94,7 +88,7 @@ function show() {
     const now = changed ? value.settings[field.name] : field.trained;
     if (field.kind === "bool") input.checked = now;
     else input.value = now;
-    const words = field.kind === "bool" ? (now ? "on" : "off") : number(now);
+    const words = field.kind === "bool" ? (now ? "on" : "off") : rounded(now);
     box.classList.toggle("changed", changed);
     box.querySelector("output").textContent = changed ? `${words} (trained ${field.words})` : `${field.words}, as trained`;
   });
@@ -102,25 +96,25 @@ function show() {
     const state = stateOf(expert);
     made.dataset.state = state;
     made.querySelector("b").textContent = state;
-    made.setAttribute("aria-label", `Expert ${expert + 1}: ${SAID[state]}`);
+    made.setAttribute("aria-label", `Expert ${expert + 1}: ${STATE_WORDS[state]}`);
     made.title = made.getAttribute("aria-label");
   });
   const count = Object.keys(value.settings).length + value.muted.length + value.pinned.length;
   const left = value.experts - value.muted.length;
-  element.querySelector(".said").textContent = left === 0 && value.experts
+  $(".said").textContent = left === 0 && value.experts
     ? "All experts are muted: the base model answers alone."
     : count ? `${count} change${count > 1 ? "s" : ""} for the next reply.` : "";
-  element.querySelector(".reset").disabled = !count;
+  $(".reset").disabled = !count;
 }
 
 function receive(given) {
   value = given && given.fields ? { settings: {}, muted: [], pinned: [], ...given } : null;
-  element.querySelector(".steering").hidden = !value;
+  $(".steering").hidden = !value;
   if (!value) return;
   build();
   show();
 }
 
-element.querySelector(".reset").addEventListener("click", () => change({ settings: {}, muted: [], pinned: [] }));
+$(".reset").addEventListener("click", () => change({ settings: {}, muted: [], pinned: [] }));
 watch("value", () => { if (props.value !== value) receive(props.value); });
 receive(props.value);

@@ -1,4 +1,4 @@
-"""A short tour: a card that shows itself on the first visit, goes through the tabs, and stays away once closed."""
+"""A short tour: a card that appears on the first visit, leads through the tabs, and stays away once closed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from app.views.component import component
-
-HERE = Path(__file__).parent
+from app.views.component import view
 
 
-def tour(**given: Any) -> gr.HTML:
-    """The component; whether it was closed before is kept in the browser. `Tour` in the masthead opens it again."""
-    return component(HERE, "tour", kit=False, elem_id="tour", **given)
+def tour(**options: Any) -> gr.HTML:
+    """The component; whether it was closed is kept in the browser. `Tour` in the header opens it again."""
+    return view(Path(__file__).parent, "tour", elem_id="tour", **options)

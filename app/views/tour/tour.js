@@ -1,4 +1,4 @@
-// A card above the tabs, not a cover over them: whoever does not care for it just goes on.
+// A card above the tabs, not an overlay: the page stays usable while it is open.
 const KEY = "mole-studio-tour-seen";
 const STEPS = [
   { title: "Several small experts, and a router that picks among them for every token.",
@@ -10,13 +10,12 @@ const STEPS = [
   { tab: "Runs", mark: "#run-list", title: "Runs: what trains, what has trained",
     text: "Loss and routing as they go, stop and resume, evaluate, compare, and open any checkpoint in Chat.", next: "Done" },
 ];
-const card = element.querySelector(".tour");
-const $ = (selector) => element.querySelector(selector);
+const card = $(".tour");
 let at = 0;
 let ringed = null;
 
 function remember() {
-  try { localStorage.setItem(KEY, "1"); } catch { /* a browser that keeps nothing shows the tour again */ }
+  try { localStorage.setItem(KEY, "1"); } catch { /* without storage the tour is shown again */ }
 }
 
 function seen() {
@@ -36,9 +35,9 @@ function show(step) {
   $("p").textContent = text;
   $(".next").textContent = next || "Next";
   $(".close").textContent = at ? "Close" : "Not now";
-  $(".dots").replaceChildren(...STEPS.map((_, i) => Object.assign(document.createElement("i"), { className: i === at ? "on" : "" })));
+  $(".dots").replaceChildren(...STEPS.map((_, i) => make("i", { className: i === at ? "on" : "" })));
   if (tab) [...document.querySelectorAll("#tabs [role=tab]")].find((button) => button.textContent.trim() === tab)?.click();
-  setTimeout(() => ring(mark), 250); // once the tab is there
+  setTimeout(() => ring(mark), 250); // once the tab is rendered
   card.hidden = false;
 }
 

@@ -75,7 +75,7 @@ def test_an_error_finds_its_field(form: forms.RunForm, changed: dict[str, Any], 
     values = values_of(form, **changed)
     with pytest.raises(InputError) as wrong:
         form.config(values)
-    assert form.told(values, wrong.value)["field"] == field
+    assert form.problem_of(values, wrong.value)["field"] == field
 
 
 @pytest.mark.parametrize(

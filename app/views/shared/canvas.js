@@ -1,5 +1,4 @@
-// Shared by the studio's canvas components: colours, text, heatmaps and curves. Token text only ever goes through
-// textContent or canvas, never through innerHTML.
+// For views that draw: colours, sharp canvases, axes and curves.
 
 // Sequential, perceptually even and colour-blind-safe ("mako"): light pages run from pale to dark, dark ones back.
 const MAKO = ["#0b0405", "#2e1e3b", "#413d7b", "#37659e", "#348fa7", "#40b7ad", "#8bdab2", "#def5e5"].map(rgb);
@@ -91,26 +90,6 @@ function chipFill(expert, entropy, dark = isDark()) {
 
 function clamp(value) {
   return Math.max(0, Math.min(1, value));
-}
-
-function number(value, digits = 2) {
-  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-  const size = Math.abs(value);
-  if (size >= 1000) return Math.round(value).toLocaleString("en");
-  if (size !== 0 && size < 0.001) return value.toExponential(1).replace(".0e", "e");
-  return String(Number(value.toFixed(size < 0.1 ? Math.max(digits, 4) : digits)));
-}
-
-function signed(value, digits = 3) {
-  return `${value < 0 ? "−" : "+"}${number(Math.abs(value), digits)}`;
-}
-
-function fixed(value, digits = 2) {
-  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
-}
-
-function percent(value) {
-  return `${Math.round(value * 100)} %`;
 }
 
 const widths = new WeakMap();

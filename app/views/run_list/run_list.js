@@ -1,7 +1,6 @@
 // The list of runs. Value: {reset, rows, gone, now, chosen}: rows that are new or other, names of runs that are no more;
 // and `marked` where the page knows which are compared.
 // Events: `select` {name} opens a run; `input` {compare: [names]} tells which are marked for comparison.
-const $ = (selector) => element.querySelector(selector);
 const list = $(".rows");
 const runs = new Map(), items = new Map(), groups = new Map();
 const view = { words: [], state: "", sort: "created", chosen: "", marked: new Set(), ahead: 0, order: "" };
@@ -39,7 +38,7 @@ function fits(run) {
 }
 
 // Measured scores before held-out losses: the two cannot be compared.
-function worth(run) {
+function rank(run) {
   if (run.score) return 2 + run.score.value;
   return run.loss === null ? -1 : 1 / (1 + run.loss);
 }
@@ -47,7 +46,7 @@ function worth(run) {
 const ORDERS = {
   created: (a, b) => b.created - a.created || (a.name < b.name ? -1 : 1),
   name: (a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }),
-  metric: (a, b) => worth(b) - worth(a) || b.created - a.created,
+  metric: (a, b) => rank(b) - rank(a) || b.created - a.created,
 };
 
 function render() {
@@ -81,22 +80,12 @@ function arrange(shown) {
   if (focused && list.contains(focused)) focused.focus({ preventScroll: true });
 }
 
-function make(tag, className, ...children) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  made.append(...children);
-  return made;
-}
-
 function groupOf(name) {
   if (groups.has(name)) return groups.get(name);
-  const mark = make("input"), about = make("span", "about"), rows = make("ul");
-  mark.type = "checkbox";
-  mark.tabIndex = -1;
+  const mark = make("input", { type: "checkbox", tabIndex: -1 }), about = make("span", { className: "about" }), rows = make("ul");
   mark.setAttribute("aria-label", `Compare all runs of ${name}`);
-  const details = make("details", "", make("summary", "", mark, make("b", "", name), about), rows);
-  details.open = true;
-  const group = { item: make("li", "group", details), list: rows, about, mark, seen: [] };
+  const details = make("details", { open: true }, make("summary", {}, mark, make("b", {}, name), about), rows);
+  const group = { item: make("li", { className: "group" }, details), list: rows, about, mark, seen: [] };
   group.item.dataset.group = name;
   details.addEventListener("toggle", rove);
   mark.addEventListener("change", () => setMarked(group.seen.map((run) => run.name), mark.checked));
@@ -117,39 +106,34 @@ function writeGroup(name, group) {
 
 function itemOf(name) {
   if (items.has(name)) return items.get(name);
-  const mark = make("input"), open = make("button");
-  mark.type = "checkbox";
-  mark.tabIndex = -1;
+  const mark = make("input", { type: "checkbox", tabIndex: -1 }), part = (className) => make("span", { className });
   mark.setAttribute("aria-label", `Compare ${name}`);
   mark.addEventListener("change", () => setMarked([name], mark.checked));
-  open.type = "button";
+  const open = make("button", { type: "button", tabIndex: -1 }, make("b", { title: name }, name), part("metric"), part("about"), part("when"));
   open.dataset.run = name;
-  open.tabIndex = -1;
-  open.append(make("b", "", name), make("span", "metric"), make("span", "about"), make("span", "when"));
-  open.firstChild.title = name;
-  const item = make("li", "run", make("label", "mark", mark), open);
+  const item = make("li", { className: "run" }, make("label", { className: "mark" }, mark), open);
   items.set(name, item);
   return item;
 }
 
 function write(run) {
   const item = itemOf(run.name), at = (selector) => item.querySelector(selector);
-  const state = make("span", "state", run.state);
+  const state = make("span", { className: "state" }, run.state);
   state.dataset.state = run.state;
   at(".about").replaceChildren(state, ` · ${run.router} · ${short(run.model)}`);
   at(".about").title = `${run.router} · ${run.model}`;
   const [value, name] = metric(run);
-  at(".metric").replaceChildren(value, ...(name ? [make("small", "", ` ${name}`)] : []));
+  at(".metric").replaceChildren(value, ...(name ? [make("small", {}, ` ${name}`)] : []));
   writeWhen(run, item);
   const alive = run.state === "running" || run.state === "queued";
   if (!alive) at(".bar")?.remove();
-  else if (!at(".bar")) item.lastChild.append(make("span", "bar", make("i")));
+  else if (!at(".bar")) item.lastChild.append(make("span", { className: "bar" }, make("i")));
   if (alive) at(".bar i").style.width = `${run.total_steps ? (100 * run.step) / run.total_steps : 0}%`;
 }
 
 function writeWhen(run, item) {
   const steps = run.total_steps && run.state !== "finished" ? `${run.step} / ${run.total_steps} · ` : "";
-  const left = run.ends ? `${span(run.ends - now())} left` : age(run.created);
+  const left = run.ends ? `${remaining(run.ends - now())} left` : age(run.created);
   put(item.querySelector(".when"), steps + (run.state === "queued" ? "waiting" : left));
 }
 
@@ -166,7 +150,7 @@ function now() {
   return Date.now() / 1000 + view.ahead;
 }
 
-function span(seconds) {
+function remaining(seconds) {
   const s = Math.max(0, seconds);
   if (s < 60) return `${Math.ceil(s)} s`;
   return s < 3600 ? `${Math.ceil(s / 60)} min` : `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
@@ -180,10 +164,6 @@ function age(created) {
   return new Date(created * 1000).toLocaleDateString();
 }
 
-function put(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-
 // Filter, marks, choice ----------------------------------------------------------------------------------------
 
 function writeStates() {
@@ -194,9 +174,8 @@ function writeStates() {
   $(".states").dataset.key = key;
   const focused = $(".states").contains(document.activeElement);
   $(".states").replaceChildren(...chips.map(([state, count]) => {
-    const input = make("input");
-    Object.assign(input, { type: "radio", name: `${element.id}-state`, value: state, checked: state === view.state });
-    return make("label", "", input, state ? state[0].toUpperCase() + state.slice(1) : "All", make("span", "", String(count)));
+    const input = make("input", { type: "radio", name: `${element.id}-state`, value: state, checked: state === view.state });
+    return make("label", {}, input, state ? state[0].toUpperCase() + state.slice(1) : "All", make("span", {}, String(count)));
   }));
   if (focused) $(".states input:checked")?.focus();
 }

@@ -1,52 +1,44 @@
-// A run's evaluations, the newest first. Value: a list of `Evaluation.status()`; event `select` {number} cancels one.
-const body = element.querySelector("tbody");
-const NAMES = { accuracy: "accuracy", exact_match: "exact match" };
-
-function make(tag, className, ...children) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  made.append(...children);
-  return made;
-}
+// A run's evaluations, newest first. Value: a list of `Evaluation.status()`. Event: `select` {number} cancels one.
+const body = $("tbody");
+const SCORES = { accuracy: "accuracy", exact_match: "exact match" };
 
 function line(item) {
-  const data = make("td", "data", item.data ? item.data.split("/").pop() : "");
-  data.title = `${item.data}, sha256 ${item.sha256}`;
-  if (item.limit) data.append(make("small", "", `the first ${item.limit}`));
   const alive = item.state === "running" || item.state === "queued";
+  const data = make("td", { className: "data", title: `${item.data}, sha256 ${item.sha256}` }, item.data ? item.data.split("/").pop() : "");
+  if (item.limit) data.append(make("small", {}, `the first ${item.limit}`));
   const rows = item.rows || (alive && item.total ? `${item.done} / ${item.total}` : "");
-  const made = make("tr", "", data, make("td", "", item.checkpoint || ""), make("td", "", String(rows)), result(item, alive), make("td", "", when(item)));
-  made.dataset.state = item.state;
-  return made;
+  const row = make("tr", {}, data, make("td", {}, item.checkpoint || ""), make("td", {}, String(rows)), result(item, alive), make("td", {}, when(item)));
+  row.dataset.state = item.state;
+  return row;
 }
 
 function result(item, alive) {
-  const cell = make("td", "result");
-  if (alive) cell.append(...going(item));
-  else if (item.state === "failed") cell.append(make("span", "failed", item.error || "failed"));
+  const cell = make("td", { className: "result" });
+  if (alive) cell.append(...progress(item));
+  else if (item.state === "failed") cell.append(make("span", { className: "failed" }, item.error || "failed"));
   else if (item.state === "finished") cell.append(...metrics(item.metrics));
   else cell.append(item.state);
   return cell;
 }
 
-function going(item) {
-  const done = make("i"), bar = make("span", "bar", done), cancel = make("button", "", "Cancel");
+function progress(item) {
+  const done = make("i"), bar = make("span", { className: "bar" }, done), cancel = make("button", { type: "button" }, "Cancel");
   done.style.width = `${item.total ? (100 * item.done) / item.total : 0}%`;
   bar.setAttribute("role", "progressbar");
   bar.setAttribute("aria-label", "Rows evaluated");
   bar.setAttribute("aria-valuemax", item.total || 1);
   bar.setAttribute("aria-valuenow", item.done || 0);
-  cancel.type = "button";
   cancel.setAttribute("aria-label", `Cancel the evaluation on ${item.data}`);
   cancel.addEventListener("click", () => { cancel.disabled = true; trigger("select", { number: item.number }); });
   return [item.total ? "Evaluating" : item.note || "Starting …", bar, cancel];
 }
 
 function metrics(values) {
-  const scores = Object.entries(NAMES).filter(([key]) => key in values);
+  const scores = Object.entries(SCORES).filter(([key]) => key in values);
   const perplexity = `perplexity ${number(values.perplexity, 3)}`;
-  if (!scores.length) return [make("b", "", perplexity)];
-  return [...scores.map(([key, name]) => make("span", "", make("b", "", `${(100 * values[key]).toFixed(1)} %`), ` ${name}`)), make("small", "", perplexity)];
+  if (!scores.length) return [make("b", {}, perplexity)];
+  const score = ([key, name]) => make("span", {}, make("b", {}, `${(100 * values[key]).toFixed(1)} %`), ` ${name}`);
+  return [...scores.map(score), make("small", {}, perplexity)];
 }
 
 function when(item) {
@@ -59,7 +51,7 @@ function receive(value) {
   const items = value || [];
   const focused = body.contains(document.activeElement);
   body.replaceChildren(...items.map(line));
-  element.querySelector("table").hidden = items.length === 0;
+  $("table").hidden = items.length === 0;
   if (focused) body.querySelector("button")?.focus();
 }
 
