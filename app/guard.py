@@ -34,7 +34,7 @@ POLICY = (
     "object-src 'none'; base-uri 'self'; form-action 'self'{frame}"
 )
 """The page loads nothing from elsewhere, whatever a model writes into it: an address can carry a secret away."""
-UPLOADS = "/gradio_api/upload"
+UPLOAD_PATH = "/gradio_api/upload"
 
 
 @dataclass
@@ -106,14 +106,14 @@ class Guard:
         try:
             await self.app(scope, bounded(receive, most), answer)
         except Exception as error:
-            report(error, scope["path"])
+            log_error(error, scope["path"])
             if not begun:
                 await PlainTextResponse("The studio cannot do anything with this request.", 500)(scope, receive, answer)
 
 
 def largest(path: str) -> int:
     """The most bytes a request to this path may have."""
-    return limits.UPLOAD_BYTES + (1 << 20) if path.rstrip("/").endswith(UPLOADS) else limits.REQUEST_BYTES
+    return limits.UPLOAD_BYTES + (1 << 20) if path.rstrip("/").endswith(UPLOAD_PATH) else limits.REQUEST_BYTES
 
 
 def int_of(text: str | None) -> int:
@@ -136,7 +136,7 @@ def bounded(receive: Any, most: int) -> Any:
     return part
 
 
-def report(error: BaseException, where: str) -> None:
+def log_error(error: BaseException, where: str) -> None:
     """Tell the studio's log in one line what went wrong; with `--debug` where."""
     text = short_message(str(error), 300)
     print(f"mole studio: {where[:80]!r}: {type(error).__name__}: {text}", file=sys.stderr, flush=True)

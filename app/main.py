@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from app import settings
 from app.guard import Doors, Guard, Login, hostname
-from app.page import build
+from app.page import build_page
 from app.ui import theme
 from mole import runs
 from mole.cli.auth import is_loopback
@@ -27,7 +27,7 @@ def launch(host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | No
     on_space = bool(settings.space_id())
     host = "0.0.0.0" if on_space else host
     doors = Doors(local=is_loopback(host), names=settings.names(), anywhere=on_space)
-    page = build()
+    page = build_page()
     # Handlers are called through their line alone, where they are counted.
     page.queue(max_size=limits.LINE, default_concurrency_limit=4, api_open=False)
     page.launch(

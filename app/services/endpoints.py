@@ -1,4 +1,4 @@
-"""The studio for programs: what `gradio_client` can call, with plain values in and out."""
+"""The studio for programs: the endpoints for `gradio_client`, with plain values in and out."""
 
 from __future__ import annotations
 
@@ -22,63 +22,63 @@ from mole.mixture.steering import Steering
 T = TypeVar("T")
 
 
-def build() -> None:
+def register_endpoints() -> None:
     """Register the endpoints on the page that is being built."""
-    gr.api(list_runs, api_name="list_runs")
-    gr.api(show_run, api_name="show_run")
-    gr.api(read_events, api_name="read_events")
-    gr.api(start_run, api_name="start_run", concurrency_limit=4)
-    gr.api(stop_run, api_name="stop_run")
-    gr.api(resume_run, api_name="resume_run", concurrency_limit=4)
-    gr.api(list_targets, api_name="list_targets")
-    gr.api(reply, api_name="chat", concurrency_limit=4)
+    gr.api(api_list_runs, api_name="list_runs")
+    gr.api(api_show_run, api_name="show_run")
+    gr.api(api_read_events, api_name="read_events")
+    gr.api(api_start_run, api_name="start_run", concurrency_limit=4)
+    gr.api(api_stop_run, api_name="stop_run")
+    gr.api(api_resume_run, api_name="resume_run", concurrency_limit=4)
+    gr.api(api_list_targets, api_name="list_targets")
+    gr.api(api_chat, api_name="chat", concurrency_limit=4)
 
 
-def list_runs() -> list[dict[str, Any]]:
+def api_list_runs() -> list[dict[str, Any]]:
     """Every run's name, state, step, total_steps, router, model and created."""
     return [run.status() for run in runs.list_runs()]
 
 
-def show_run(name: str) -> dict[str, Any]:
+def api_show_run(name: str) -> dict[str, Any]:
     """A run's status with its config by dotted name (`"training.seed": 0`), its metrics and error."""
-    details = answered(lambda: runs.get(name).details())
+    details = with_api_errors(lambda: runs.get(name).details())
     return {**details, "config": flatten(details["config"])}
 
 
-def read_events(name: str, offset: int = 0) -> dict[str, Any]:
-    """The events from a byte offset on, and the offset to ask for next."""
-    events, following = answered(lambda: runs.get(name).read_events(max(0, coerce(int, offset, "offset"))))
+def api_read_events(name: str, offset: int = 0) -> dict[str, Any]:
+    """The events from a byte offset on, and the offset to continue from."""
+    events, following = with_api_errors(lambda: runs.get(name).read_events(max(0, coerce(int, offset, "offset"))))
     return {"events": [not_a_file(event) for event in events], "offset": following}
 
 
 def not_a_file(event: dict[str, Any]) -> dict[str, Any]:
-    """An event without the key `path`: `gradio_client` takes whatever has one for a file, and tries to fetch it."""
+    """An event without the key `path`, because `gradio_client` would take it for a file and try to download it."""
     return {"folder" if key == "path" else key: value for key, value in event.items()}
 
 
-def start_run(config: dict[str, Any]) -> dict[str, Any]:
+def api_start_run(config: dict[str, Any]) -> dict[str, Any]:
     """Start a run with a config as in `run.yaml`; returns its status at once."""
-    return answered(lambda: run_control.start_new_run(lambda: RunConfig.from_dict(config)).status())
+    return with_api_errors(lambda: run_control.start_new_run(lambda: RunConfig.from_dict(config)).status())
 
 
-def stop_run(name: str) -> dict[str, Any]:
+def api_stop_run(name: str) -> dict[str, Any]:
     """Ask a run to save and stop; returns its status."""
-    answered(lambda: run_control.stop_training(name))
-    return show_run(name)
+    with_api_errors(lambda: run_control.stop_training(name))
+    return api_show_run(name)
 
 
-def resume_run(name: str) -> dict[str, Any]:
-    """Go on with a run that was stopped or failed, from its last checkpoint; returns its status at once."""
-    answered(lambda: run_control.resume_training(name))
-    return show_run(name)
+def api_resume_run(name: str) -> dict[str, Any]:
+    """Continue a run that was stopped or failed from its last checkpoint; returns its status at once."""
+    with_api_errors(lambda: run_control.resume_training(name))
+    return api_show_run(name)
 
 
-def list_targets() -> list[dict[str, str]]:
+def api_list_targets() -> list[dict[str, str]]:
     """What there is to chat with: `target`, as `chat` takes it, and `label`."""
     return [{"target": target, "label": label} for label, target in chat_targets()]
 
 
-def reply(
+def api_chat(
     target: str,
     message: str,
     max_new_tokens: int = 128,
@@ -106,11 +106,11 @@ def reply(
         )
         return {"text": last.text, "trace": last.trace_json()}
 
-    return answered(generate)
+    return with_api_errors(generate)
 
 
-def answered(action: Callable[[], T]) -> T:
-    """Do it; an error of ours becomes Gradio's, with its one line."""
+def with_api_errors(action: Callable[[], T]) -> T:
+    """Run an action; a `MoleError` becomes Gradio's error, in one line."""
     try:
         return action()
     except MoleError as error:

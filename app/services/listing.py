@@ -1,4 +1,4 @@
-"""The rows of the list of runs, each remembered until its folder shows something else; a page is told what changed."""
+"""The list of runs: each row is kept until its folder changes, and a page is sent only what changed."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from mole.runs.event_reader import EventReader, number, numbers, parse_event
 from mole.runs.run import Run
 
 FRESH_SECONDS = 0.5
-"""Looks at the folders that are no older than this serve every page."""
+"""The folders are scanned at most once in this time, for all pages."""
 READ_AT_ONCE = 1 << 22
 READ_IN_ALL = 1 << 27
-"""Bytes of events read in one look for held-out losses, of one run and of all; the next look goes on from there."""
+"""Bytes of events read for held-out losses in one scan, of one run and of all; the next scan continues from there."""
 NEWEST_EVENTS = 20
 NEWEST_EVALUATIONS = 10
 SCORES = ("accuracy", "exact_match")
 
 
 @dataclass(frozen=True)
-class Cursor:
-    """What a page knows: the listing it was told of, and the last change of it."""
+class ListCursor:
+    """What a page knows: the id of the listing, and the number of the last change it was sent."""
 
     listing: str = ""
     change: int = 0
 
 
-class HeldOut:
-    """The lowest held-out loss of a run, read on from where the last look ended."""
+class HeldOutLoss:
+    """The lowest held-out loss of a run, read on from where the last scan ended."""
 
     def __init__(self, run: Run) -> None:
         self.reader = EventReader(run.events_path)
@@ -49,7 +49,7 @@ class HeldOut:
         return not self.reader.at_end
 
     def read(self, most: int) -> int:
-        """Read at most so many bytes more; returns how many it took."""
+        """Read at most so many bytes more; returns how many were read."""
         self.reader.at_end = False
         if most <= 0:
             return 0
@@ -74,17 +74,17 @@ class HeldOut:
 
 
 @dataclass
-class Entry:
-    """A run, what its folder showed, the row made of it, and the change that made it."""
+class ListedRun:
+    """A run with the stamp of its folder, its row, and the number of the change that made the row."""
 
     run: Run
-    shows: tuple[Any, ...] = ()
+    stamp: tuple[Any, ...] = ()
     row: dict[str, Any] = field(default_factory=dict)
     change: int = 0
-    held_out: HeldOut = field(init=False)
+    held_out: HeldOutLoss = field(init=False)
 
     def __post_init__(self) -> None:
-        self.held_out = HeldOut(self.run)
+        self.held_out = HeldOutLoss(self.run)
 
 
 class Listing:
@@ -96,29 +96,29 @@ class Listing:
 
     def _begin(self, folder: str) -> None:
         self._folder, self._id = folder, secrets.token_hex(4)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, ListedRun] = {}
         self._gone: dict[str, int] = {}
-        self._change, self._looked = 0, 0.0
+        self._change, self._scanned = 0, 0.0
 
-    def since(self, cursor: Cursor, at_once: bool = False) -> tuple[dict[str, Any] | None, Cursor]:
-        """What changed since `cursor`, and the next cursor; None when nothing did.
+    def since(self, cursor: ListCursor, at_once: bool = False) -> tuple[dict[str, Any] | None, ListCursor]:
+        """What changed since `cursor`, and the next cursor; None when nothing changed.
 
-        `{"reset", "rows", "gone", "now"}`: whether the page starts over, rows that are new or other, names of runs that
-        are no more, and this machine's clock. `at_once` looks at the folders even if somebody just did.
+        `{"reset", "rows", "gone", "now"}`: whether the page starts over, new and changed rows, names of deleted runs,
+        and this machine's clock. `at_once` scans the folders even if they have just been scanned.
         """
         with self._lock:
-            if at_once or time.monotonic() - self._looked >= FRESH_SECONDS:
-                self._look()
+            if at_once or time.monotonic() - self._scanned >= FRESH_SECONDS:
+                self._scan()
             reset = cursor.listing != self._id
             known = 0 if reset else cursor.change
             if not reset and known == self._change:
                 return None, cursor
             rows = [entry.row for entry in self._entries.values() if entry.change > known]
             gone = [] if reset else [name for name, change in self._gone.items() if change > known]
-            return {"reset": reset, "rows": rows, "gone": gone, "now": time.time()}, Cursor(self._id, self._change)
+            return {"reset": reset, "rows": rows, "gone": gone, "now": time.time()}, ListCursor(self._id, self._change)
 
     def row(self, name: str) -> dict[str, Any] | None:
-        """The row of a run as it was last seen; None when there is none."""
+        """The row of a run as of the last scan; None when there is no such run."""
         with self._lock:
             entry = self._entries.get(name)
             return entry.row if entry else None
@@ -129,11 +129,11 @@ class Listing:
 
     def rows(self, at_once: bool = True) -> list[dict[str, Any]]:
         """The rows of all runs, the newest first; `at_once` as in `since`."""
-        listed, _ = self.since(Cursor(), at_once)
+        listed, _ = self.since(ListCursor(), at_once)
         return sorted(listed["rows"] if listed else [], key=lambda row: (row["created"], row["name"]), reverse=True)
 
-    def _look(self) -> None:
-        """Look at every folder, make the rows of those that show something new, forget those that are no more."""
+    def _scan(self) -> None:
+        """Scan all folders: update the rows of those that have changed, drop those that are gone."""
         folder = str(runs.runs_dir())
         if folder != self._folder:
             self._begin(folder)
@@ -145,8 +145,8 @@ class Listing:
         for name in names:
             entry = self._entries.get(name)
             try:
-                entry = entry or Entry(runs.get(name))
-                left -= self._renew(entry, f"{folder}/{name}", change, left)
+                entry = entry or ListedRun(runs.get(name))
+                left -= self._update(entry, f"{folder}/{name}", change, left)
             except (RunError, OSError):
                 continue  # not a run, or not any more
             self._entries[name] = entry
@@ -155,39 +155,39 @@ class Listing:
         for name in self._entries.keys() - seen:
             del self._entries[name]
             self._gone[name] = self._change = change
-        self._looked = time.monotonic()
+        self._scanned = time.monotonic()
 
-    def _renew(self, entry: Entry, path: str, change: int, left: int) -> int:
-        """Make the entry's row anew if its folder shows something else; returns the bytes read for held-out losses."""
-        shows = appearance(path)
-        if shows == entry.shows and not entry.held_out.behind:
+    def _update(self, entry: ListedRun, path: str, change: int, left: int) -> int:
+        """Update the row if the folder has changed; returns the bytes read for held-out losses."""
+        stamp = folder_stamp(path)
+        if stamp == entry.stamp and not entry.held_out.behind:
             return 0
-        if entry.shows and shows[0][0] != entry.shows[0][0]:
+        if entry.stamp and stamp[0][0] != entry.stamp[0][0]:
             entry.run = runs.get(entry.run.name)  # another run took the name
         read = entry.held_out.read(min(left, READ_AT_ONCE))
-        row = row_of(entry.run, entry.held_out.best)
+        row = run_row(entry.run, entry.held_out.best)
         if row != entry.row:
             entry.row, entry.change, self._change = row, change, change
-        entry.shows = shows
+        entry.stamp = stamp
         return read
 
 
 LISTING = Listing()
-"""The one all pages share."""
+"""The listing that all pages share."""
 
 
-def appearance(path: str) -> tuple[Any, ...]:
-    """What a run's folder shows at a glance: its row stays the same as long as this does."""
+def folder_stamp(path: str) -> tuple[Any, ...]:
+    """A value that changes whenever the run's row may change."""
     return (
-        stamp(f"{path}/events.jsonl"),
+        file_stamp(f"{path}/events.jsonl"),
         os.path.exists(f"{path}/adapter/{checkpoint.MANIFEST}"),
-        stamp(f"{path}/{evaluation_job.FOLDER}"),
+        file_stamp(f"{path}/{evaluation_job.FOLDER}"),
         locks.is_held(Path(path, "run.lock")),
     )
 
 
-def stamp(path: str) -> tuple[int, int, int]:
-    """What changes with a file, or with the names in a folder; zeros when there is none."""
+def file_stamp(path: str) -> tuple[int, int, int]:
+    """A value that changes with a file, or with the names in a folder; zeros when it does not exist."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -195,11 +195,11 @@ def stamp(path: str) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def row_of(run: Run, held_out: float | None) -> dict[str, Any]:
-    """A run's row: its `status()`, `group`, `ends` (unix seconds, None when not known), `speed` (tokens a second),
+def run_row(run: Run, held_out: float | None) -> dict[str, Any]:
+    """A run's row: its `status()`, `group`, `ends` (unix seconds, None when not known), `speed` (tokens/s),
     `loss` (the lowest held-out) and `score` (`{kind, value}` of the newest evaluation that has one)."""
     status, group, last = run.summary()
-    speed, ends = pace(run, last)
+    speed, ends = training_pace(run, last)
     return {
         **status,
         "group": group,
@@ -210,8 +210,8 @@ def row_of(run: Run, held_out: float | None) -> dict[str, Any]:
     }
 
 
-def pace(run: Run, last: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Tokens a second and the time a training ends, as the last logged step, or the end, has it."""
+def training_pace(run: Run, last: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Tokens/s and the time the training ends (unix seconds), from the last logged step or the end of the run."""
     if "metrics" in last:
         return numbers(last["metrics"]).get("tokens_per_second"), None
     for event in islice(run.events_backwards(), NEWEST_EVENTS):

@@ -21,11 +21,11 @@ from app.views.problem import problem_value
 from mole.config import ROUTERS, SECTIONS, AdapterConfig, RunConfig, spec_of, union_members
 from mole.core.errors import DataError, ModelError, MoleError
 
-WORDS = {
+LABEL_WORDS = {
     "coef": "weight", "cv": "CV", "dtype": "number format", "eval": "held-out", "lora": "LoRA", "max": "largest",
     "num": "number of", "z": "Z",
 }  # fmt: skip
-"""How the parts of a setting's name are said in a label, where that differs."""
+"""The parts of a setting's name in labels, where they differ."""
 
 
 def label_of(item: dataclasses.Field[Any]) -> str:
@@ -33,18 +33,18 @@ def label_of(item: dataclasses.Field[Any]) -> str:
     spec = spec_of(item)
     if spec.label:
         return spec.label
-    text = " ".join(WORDS.get(word, word) for word in item.name.split("_"))
+    text = " ".join(LABEL_WORDS.get(word, word) for word in item.name.split("_"))
     return text if text.startswith(("LoRA", "CV")) else text[:1].upper() + text[1:]
 
 
 def help_of(item: dataclasses.Field[Any]) -> str:
     """A setting's help, with its default where that is the paper's."""
     spec = spec_of(item)
-    return f"{spec.help} Paper: {spelled(default_of(item))}." if spec.from_paper else spec.help
+    return f"{spec.help} Paper: {command_text(default_of(item))}." if spec.from_paper else spec.help
 
 
 def element_id(dotted: str, router: str = "") -> str:
-    """The page's element of a setting, e.g. `field-adapter-topk-top_k`."""
+    """The element id of a setting, e.g. `field-adapter-topk-top_k`."""
     return "-".join(filter(None, ("field", *dotted.split(".")[:1], router, *dotted.split(".")[1:])))
 
 
@@ -55,16 +55,16 @@ def default_of(item: dataclasses.Field[Any]) -> Any:
     return item.default
 
 
-def component(owner: type, item: dataclasses.Field[Any], **given: Any) -> Component:
-    """The component for one setting of a config dataclass; `given` are further arguments of the component.
+def setting_component(owner: type, item: dataclasses.Field[Any], **options: Any) -> Component:
+    """The component for one setting of a config dataclass; `options` are further arguments of the component.
 
-    Choices, the setting's or given ones, make a dropdown, a flag a checkbox, a number with two near bounds a slider,
-    other numbers a number box, and everything else (text, lists, mappings) a text box as on the command line.
+    A setting with choices gets a dropdown, a flag a checkbox, a number with two close bounds a slider, other numbers a
+    number box, and everything else (text, lists, mappings) a text box in the syntax of the command line.
     """
     spec, default = spec_of(item), default_of(item)
     kinds = union_members(typing.get_type_hints(owner)[item.name])
-    shown: dict[str, Any] = {"label": label_of(item), "info": help_of(item), "value": default, **given}
-    if "choices" in given:
+    shown: dict[str, Any] = {"label": label_of(item), "info": help_of(item), "value": default, **options}
+    if "choices" in options:
         return gr.Dropdown(**shown)
     if spec.choices:
         return gr.Dropdown(choices=list(spec.choices), **shown)
@@ -86,12 +86,12 @@ def component(owner: type, item: dataclasses.Field[Any], **given: Any) -> Compon
 
 
 def step_of(default: float | None) -> float:
-    """What one press of a number box's arrows changes: the order of magnitude of the default."""
+    """The step of a number box: the order of magnitude of the default."""
     return float(10 ** math.floor(math.log10(default))) if default else 0.001
 
 
 def is_slider(item: dataclasses.Field[Any]) -> bool:
-    """Whether a number is bounded on both sides and its default is not lost at one end of them."""
+    """Whether a number is bounded on both sides, and its default is not squeezed into one end of the range."""
     spec, default = spec_of(item), default_of(item)
     low = spec.ge if spec.ge is not None else spec.gt
     if low is None or spec.le is None or default is None:
@@ -106,20 +106,20 @@ class RunForm:
     shared: dict[str, Component] = field(default_factory=dict)
     own: dict[str, dict[str, Component]] = field(default_factory=dict)
     groups: dict[str, gr.Column] = field(default_factory=dict)
-    folds: dict[str, list[str]] = field(default_factory=dict)
-    """The accordions a field is in, the outermost first, by element id; kept, for the page forgets them when served."""
+    accordions: dict[str, list[str]] = field(default_factory=dict)
+    """The accordions around a field, outermost first, by element id; noted here, because a served page loses them."""
 
-    def add(self, section: str, name: str, **given: Any) -> Component:
-        """Make the component of the setting `section.name` where we stand in the layout."""
+    def add(self, section: str, name: str, **options: Any) -> Component:
+        """Create the component of the setting `section.name` in the current layout block."""
         owner = SECTIONS[section]
         item = next(entry for entry in dataclasses.fields(owner) if entry.name == name)
         dotted = f"{section}.{name}"
-        self.shared[dotted] = self._kept(component(owner, item, elem_id=element_id(dotted), **given))
+        self.shared[dotted] = self._noted(setting_component(owner, item, elem_id=element_id(dotted), **options))
         return self.shared[dotted]
 
-    def _kept(self, made: Component) -> Component:
-        self.folds[str(made.elem_id)] = folds_of(made)
-        return made
+    def _noted(self, component: Component) -> Component:
+        self.accordions[str(component.elem_id)] = accordions_around(component)
+        return component
 
     def add_name(self) -> Component:
         """The run's name, which belongs to no section."""
@@ -132,7 +132,7 @@ class RunForm:
         return self.shared["name"]
 
     def add_router(self, router: str, visible: bool) -> gr.Column:
-        """A router's own settings: those of the method, and folded away the weights of its losses."""
+        """A router's own settings, with the weights of its losses in an accordion."""
         items = dataclasses.fields(ROUTERS[router])
         losses = [item for item in items if item.name.endswith("_loss_coef")]
         self.own[router] = {}
@@ -148,12 +148,12 @@ class RunForm:
             with gr.Row():
                 for item in pair:
                     dotted = element_id(f"adapter.{item.name}", router)
-                    made = component(ROUTERS[router], item, elem_id=dotted, min_width=180)
-                    self.own[router][item.name] = self._kept(made)
+                    made = setting_component(ROUTERS[router], item, elem_id=dotted, min_width=180)
+                    self.own[router][item.name] = self._noted(made)
 
     @property
     def inputs(self) -> list[Any]:
-        """All components, in the order `values` come in."""
+        """All components, in the order of `values`."""
         return [*self.shared.values(), *(made for group in self.own.values() for made in group.values())]
 
     def nested(self, values: Sequence[Any]) -> dict[str, Any]:
@@ -176,29 +176,29 @@ class RunForm:
         return nested
 
     def config(self, values: Sequence[Any]) -> RunConfig:
-        """The run as the page has it. Raises `InputError` naming the field."""
+        """The run that the form describes. Raises `InputError` naming the field."""
         return RunConfig.from_dict(self.nested(values))
 
     def fill(self, config: RunConfig) -> list[Any]:
-        """The values of `inputs` that show a config; the settings of routers it has not chosen go back to defaults."""
+        """The values of `inputs` that show a config; the settings of other routers go back to their defaults."""
         values = config.to_dict()
         shown = {dotted: value_at(values, dotted) for dotted in self.shared}
-        filled = [in_component(made, shown[dotted]) for dotted, made in self.shared.items()]
+        filled = [component_value(made, shown[dotted]) for dotted, made in self.shared.items()]
         for router, group in self.own.items():
             chosen = config.adapter if router == config.adapter.router else AdapterConfig.from_flat({"router": router})
-            filled += [in_component(made, chosen.to_flat()[name]) for name, made in group.items()]
+            filled += [component_value(made, chosen.to_flat()[name]) for name, made in group.items()]
         return filled
 
     def problem_of(self, values: Sequence[Any], error: MoleError, reveal: bool = False) -> dict[str, Any]:
-        """An error as the page's problem line, at the field it is about; `values` are those of `inputs`."""
+        """An error as `problem_value`, at the field it is about; `values` are those of `inputs`."""
         dotted = error.field
         if dotted is None and isinstance(error, (DataError, ModelError)):
             dotted = "data.path" if isinstance(error, DataError) else "model.name"
         element = self.element_of(dotted, self.nested(values)["adapter"]["router"])
-        return problem_value(str(error), element, reveal, self.folds.get(element, []))
+        return problem_value(str(error), element, reveal, self.accordions.get(element, []))
 
     def element_of(self, dotted: str | None, router: str) -> str:
-        """The page's element of a setting named by an error; empty when the form has none."""
+        """The element id of a setting named by an error; empty when the form has no such setting."""
         if not dotted:
             return ""
         section, _, name = dotted.partition(".")
@@ -208,15 +208,15 @@ class RunForm:
         return element_id(known) if known in self.shared else ""
 
 
-def folds_of(made: Component) -> list[str]:
-    """The element ids of the accordions a component is in, the outermost first."""
-    folds: list[str] = []
-    around: Any = made.parent
-    while around is not None:
-        if isinstance(around, gr.Accordion) and around.elem_id:
-            folds.insert(0, around.elem_id)
-        around = around.parent
-    return folds
+def accordions_around(component: Component) -> list[str]:
+    """The element ids of the accordions around a component, outermost first."""
+    found: list[str] = []
+    block: Any = component.parent
+    while block is not None:
+        if isinstance(block, gr.Accordion) and block.elem_id:
+            found.insert(0, block.elem_id)
+        block = block.parent
+    return found
 
 
 def value_at(values: Mapping[str, Any], dotted: str) -> Any:
@@ -226,12 +226,12 @@ def value_at(values: Mapping[str, Any], dotted: str) -> Any:
     return values
 
 
-def in_component(made: Component, value: Any) -> Any:
-    """A setting's value as its component shows it: text boxes have it as it is typed on a command line."""
-    return spelled(value) if isinstance(made, gr.Textbox) else value
+def component_value(made: Component, value: Any) -> Any:
+    """A setting's value as its component takes it: text boxes in the syntax of the command line."""
+    return command_text(value) if isinstance(made, gr.Textbox) else value
 
 
-def differences(config: RunConfig) -> Iterator[tuple[str, Any, str | None]]:
+def changed_settings(config: RunConfig) -> Iterator[tuple[str, Any, str | None]]:
     """Every setting that is not at its default, as (dotted name, value, its own flag or None)."""
     router = config.adapter.router
     default = RunConfig.from_dict({"adapter": {"router": router}}).to_dict()
@@ -250,20 +250,20 @@ def differences(config: RunConfig) -> Iterator[tuple[str, Any, str | None]]:
                 yield f"{section}.{name}", value, flags.get(name)
 
 
-def command(config: RunConfig) -> str:
-    """The `mole train …` command that starts the same run, one line a setting."""
+def train_command(config: RunConfig) -> str:
+    """The `mole train …` command that starts the same run, one line per setting."""
     parts = ["mole train"]
     if config.name:
         parts.append(f"--name {shlex.quote(config.name)}")
-    for dotted, value, flag in differences(config):
-        text = spelled(value)
+    for dotted, value, flag in changed_settings(config):
+        text = command_text(value)
         if text:
             parts.append(f"{flag} {shlex.quote(text)}" if flag else f"--set {shlex.quote(f'{dotted}={text}')}")
     return " \\\n  ".join(parts)
 
 
-def spelled(value: Any) -> str:
-    """A setting's value as it is typed on a command line; empty for one that is not set."""
+def command_text(value: Any) -> str:
+    """A setting's value in the syntax of the command line; empty for one that is not set."""
     if isinstance(value, (list, tuple)):
         text = ",".join(str(entry) for entry in value)
         return text if len(value) > 1 else f"[{text}]"

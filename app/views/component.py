@@ -14,7 +14,7 @@ CANVAS = (SHARED / "canvas.js", SHARED / "heatmap.js")
 """Colours, curves and heatmaps, for the views that draw."""
 
 
-def joined(*paths: Path) -> str:
+def read_texts(*paths: Path) -> str:
     """The text of some files, one after the other."""
     return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
@@ -31,9 +31,9 @@ def view(folder: Path, name: str, *scripts: str, canvas: bool = False, **options
     """
     shared = (*BASICS, *CANVAS) if canvas else BASICS
     settings: dict[str, Any] = {
-        "html_template": joined(folder / f"{name}.html"),
-        "css_template": joined(folder / f"{name}.css"),
-        "js_on_load": joined(*shared, *(folder / f"{part}.js" for part in scripts or (name,))),
+        "html_template": read_texts(folder / f"{name}.html"),
+        "css_template": read_texts(folder / f"{name}.css"),
+        "js_on_load": read_texts(*shared, *(folder / f"{part}.js" for part in scripts or (name,))),
         "apply_default_css": False,
         "container": False,
     }

@@ -185,11 +185,11 @@ def test_the_endpoints_answer_any_arguments_with_one_line(no_hub: Path, given_na
     from gradio.exceptions import Error
 
     asks = [
-        lambda: endpoints.show_run(real(given_name)), lambda: endpoints.show_run(real(value)),
-        lambda: endpoints.read_events(real(given_name), real(value)), lambda: endpoints.stop_run(real(value)),
-        lambda: endpoints.resume_run(real(value)), lambda: endpoints.start_run(real(value)),
-        lambda: endpoints.start_run({"data": real(value), "model": real(more)}),
-        lambda: endpoints.reply(real(given_name), "Hi", real(value), steering=real(more)),
+        lambda: endpoints.api_show_run(real(given_name)), lambda: endpoints.api_show_run(real(value)),
+        lambda: endpoints.api_read_events(real(given_name), real(value)), lambda: endpoints.api_stop_run(real(value)),
+        lambda: endpoints.api_resume_run(real(value)), lambda: endpoints.api_start_run(real(value)),
+        lambda: endpoints.api_start_run({"data": real(value), "model": real(more)}),
+        lambda: endpoints.api_chat(real(given_name), "Hi", real(value), steering=real(more)),
     ]  # fmt: skip
     with nothing_written(no_hub):
         for ask in asks:

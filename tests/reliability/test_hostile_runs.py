@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_hostile_data import as_json
 
-from app.services import charts, endpoints, listing
+from app.services import endpoints, listing, live_updates
 from app.ui.panels import live, preflight
 from app.ui.tabs import runs as tab
-from app.views.compare import shown
+from app.views.compare import comparison_value
 from mole import runs
 from mole.analysis import compare, health, tables
 from mole.analysis.history import HISTORIES, History
@@ -97,18 +97,20 @@ def look(pair: list[Run]) -> None:
         comparison = compare.compare([one.name for one in pair])
         json.dumps(comparison.to_dict(), allow_nan=False)
         assert tables.markdown(comparison) and tables.terminal(comparison)
-        for_the_page(shown(comparison))
+        for_the_page(comparison_value(comparison))
 
 
 def look_at_page(run: Run) -> None:
     """What the page is told of a run."""
     HISTORIES._known.clear()
-    value, cursor = charts.delta(run, charts.Cursor())
-    for_the_page([value, charts.delta(run, cursor)[0], charts.routing_at([run.name, 3])])
+    value, cursor = live_updates.run_update(run, live_updates.LiveCursor())
+    for_the_page([value, live_updates.run_update(run, cursor)[0], live_updates.fetch_step_routing([run.name, 3])])
     assert value["status"]["state"] in runs.STATES
-    for_the_page([live.tick(run.name, live.Seen())[0], listing.Listing().rows(), endpoints.list_runs()])
-    for_the_page(endpoints.read_events(run.name))
-    for_the_page([evaluation_job.list_evaluations(run), tab.facts_of(run.name), tab.log_tail(run.name)])
+    for_the_page(
+        [live.refresh_live(run.name, live.LiveShown())[0], listing.Listing().rows(), endpoints.api_list_runs()]
+    )
+    for_the_page(endpoints.api_read_events(run.name))
+    for_the_page([evaluation_job.list_evaluations(run), tab.run_facts(run.name), tab.log_tail(run.name)])
     newest = list(HISTORIES.of(run).newest)
     try:
         for router in ("dynmole", "threshold", "topk", "lora"):
@@ -168,7 +170,7 @@ def test_records_of_wrong_kinds_are_read_past(pair: list[Run], record: Any, chec
     found = preflight_job.PreflightJob(runs.home() / "preflight" / "attacked")
     found.folder.mkdir(parents=True, exist_ok=True)
     (found.folder / "state.json").write_text(as_json(check))
-    for_the_page(preflight.value_of(found))
+    for_the_page(preflight.preflight_value(found))
     assert not found.alive
     (folder / "1.json").unlink()
 

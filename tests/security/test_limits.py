@@ -193,7 +193,7 @@ def test_what_is_asked_of_a_model(message: str, system: str, tokens: float, fiel
     (*_, last) = answering.answer_columns([column], question, {})
     assert "Not answered" in (last.status or "") and field in (last.status or "").replace("\\", "")
     with pytest.raises(Exception, match=field):
-        endpoints.reply("nobody", message, max_new_tokens=tokens if tokens == tokens else 0, system=system)
+        endpoints.api_chat("nobody", message, max_new_tokens=tokens if tokens == tokens else 0, system=system)
 
 
 # ---------------------------------------------------------------------------------------------------------

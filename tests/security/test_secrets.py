@@ -166,5 +166,5 @@ def test_what_the_page_is_told(monkeypatch: pytest.MonkeyPatch, home: Path) -> N
         raise MoleError(QUOTES[1])
 
     with pytest.raises(gr.Error) as caught:
-        endpoints.answered(fails)
+        endpoints.with_api_errors(fails)
     assert TOKEN not in caught.value.message

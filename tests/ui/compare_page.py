@@ -14,12 +14,12 @@ import gradio as gr  # isort: skip
 
 
 def asked(request: gr.Request) -> list[str]:
-    return compare.asked_for(dict(request.query_params).get("compare", ""))
+    return compare.existing_runs(dict(request.query_params).get("compare", ""))
 
 
 if __name__ == "__main__":
     with gr.Blocks(analytics_enabled=False) as page:
         with gr.Column(elem_classes="card"):
-            made = compare.build()
+            made = compare.build_comparison()
         page.load(asked, None, made.names)
     page.launch(server_port=int(sys.argv[1]), ssr_mode=False, quiet=True, theme=theme.theme(), head=theme.head())

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 from serving import Studio, free_port, serve
 
-from app.views.component import BASICS, CANVAS, joined
+from app.views.component import BASICS, CANVAS, read_texts
 
 from .routing_page import HOSTILE, PROJECTIONS, PROMPT, recorded
 
@@ -300,7 +300,7 @@ def test_it_fits_a_telephone(scratch: Studio, open_page: Callable[..., Page]) ->
 
 def in_kit(page: Page, expression: str) -> Any:
     """The value of an expression inside the drawing kit, without a page around it."""
-    return page.evaluate("code => new Function(code)()", f"{joined(*BASICS, *CANVAS)}\nreturn {expression};")
+    return page.evaluate("code => new Function(code)()", f"{read_texts(*BASICS, *CANVAS)}\nreturn {expression};")
 
 
 def luminance(colours: np.ndarray) -> np.ndarray:

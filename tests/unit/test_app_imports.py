@@ -37,7 +37,7 @@ def test_building_the_page_does_not_import_torch(home: Path) -> None:
     code = """
 import sys
 import app.main
-app.main.build()
+app.main.build_page()
 heavy = {"torch", "transformers", "peft", "datasets"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -45,7 +45,7 @@ assert not heavy, heavy
 
 
 def test_the_script_a_space_runs_finds_its_packages_from_any_folder(tmp_path: Path) -> None:
-    code = f"import runpy; runpy.run_path({str(ROOT / 'app' / 'main.py')!r}, run_name='loaded')['build']()"
+    code = f"import runpy; runpy.run_path({str(ROOT / 'app' / 'main.py')!r}, run_name='loaded')['build_page']()"
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 

@@ -1,4 +1,4 @@
-"""The comparison of the runs chosen in the list: numbers, curves, differing settings and routing side by side."""
+"""The comparison of the runs marked in the list: results, curves, differing settings and routing side by side."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 import gradio as gr
 
-from app.ui.panels.live import ALIVE
+from app.ui.panels.live import ACTIVE_STATES
 from app.ui.wiring import QUIET, on_change
-from app.views.compare import compare_view, shown
+from app.views.compare import compare_view, comparison_value
 from mole import runs
 from mole.analysis import compare
 from mole.core.errors import RunError
 
-TICK = 3.0
+COMPARE_POLL_SECONDS = 3.0
 
 
 @dataclass
-class Compare:
-    """The components; `shown` are the outputs of `show`, `tick` and `hide`.
+class ComparisonPanel:
+    """The components; `shown` are the outputs of `show_comparison`, `refresh_comparison` and `pause_comparison`.
 
     Attributes:
-        names: the runs to compare, a list of their names: whoever sets it sees them compared.
-        seen: what the page has been shown, so that nothing travels that has not changed.
+        names: the names of the runs to compare; setting them shows their comparison.
+        seen: the stamps of the runs when they were last sent, so that only changes are sent.
     """
 
     names: gr.State
@@ -37,39 +37,40 @@ class Compare:
         return [self.view, self.seen, self.timer]
 
 
-def build(names: gr.State | None = None) -> Compare:
-    """Make the view where we stand in the layout; it follows `names`, and the runs while one of them is alive."""
+def build_comparison(names: gr.State | None = None) -> ComparisonPanel:
+    """Create the view in the current layout block; it follows `names`, and the runs while one of them is active."""
     view = compare_view(elem_id="compare")
-    made = Compare(names or gr.State([]), gr.State(()), gr.Timer(TICK, active=False), view)
-    on_change([made.names], show, made.names, made.shown, show_progress="minimal")
-    made.timer.tick(tick, [made.names, made.seen], made.shown, **QUIET)
-    return made
+    timer = gr.Timer(COMPARE_POLL_SECONDS, active=False)
+    panel = ComparisonPanel(names or gr.State([]), gr.State(()), timer, view)
+    on_change([panel.names], show_comparison, panel.names, panel.shown, show_progress="minimal")
+    timer.tick(refresh_comparison, [panel.names, panel.seen], panel.shown, **QUIET)
+    return panel
 
 
-def show(names: Sequence[str]) -> list[Any]:
-    """The comparison of these runs, for `shown`; with fewer than two, what to do to get one."""
-    return tick(names, None)
+def show_comparison(names: Sequence[str]) -> list[Any]:
+    """The comparison of these runs, for `shown`; with fewer than two, a hint how to get one."""
+    return refresh_comparison(names, None)
 
 
-def hide() -> list[Any]:
-    """For the `shown` of a view in a tab that is left: nothing ticks there."""
+def pause_comparison() -> list[Any]:
+    """For `shown` in a tab that is left: polling stops."""
     return [gr.skip(), gr.skip(), gr.Timer(active=False)]
 
 
-def tick(names: Sequence[str], seen: tuple[Any, ...] | None) -> list[Any]:
-    """The comparison if it has changed since `seen`, for `shown`; the timer ticks while one of the runs is alive."""
-    marks = tuple(mark(name) for name in names)
-    if marks == seen:
+def refresh_comparison(names: Sequence[str], seen: tuple[Any, ...] | None) -> list[Any]:
+    """The comparison if it has changed since `seen`, for `shown`; polling goes on while one of the runs is active."""
+    stamps = tuple(comparison_stamp(name) for name in names)
+    if stamps == seen:
         return [gr.skip(), gr.skip(), gr.skip()]
     comparison = compare.compare(names if len(names) > 1 else [], compare.MAX_DRAWN)
     if len(comparison.runs) < 2:
-        return [{"names": []}, marks, gr.Timer(active=False)]
-    alive = any(run.status["state"] in ALIVE for run in comparison.runs)
-    return [shown(comparison), marks, gr.Timer(active=alive)]
+        return [{"names": []}, stamps, gr.Timer(active=False)]
+    active = any(run.status["state"] in ACTIVE_STATES for run in comparison.runs)
+    return [comparison_value(comparison), stamps, gr.Timer(active=active)]
 
 
-def mark(name: str) -> tuple[Any, ...]:
-    """What changes when there is something new to show of a run."""
+def comparison_stamp(name: str) -> tuple[Any, ...]:
+    """A value that changes when there is something new to show of a run; the name alone when there is no such run."""
     try:
         run = runs.get(name)
         evaluations = sorted((path.name, path.stat().st_mtime) for path in (run.path / "evaluations").glob("*.json"))
@@ -78,6 +79,6 @@ def mark(name: str) -> tuple[Any, ...]:
         return (name,)
 
 
-def asked_for(address: str) -> list[str]:
-    """The runs of `?compare=a,b` in the page's address that are there."""
-    return [name for name in dict.fromkeys(address.split(",")) if mark(name) != (name,)]
+def existing_runs(names: str) -> list[str]:
+    """The runs of `a,b`, as in the page's address, that exist."""
+    return [name for name in dict.fromkeys(names.split(",")) if comparison_stamp(name) != (name,)]

@@ -1,4 +1,4 @@
-"""Evaluate the chosen run on a data file: what on, how much of it, how far it is, and all results so far."""
+"""Evaluate the chosen run on a data file: the file, how many rows, progress, and all results so far."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILE_TYPES = [".json", ".jsonl", ".csv", ".parquet"]
 
 @dataclass
 class EvaluationPanel:
-    """The components; `shown` are the outputs of `show`."""
+    """The components; `shown` are the outputs of `refresh_evaluations`."""
 
     group: gr.Accordion
     data: gr.Dropdown
@@ -36,12 +36,12 @@ class EvaluationPanel:
         return [self.results, self.seen]
 
 
-def build(name: gr.State, target: gr.Dropdown) -> EvaluationPanel:
-    """Make the panel where we stand in the layout.
+def build_evaluation(name: gr.State, target: gr.Dropdown) -> EvaluationPanel:
+    """Create the panel in the current layout block.
 
-    `name` holds the chosen run, `target` the one of its checkpoints to evaluate; the tab's clock calls `show`.
+    `name` holds the chosen run, `target` its checkpoint to evaluate; the tab polls with `refresh_evaluations`.
     """
-    choices = data_choices("")
+    choices = evaluation_data("")
     with gr.Accordion("Evaluate on a file", open=False, elem_classes="accordion-card", elem_id="evaluate") as group:
         with gr.Row():
             data = gr.Dropdown(
@@ -70,11 +70,11 @@ def build(name: gr.State, target: gr.Dropdown) -> EvaluationPanel:
         note = problem_view(elem_id="evaluate-problem")
         results = evaluation_list(elem_id="evaluations")
     panel = EvaluationPanel(group, data, limit, note, results, gr.State([]))
-    wire(panel, name, target, start, upload)
+    wire_evaluation(panel, name, target, start, upload)
     return panel
 
 
-def wire(
+def wire_evaluation(
     panel: EvaluationPanel,
     name: gr.State,
     target: gr.Dropdown,
@@ -83,17 +83,17 @@ def wire(
 ) -> None:
     """Starting, watching and cancelling."""
     asked = [target, panel.data, panel.limit]
-    upload.upload(keep, [name, upload], [panel.data, panel.note], **QUIET)
-    start.click(begin, asked, panel.note, show_progress_on=start, api_visibility="private").then(
-        show, [name, panel.seen], panel.shown, queue=False, **QUIET
+    upload.upload(keep_evaluation_file, [name, upload], [panel.data, panel.note], **QUIET)
+    start.click(start_evaluation, asked, panel.note, show_progress_on=start, api_visibility="private").then(
+        refresh_evaluations, [name, panel.seen], panel.shown, queue=False, **QUIET
     )
-    panel.results.select(cancel, name, None, queue=False, **QUIET).then(
-        show, [name, panel.seen], panel.shown, queue=False, **QUIET
+    panel.results.select(cancel_evaluation, name, None, queue=False, **QUIET).then(
+        refresh_evaluations, [name, panel.seen], panel.shown, queue=False, **QUIET
     )
 
 
-def data_choices(name: str) -> list[tuple[str, str]]:
-    """What is at hand to evaluate on: the sample's held-out rows, the run's own held-out file."""
+def evaluation_data(name: str) -> list[tuple[str, str]]:
+    """The files to evaluate on: the sample's held-out rows, and the run's own held-out file."""
     sample = settings.sample("skills_heldout.jsonl")
     choices = [("Sample: four short skills, held-out rows", str(sample))] if sample else []
     try:
@@ -103,16 +103,16 @@ def data_choices(name: str) -> list[tuple[str, str]]:
     return [(f"This run's held-out file: {Path(own).name}", own), *choices] if own else choices
 
 
-def keep(name: str, path: str) -> tuple[Any, dict[str, Any]]:
+def keep_evaluation_file(name: str, path: str) -> tuple[Any, dict[str, Any]]:
     """Keep an uploaded file and choose it."""
     kept = run_or_warn(lambda: settings.keep_upload(path))
     if kept is None:
         return gr.skip(), gr.skip()
-    return gr.Dropdown(choices=[*data_choices(name), (kept.name, str(kept))], value=str(kept)), problem_value()
+    return gr.Dropdown(choices=[*evaluation_data(name), (kept.name, str(kept))], value=str(kept)), problem_value()
 
 
-def begin(target: str | None, data: str | None, limit: float | None) -> dict[str, Any]:
-    """Start the evaluation; what is wrong is said at its field, and nothing starts."""
+def start_evaluation(target: str | None, data: str | None, limit: float | None) -> dict[str, Any]:
+    """Start the evaluation; returns the problem, or none."""
     settings.forbid_on_space()
     try:
         if not target:
@@ -126,14 +126,14 @@ def begin(target: str | None, data: str | None, limit: float | None) -> dict[str
     return problem_value()
 
 
-def cancel(name: str, event: gr.EventData) -> None:
-    """End the evaluation whose button was pressed."""
+def cancel_evaluation(name: str, event: gr.EventData) -> None:
+    """Cancel the evaluation whose button was pressed."""
     settings.forbid_on_space()
     run_or_warn(lambda: evaluation_job.Evaluation(runs.get(name), int(event._data["number"])).cancel())
 
 
-def show(name: str, seen: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
-    """The run's evaluations, for `shown`; nothing travels when they are as the page has them."""
+def refresh_evaluations(name: str, seen: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
+    """The run's evaluations, for `shown`; nothing is sent when the page shows them already."""
     try:
         now = evaluation_job.list_evaluations(runs.get(name)) if name else []
     except RunError:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.ui import forms
+from app.ui.forms import RunForm, label_of
 from app.ui.wiring import on_change
 from app.views.problem import problem_value, problem_view
 from mole import runs
@@ -19,13 +19,13 @@ from mole.core.errors import MoleError
 from mole.runs import grid
 from mole.runs.run import Run
 
-ELEMENTS = {"adapter.router": "grid-routers", "training.seed": "grid-seeds", "group": "grid-group"}
-"""Where an error about one of these is shown."""
+GRID_ELEMENTS = {"adapter.router": "grid-routers", "training.seed": "grid-seeds", "group": "grid-group"}
+"""The element that shows an error about a setting."""
 
 
 @dataclass
-class Grid:
-    """The components; `inputs` are what a grid is made of."""
+class GridPanel:
+    """The components; `inputs` define the grid."""
 
     routers: gr.Dropdown
     seeds: gr.Textbox
@@ -41,8 +41,8 @@ class Grid:
         return [self.routers, self.seeds, self.field, self.values, self.group]
 
 
-def build() -> Grid:
-    """Make the panel where we stand in the layout; `wire` when the form is whole."""
+def build_grid() -> GridPanel:
+    """Create the panel in the current layout block; call `wire_grid` once the form is complete."""
     with gr.Accordion("Try several at once", open=False, elem_classes="accordion-card", elem_id="grid"):
         gr.Markdown(
             "Every combination of these becomes a run, with all else as in the form; they are queued as one group, "
@@ -62,7 +62,7 @@ def build() -> Grid:
             )
         with gr.Row():
             field = gr.Dropdown(
-                choices=[("None", ""), *fields()],
+                choices=[("None", ""), *grid_fields()],
                 value="",
                 label="One more setting",
                 info="Any of them.",
@@ -81,24 +81,24 @@ def build() -> Grid:
             start = gr.Button("Queue runs", interactive=False, elem_id="grid-start")
         note = problem_view(elem_id="grid-problem")
         summary = gr.Markdown(elem_classes="quiet", elem_id="grid-summary")
-    return Grid(routers, seeds, field, values, group, note, summary, start)
+    return GridPanel(routers, seeds, field, values, group, note, summary, start)
 
 
-def fields() -> list[tuple[str, str]]:
-    """Every setting that can be varied, by label and dotted name; routers and seeds have fields of their own."""
+def grid_fields() -> list[tuple[str, str]]:
+    """Every other setting that can be varied, as (label, dotted name)."""
     owners = [(section, owner) for section, owner in SECTIONS.items()]
     owners += [("adapter", params) for params in ROUTERS.values()]
     found: dict[str, str] = {}
     for section, owner in owners:
         for item in dataclasses.fields(owner):
             dotted = f"{section}.{item.name}"
-            if "spec" in item.metadata and dotted not in (*ELEMENTS, "data.columns"):
-                found.setdefault(dotted, f"{forms.label_of(item)} ({dotted})")
+            if "spec" in item.metadata and dotted not in (*GRID_ELEMENTS, "data.columns"):
+                found.setdefault(dotted, f"{label_of(item)} ({dotted})")
     return sorted((label, dotted) for dotted, label in found.items())
 
 
-def axes_of(routers: list[str] | None, seeds: str, field: str, values: str) -> grid.Axes:
-    """What was filled in, as the axes of a grid."""
+def grid_axes(routers: list[str] | None, seeds: str, field: str, values: str) -> grid.Axes:
+    """The fields as the axes of a grid."""
     given = {
         "adapter.router": list(routers or []),
         "training.seed": grid.parse_values(seeds),
@@ -107,38 +107,42 @@ def axes_of(routers: list[str] | None, seeds: str, field: str, values: str) -> g
     return {dotted: found for dotted, found in given.items() if found or dotted == field}
 
 
-def wire(panel: Grid, form: forms.RunForm, queued: Callable[[list[Run]], list[Any]], outputs: list[Any]) -> Any:
-    """Every change counts the runs, the button queues them; `queued` gives what to put into `outputs` then."""
+def wire_grid(panel: GridPanel, form: RunForm, queued: Callable[[list[Run]], list[Any]], outputs: list[Any]) -> Any:
+    """Every change counts the runs, the button queues them; `queued` returns the values of `outputs` afterwards."""
 
-    def expanded(values: tuple[Any, ...]) -> list[RunConfig]:
+    def expand(values: tuple[Any, ...]) -> list[RunConfig]:
         *axes, group = values[: len(panel.inputs)]
-        given = axes_of(*axes)
+        given = grid_axes(*axes)
         name = group.strip() or grid.free_group()
         return grid.expand(form.nested(values[len(panel.inputs) :]), given, name) if given else []
 
     def count(*values: Any) -> list[Any]:
         try:
-            made = expanded(values)
+            made = expand(values)
         except MoleError as error:
-            return [said(error, values), "", gr.Button("Queue runs", interactive=False)]
+            return [grid_problem(error, values), "", gr.Button("Queue runs", interactive=False)]
         locked = bool(settings.space_id())
-        return [problem_value(), words(made), gr.Button(button(made), interactive=bool(made) and not locked)]
+        return [
+            problem_value(),
+            grid_summary(made),
+            gr.Button(queue_label(made), interactive=bool(made) and not locked),
+        ]
 
     def queue(*values: Any) -> list[Any]:
         settings.forbid_on_space()
         try:
-            made = grid.queue_all(expanded(values))
+            made = grid.queue_all(expand(values))
         except MoleError as error:
-            return [said(error, values, reveal=True), gr.skip(), *[gr.skip()] * len(outputs)]
+            return [grid_problem(error, values, reveal=True), gr.skip(), *[gr.skip()] * len(outputs)]
         text = f"Queued {len(made)} runs in the group **{made[0].group}**."
         return [problem_value(), text, *queued(made)]
 
-    def said(error: MoleError, values: tuple[Any, ...], reveal: bool = False) -> dict[str, Any]:
+    def grid_problem(error: MoleError, values: tuple[Any, ...], reveal: bool = False) -> dict[str, Any]:
         field = error.field or ""
         if field and field == values[panel.inputs.index(panel.field)]:
             return problem_value(str(error), "grid-values")
-        if field in ELEMENTS:
-            return problem_value(str(error), ELEMENTS[field])
+        if field in GRID_ELEMENTS:
+            return problem_value(str(error), GRID_ELEMENTS[field])
         return form.problem_of(values[len(panel.inputs) :], error, reveal)
 
     given = [*panel.inputs, *form.inputs]
@@ -148,18 +152,18 @@ def wire(panel: Grid, form: forms.RunForm, queued: Callable[[list[Run]], list[An
     )
 
 
-def button(made: list[RunConfig]) -> str:
-    """What the button says."""
-    return f"Queue {len(made)} run{'s' * (len(made) != 1)}" if made else "Queue runs"
+def queue_label(configs: list[RunConfig]) -> str:
+    """The button's text."""
+    return f"Queue {len(configs)} run{'s' * (len(configs) != 1)}" if configs else "Queue runs"
 
 
-def words(made: list[RunConfig]) -> str:
-    """How many runs, what they are called, and about what they take together."""
-    if not made:
+def grid_summary(configs: list[RunConfig]) -> str:
+    """The names, devices and steps of these runs."""
+    if not configs:
         return ""
-    names = [f"`{config.name}`" for config in made]
+    names = [f"`{config.name}`" for config in configs]
     shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]} … {names[-1]}"
-    devices = sorted({runs.device_of(config) for config in made})
-    steps = sum(config.training.max_steps for config in made)
-    lengths = f", {steps} steps in all" if all(config.training.max_steps for config in made) else ""
+    devices = sorted({runs.device_of(config) for config in configs})
+    steps = sum(config.training.max_steps for config in configs)
+    lengths = f", {steps} steps in all" if all(config.training.max_steps for config in configs) else ""
     return f"{shown}: one after another on {', '.join(devices)}{lengths}."

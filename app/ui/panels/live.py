@@ -1,4 +1,4 @@
-"""The live view of one run with its buttons: the same piece in the Train tab and in the Runs tab."""
+"""The live view of one run with its buttons, in the Train tab and in the Runs tab."""
 
 from __future__ import annotations
 
@@ -8,31 +8,37 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.services import charts
+from app.services import live_updates
 from app.services.run_control import resume_training, stop_training
 from app.ui.wiring import QUIET, run_or_warn
 from app.views.run import run_view
 from mole import runs
 from mole.core.errors import RunError
 
-TICK = 1.0
-TICK_READING = 0.3
-"""Seconds between two looks at a run, and while its past is still being read."""
-ALIVE = ("queued", "running")
+LIVE_POLL_SECONDS = 1.0
+LIVE_READING_SECONDS = 0.3
+"""Seconds between two updates while the past of a run is still being read."""
+ACTIVE_STATES = ("queued", "running")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a page has been shown, the state the buttons stand for, and the seconds between its looks (0: none)."""
+class LiveShown:
+    """What the page shows of a run.
 
-    cursor: charts.Cursor = charts.Cursor()
+    Attributes:
+        cursor: what has been sent of its curves.
+        state: the state its buttons are for.
+        interval: seconds between two updates; 0 without updates.
+    """
+
+    cursor: live_updates.LiveCursor = live_updates.LiveCursor()
     state: str = ""
-    pace: float = 0.0
+    interval: float = 0.0
 
 
 @dataclass
-class Live:
-    """The components; `shown` are the outputs of `open` and `tick`."""
+class LivePanel:
+    """The components; `shown` are the outputs of `show_live`, `refresh_live` and `pause_live`."""
 
     name: gr.State
     seen: gr.State
@@ -48,70 +54,64 @@ class Live:
         return [self.view, self.seen, self.timer, self.stop, self.resume, self.chat]
 
 
-def build(prefix: str) -> Live:
-    """Make the view and its buttons where we stand in the layout; `prefix` begins their element ids."""
+def build_live(prefix: str) -> LivePanel:
+    """Create the view and its buttons in the current layout block; their element ids begin with `prefix`."""
+
+    def button(text: str, name: str, **options: Any) -> gr.Button:
+        size: dict[str, Any] = {"size": "md", "scale": 0, "min_width": 110}
+        return gr.Button(text, visible=False, elem_id=f"{prefix}-{name}", **size, **options)
+
     with gr.Row(elem_classes="buttons") as buttons:
-        stop = gr.Button("Stop", size="md", scale=0, min_width=110, visible=False, elem_id=f"{prefix}-stop")
-        resume = gr.Button("Resume", size="md", scale=0, min_width=110, visible=False, elem_id=f"{prefix}-resume")
-        chat = gr.Button(
-            "Chat with this",
-            variant="primary",
-            size="md",
-            scale=0,
-            min_width=110,
-            visible=False,
-            elem_id=f"{prefix}-chat",
-        )
-    view = run_view(elem_id=f"{prefix}-run", server_functions=[charts.routing_at, charts.whole])
-    live = Live(gr.State(""), gr.State(Seen()), gr.Timer(TICK, active=False), view, stop, resume, chat, buttons)
-    live.timer.tick(tick, [live.name, live.seen], live.shown, queue=False, **QUIET)
-    stop.click(press_stop, live.name, None, **QUIET).then(show, live.name, live.shown, **QUIET)
-    resume.click(press_resume, live.name, None, **QUIET).then(show, live.name, live.shown, **QUIET)
-    return live
+        stop, resume = button("Stop", "stop"), button("Resume", "resume")
+        chat = button("Chat with this", "chat", variant="primary")
+    view = run_view(elem_id=f"{prefix}-run", server_functions=[live_updates.fetch_step_routing, live_updates.fetch_run])
+    timer = gr.Timer(LIVE_POLL_SECONDS, active=False)
+    panel = LivePanel(gr.State(""), gr.State(LiveShown()), timer, view, stop, resume, chat, buttons)
+    timer.tick(refresh_live, [panel.name, panel.seen], panel.shown, queue=False, **QUIET)
+    for pressed, action in ((stop, stop_training), (resume, resume_training)):
+        pressed.click(or_warn(action), panel.name, None, **QUIET).then(show_live, panel.name, panel.shown, **QUIET)
+    return panel
 
 
-def show(name: str) -> list[Any]:
-    """The run from its beginning, for `shown`; the timer ticks as long as it is alive."""
-    return tick(name, Seen())
+def or_warn(action: Any) -> Any:
+    """An action on a run by name as a handler; errors become warnings on the page."""
+    return lambda name: run_or_warn(lambda: action(name))
 
 
-def hide() -> list[Any]:
-    """For the `shown` of a view in a tab that is left: nothing ticks there."""
+def show_live(name: str) -> list[Any]:
+    """The run from its beginning, for `shown`; it is updated as long as it is active."""
+    return refresh_live(name, LiveShown())
+
+
+def pause_live() -> list[Any]:
+    """For `shown` in a tab that is left: polling stops."""
     return [gr.skip(), gr.skip(), gr.Timer(active=False), gr.skip(), gr.skip(), gr.skip()]
 
 
-def tick(name: str, seen: Seen) -> list[Any]:
-    """What is new of the run, for `shown`; the timer ends once the run has and nothing more is written."""
+def refresh_live(name: str, seen: LiveShown) -> list[Any]:
+    """What is new of the run, for `shown`; polling ends once the run has ended and everything is read."""
     try:
         run = runs.get(name) if name else None
     except RunError:
         run = None
     if run is None:
-        return [{"status": None}, Seen(), gr.Timer(active=False), *[gr.Button(visible=False)] * 3]
-    value, cursor = charts.delta(run, seen.cursor)
+        return [{"status": None}, LiveShown(), gr.Timer(active=False), *[gr.Button(visible=False)] * 3]
+    value, cursor = live_updates.run_update(run, seen.cursor)
     state = value["status"]["state"]
-    reading = value["reading"] is not None
-    pace = TICK_READING if reading else TICK if state in ALIVE or cursor != seen.cursor else 0.0
-    timer = gr.skip() if pace == seen.pace else gr.Timer(pace or TICK, active=pace > 0)
-    shown = Seen(cursor, state, pace)
-    if state == seen.state:
-        return [value, shown, timer, gr.skip(), gr.skip(), gr.skip()]
+    if value["reading"] is not None:
+        interval = LIVE_READING_SECONDS
+    else:
+        interval = LIVE_POLL_SECONDS if state in ACTIVE_STATES or cursor != seen.cursor else 0.0
+    timer = gr.skip() if interval == seen.interval else gr.Timer(interval or LIVE_POLL_SECONDS, active=interval > 0)
+    buttons = [gr.skip()] * 3 if state == seen.state else run_buttons(state)
+    return [value, LiveShown(cursor, state, interval), timer, *buttons]
+
+
+def run_buttons(state: str) -> list[gr.Button]:
+    """Stop, Resume and Chat for a run in this state."""
     locked = bool(settings.space_id())
     return [
-        value,
-        shown,
-        timer,
-        gr.Button(visible=state in ALIVE and not locked),
+        gr.Button(visible=state in ACTIVE_STATES and not locked),
         gr.Button(visible=state in ("stopped", "interrupted", "failed") and not locked),
         gr.Button(visible=state == "finished"),
     ]
-
-
-def press_stop(name: str) -> None:
-    """Ask the run to save and stop."""
-    run_or_warn(lambda: stop_training(name))
-
-
-def press_resume(name: str) -> None:
-    """Go on with a stopped run from its last checkpoint."""
-    run_or_warn(lambda: resume_training(name))

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.ui import forms
+from app.ui.forms import RunForm
 from app.ui.wiring import QUIET, on_change
 from app.views.preflight import preflight_view
 from app.views.problem import problem_value
@@ -22,13 +22,13 @@ from mole.core.errors import InputError, MoleError
 from mole.preflight import job as preflight_job
 from mole.preflight.job import PreflightJob
 
-TICK, TICK_IDLE = 1.0, 5.0
-"""Seconds between two looks while a check goes on, and else: an answer that came late is put right by the next look."""
+CHECK_POLL_SECONDS, IDLE_POLL_SECONDS = 1.0, 5.0
+"""Seconds between two updates while a check runs, and otherwise, so that a late result is shown too."""
 
 
 @dataclass
-class Preflight:
-    """The components; `shown` are the outputs of `refresh`."""
+class PreflightPanel:
+    """The components; `shown` are the outputs of `refresh_preflight`."""
 
     view: gr.HTML
     known: gr.State
@@ -43,11 +43,8 @@ class Preflight:
         return [self.view, self.known, self.timer, self.check, self.measure, self.wait, self.cancel]
 
 
-def build(form: forms.RunForm, note: gr.HTML) -> Preflight:
-    """Make the panel where we stand in the layout, once the form has all its fields.
-
-    What is wrong with the form is said in `note`, a `problem_view`.
-    """
+def build_preflight(form: RunForm, note: gr.HTML) -> PreflightPanel:
+    """Create the panel in the current layout block, once the form has all its fields; `note` is the form's problem."""
     gr.Markdown("## Does it fit?", elem_classes="heading")
     view = preflight_view(elem_id="preflight")
     locked = bool(settings.space_id())
@@ -56,61 +53,61 @@ def build(form: forms.RunForm, note: gr.HTML) -> Preflight:
         measure = gr.Button("Measure real steps", size="md", interactive=not locked, elem_id="preflight-measure")
         wait = gr.Button("Measure when it is free", size="md", visible=False, elem_id="preflight-wait")
         cancel = gr.Button("Cancel", size="md", visible=False, elem_id="preflight-cancel")
-    panel = Preflight(view, gr.State({}), gr.Timer(TICK_IDLE, active=False), check, measure, wait, cancel)
-    wire(panel, form, note)
+    panel = PreflightPanel(view, gr.State({}), gr.Timer(IDLE_POLL_SECONDS, active=False), check, measure, wait, cancel)
+    wire_preflight(panel, form, note)
     return panel
 
 
-def wire(panel: Preflight, form: forms.RunForm, note: gr.HTML) -> None:
-    """The view follows the settings and the process; the buttons start and end it; a suggestion fills the form."""
+def wire_preflight(panel: PreflightPanel, form: RunForm, note: gr.HTML) -> None:
+    """The view follows the settings and the process; buttons start and cancel it; a suggestion changes the form."""
 
-    def look(known: dict[str, Any], *values: Any) -> list[Any]:
+    def update(known: dict[str, Any], *values: Any) -> list[Any]:
         try:
-            return refresh(known, form.config(values))
+            return refresh_preflight(known, form.config(values))
         except InputError:
-            return [gr.skip()] * len(panel.shown)  # said beside the field
+            return [gr.skip()] * len(panel.shown)  # shown beside the field
 
     def press(kind: str, wait: bool = False) -> Callable[..., list[Any]]:
         def start(*values: Any) -> list[Any]:
             settings.forbid_on_space()
             try:
                 config = form.config(values)
-                begin(config, kind, wait)
-                return [problem_value(), *refresh({}, config)]
+                start_check(config, kind, wait)
+                return [problem_value(), *refresh_preflight({}, config)]
             except MoleError as error:
                 return [form.problem_of(values, error, reveal=True), *[gr.skip()] * len(panel.shown)]
 
         return start
 
-    def take(event: gr.EventData, *values: Any) -> list[Any]:
+    def apply_suggestion(event: gr.EventData, *values: Any) -> list[Any]:
         try:
             return [problem_value(), *form.fill(with_suggestion(form.config(values), int(event._data["at"])))]
         except MoleError as error:
             return [form.problem_of(values, error, reveal=True), *[gr.skip()] * len(form.inputs)]
 
-    def end(*values: Any) -> list[Any]:
+    def cancel(*values: Any) -> list[Any]:
         settings.forbid_on_space()
         for check in preflight_job.running_jobs():
             check.cancel()
-        return look({}, *values)
+        return update({}, *values)
 
     given, outputs = [panel.known, *form.inputs], [note, *panel.shown]
-    panel.timer.tick(look, given, panel.shown, queue=False, **QUIET)
-    on_change(form.inputs, look, given, panel.shown, queue=False)
+    panel.timer.tick(update, given, panel.shown, queue=False, **QUIET)
+    on_change(form.inputs, update, given, panel.shown, queue=False)
     estimate = press("estimate")
     panel.check.click(estimate, form.inputs, outputs, **QUIET)
     panel.measure.click(press("measurement"), form.inputs, outputs, **QUIET)
     panel.wait.click(press("measurement", wait=True), form.inputs, outputs, **QUIET)
-    panel.cancel.click(end, form.inputs, panel.shown, **QUIET)
-    panel.view.select(take, form.inputs, [note, *form.inputs], queue=False, **QUIET).then(
+    panel.cancel.click(cancel, form.inputs, panel.shown, **QUIET)
+    panel.view.select(apply_suggestion, form.inputs, [note, *form.inputs], queue=False, **QUIET).then(
         estimate, form.inputs, outputs, **QUIET
     )
 
 
-def refresh(known: dict[str, Any], config: RunConfig) -> list[Any]:
-    """For `shown`: what is known of a run's cost; what the page has already does not travel."""
+def refresh_preflight(known: dict[str, Any], config: RunConfig) -> list[Any]:
+    """What is known of the run's memory and time, for `shown`; nothing is sent when the page shows it already."""
     check = PreflightJob.of(config)
-    value, alive = value_of(check), check.alive
+    value, alive = preflight_value(check), check.alive
     elsewhere = not alive and bool(preflight_job.running_jobs())
     seen = {**value, "alive": alive, "elsewhere": elsewhere}
     if seen == known:
@@ -120,7 +117,7 @@ def refresh(known: dict[str, Any], config: RunConfig) -> list[Any]:
     return [
         value,
         seen,
-        gr.Timer(TICK if alive or elsewhere else TICK_IDLE),
+        gr.Timer(CHECK_POLL_SECONDS if alive or elsewhere else IDLE_POLL_SECONDS),
         gr.Button(interactive=not alive and not locked),
         gr.Button(interactive=not alive and not locked, visible=not busy),
         gr.Button(visible=busy and not alive),
@@ -128,8 +125,8 @@ def refresh(known: dict[str, Any], config: RunConfig) -> list[Any]:
     ]
 
 
-def value_of(check: PreflightJob) -> dict[str, Any]:
-    """The view's value: the estimate, the measurement and the state of a check, None where there is none."""
+def preflight_value(check: PreflightJob) -> dict[str, Any]:
+    """The estimate, the measurement and the state of a check, as the view takes them; None where there is none."""
     state = check.state()
     shown = {key: state[key] for key in ("kind", "phase", "text", "share")} if state else None
     return {
@@ -139,8 +136,8 @@ def value_of(check: PreflightJob) -> dict[str, Any]:
     }
 
 
-def begin(config: RunConfig, kind: str, wait: bool) -> None:
-    """Start a check; a measurement of settings that were never estimated is estimated with it."""
+def start_check(config: RunConfig, kind: str, wait: bool) -> None:
+    """Start a check; settings that were never estimated are estimated before they are measured."""
     check = PreflightJob.of(config)
     if kind == "measurement" and not check.read("estimate"):
         kind = "both"

@@ -1,4 +1,4 @@
-"""Set-ups to begin with: the papers', one's own, and `run.yaml` in and out."""
+"""Presets: the papers' settings, the person's own, and loading and saving `run.yaml`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gradio as gr
 from gradio.context import Context
 
 from app import settings
-from app.ui import forms
+from app.ui.forms import RunForm
 from app.ui.wiring import QUIET, run_or_warn
 from app.views.problem import problem_value
 from mole.analysis.tables import escaped
@@ -18,7 +18,7 @@ from mole.config import Preset, RunConfig, all_presets, delete_preset, find_pres
 from mole.core.errors import InputError, MoleError
 
 DEFAULTS = Preset("", "The defaults", "DynMoLE with 8 experts of rank 8, 32 steps: what every setting is without you.")
-SAVE = """(text) => {
+DOWNLOAD_YAML = """(text) => {
   if (!text) return;
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], { type: "application/yaml" }));
@@ -29,7 +29,7 @@ SAVE = """(text) => {
 
 
 @dataclass
-class Presets:
+class PresetPanel:
     """The components."""
 
     chosen: gr.Dropdown
@@ -42,16 +42,16 @@ class Presets:
     keeping: gr.Row
 
 
-def build(form: forms.RunForm) -> Presets:
-    """Make the choice, its words and its buttons where we stand in the layout; `wire` when the form is whole."""
+def build_presets() -> PresetPanel:
+    """Create the choice and its buttons in the current layout block; call `wire_presets` once the form is complete."""
     chosen = gr.Dropdown(
-        choices=choices(),
+        choices=preset_choices(),
         value=DEFAULTS.name,
         label="Preset",
         info="Fills in everything below; your model and data stay, unless the preset is for a certain model.",
         elem_id="preset",
     )
-    summary = gr.Markdown(words(DEFAULTS), elem_classes="quiet", elem_id="preset-summary")
+    summary = gr.Markdown(preset_summary(DEFAULTS), elem_classes="quiet", elem_id="preset-summary")
     with gr.Row(elem_classes="buttons"):
         load = gr.UploadButton("Load run.yaml", size="sm", file_types=[".yaml", ".yml"], elem_id="preset-load")
         save = gr.Button("Save run.yaml", size="sm", elem_id="preset-save")
@@ -59,23 +59,23 @@ def build(form: forms.RunForm) -> Presets:
         delete = gr.Button("Delete preset", size="sm", visible=False, elem_id="preset-delete")
     with gr.Row(visible=False, elem_classes="start-row", elem_id="preset-keeping") as keeping:
         name = gr.Textbox(label="Name of the preset", placeholder="my-way", elem_id="preset-name")
-    return Presets(chosen, summary, load, save, keep, delete, name, keeping)
+    return PresetPanel(chosen, summary, load, save, keep, delete, name, keeping)
 
 
-def choices() -> list[tuple[str, str]]:
-    """Every preset's title and name, one's own at the end."""
+def preset_choices() -> list[tuple[str, str]]:
+    """The title and name of every preset, the person's own at the end."""
     found = [DEFAULTS, *all_presets()]
     return [(f"Yours: {preset.title}" if preset.user_saved else preset.title, preset.name) for preset in found]
 
 
-def words(preset: Preset) -> str:
+def preset_summary(preset: Preset) -> str:
     """A preset in one sentence, with its paper."""
     summary = escaped(preset.summary) if preset.user_saved else preset.summary
     return f"{summary} [Paper]({preset.paper})" if preset.paper else summary
 
 
-def wire(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
-    """Choosing, loading and saving; what goes wrong is said in `note`, a `problem_view`."""
+def wire_presets(panel: PresetPanel, form: RunForm, note: gr.HTML) -> None:
+    """Choosing, loading and saving; `note` is the form's problem."""
 
     def choose(name: str, *values: Any) -> list[Any]:
         nested = form.nested(values)
@@ -85,16 +85,16 @@ def wire(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
         except InputError as error:
             return [problem_value(str(error), "preset"), *[gr.skip()] * (2 + len(values))]
         config.name = nested.get("name")
-        return [problem_value(), words(preset), gr.Button(visible=preset.user_saved), *form.fill(config)]
+        return [problem_value(), preset_summary(preset), gr.Button(visible=preset.user_saved), *form.fill(config)]
 
     def load(path: str) -> list[Any]:
         try:
-            config = read(Path(path))
+            config = read_run_yaml(Path(path))
         except InputError as error:
             return [problem_value(str(error), "preset-load"), *[gr.skip()] * len(form.inputs)]
         return [problem_value(), *form.fill(config)]
 
-    def written(*values: Any) -> str:
+    def yaml_text(*values: Any) -> str:
         config = run_or_warn(lambda: form.config(values))
         return config.to_yaml() if config else ""
 
@@ -102,15 +102,17 @@ def wire(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
     panel.chosen.input(choose, [panel.chosen, *form.inputs], filled, queue=False, **QUIET)
     panel.load.upload(load, panel.load, [note, *form.inputs], **QUIET)
     page = Context.root_block
-    if page is not None:  # somebody may have kept one since the studio was started
-        page.load(lambda: gr.Dropdown(choices=choices()), None, panel.chosen, queue=False, **QUIET)
+    if page is not None:  # presets may have been saved since the studio was started
+        page.load(lambda: gr.Dropdown(choices=preset_choices()), None, panel.chosen, queue=False, **QUIET)
     text = gr.Textbox(visible=False)
-    panel.save.click(written, form.inputs, text, queue=False, **QUIET).then(None, text, None, js=SAVE, **QUIET)
-    wire_own(panel, form, note)
+    panel.save.click(yaml_text, form.inputs, text, queue=False, **QUIET).then(
+        None, text, None, js=DOWNLOAD_YAML, **QUIET
+    )
+    wire_saving(panel, form, note)
 
 
-def wire_own(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
-    """Keeping the form as a preset of one's own, and deleting one."""
+def wire_saving(panel: PresetPanel, form: RunForm, note: gr.HTML) -> None:
+    """Saving the form as a preset, and deleting one."""
 
     def keep(name: str, *values: Any) -> list[Any]:
         settings.forbid_on_space()
@@ -118,13 +120,13 @@ def wire_own(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
             preset = save_preset(name.strip(), form.config(values))
         except MoleError as error:
             return [problem_value(str(error), "preset-name"), *[gr.skip()] * 4]
-        chosen = gr.Dropdown(choices=choices(), value=preset.name)
-        return [problem_value(), chosen, words(preset), gr.Button(visible=True), gr.Row(visible=False)]
+        chosen = gr.Dropdown(choices=preset_choices(), value=preset.name)
+        return [problem_value(), chosen, preset_summary(preset), gr.Button(visible=True), gr.Row(visible=False)]
 
     def delete(name: str) -> list[Any]:
         settings.forbid_on_space()
         run_or_warn(lambda: delete_preset(name))
-        chosen = gr.Dropdown(choices=choices(), value=DEFAULTS.name)
+        chosen = gr.Dropdown(choices=preset_choices(), value=DEFAULTS.name)
         return [chosen, "The preset is deleted; the form is as it was.", gr.Button(visible=False)]
 
     shown = [panel.chosen, panel.summary, panel.delete]
@@ -135,8 +137,8 @@ def wire_own(panel: Presets, form: forms.RunForm, note: gr.HTML) -> None:
     panel.delete.click(delete, panel.chosen, shown, **QUIET)
 
 
-def read(path: Path) -> RunConfig:
-    """An uploaded config, without the name of the run it is of. Raises `InputError` in words about the file itself."""
+def read_run_yaml(path: Path) -> RunConfig:
+    """An uploaded config without its run's name and group. Raises `InputError` naming the file."""
     try:
         config = RunConfig.load(path)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""What a run is made of: the base model, the data, which column is what, and what is held out."""
+"""The base model and the data of a run: the file, its columns, and its held-out rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.ui import forms
+from app.ui.forms import RunForm, command_text
 from app.ui.wiring import QUIET, on_change, run_or_warn
 from app.views.status_line import status_line, status_value
 from mole.config import coerce
@@ -28,13 +28,13 @@ from mole.data import (
 from mole.models import catalog
 
 DATA_TYPES = [".json", ".jsonl", ".csv", ".tsv", ".parquet"]
-SLOTS = 3
-"""The most fields a shape has."""
-NOTHING = DetectedColumns((), None, {})
+MAX_FIELDS = 3
+"""The most fields a shape of data has; each gets a dropdown."""
+NO_COLUMNS = DetectedColumns((), None, {})
 
 
-def build(form: forms.RunForm) -> None:
-    """The base model, and the data with its upload, columns and held-out part, where we stand in the layout."""
+def build_sources(form: RunForm) -> None:
+    """Create the fields of the base model and of the data in the current layout block."""
     build_model(form)
     build_data(form)
 
@@ -43,26 +43,26 @@ def build(form: forms.RunForm) -> None:
 # The base model
 
 
-def build_model(form: forms.RunForm) -> None:
-    """The model with its suggestions, and under it what is known of the chosen one."""
-    name = form.add("model", "name", choices=suggestions(), allow_custom_value=True)
+def build_model(form: RunForm) -> None:
+    """The model, with known ones to choose from, and a line about the chosen one."""
+    name = form.add("model", "name", choices=model_choices(), allow_custom_value=True)
     about = status_line(elem_id="model-about")
-    gr.on(fn=lambda: gr.Dropdown(choices=suggestions()), outputs=name, queue=False, **QUIET)  # what is here may change
-    gr.on(fn=about_model, inputs=name, outputs=about, queue=False, **QUIET)
+    gr.on(fn=lambda: gr.Dropdown(choices=model_choices()), outputs=name, queue=False, **QUIET)
+    gr.on(fn=model_facts, inputs=name, outputs=about, queue=False, **QUIET)
 
 
-def suggestions() -> list[tuple[str, str]]:
+def model_choices() -> list[tuple[str, str]]:
     """The models to choose from, as (label, `model.name`)."""
-    labelled = []
+    choices = []
     for entry in catalog.models():
         verdict = catalog.fits(entry).verdict
         mark = f" · {verdict}" if verdict in ("tight", "too large") else ""
-        labelled.append((entry.label + mark, entry.name))
-    return labelled
+        choices.append((entry.label + mark, entry.name))
+    return choices
 
 
-def about_model(name: str | None) -> dict[str, str]:
-    """What is known of a model on this machine; the hub is not asked."""
+def model_facts(name: str | None) -> dict[str, str]:
+    """What is known about a model without asking the hub."""
     try:
         return status_value(catalog.about(name or "")[0])
     except MoleError as error:
@@ -74,8 +74,8 @@ def about_model(name: str | None) -> dict[str, str]:
 
 
 @dataclass
-class Mapping:
-    """The components that say which column is what; `outputs` takes what `shown` gives."""
+class ColumnPanel:
+    """The components that map columns to fields; `outputs` are the outputs of `column_updates`."""
 
     path: Any
     text: Any
@@ -89,8 +89,8 @@ class Mapping:
         return [self.about, self.card, self.shape, *self.slots]
 
 
-def build_data(form: forms.RunForm) -> None:
-    """The training data: the sample, a file, a hub id, or an upload; its columns; what is held out of it."""
+def build_data(form: RunForm) -> None:
+    """The training data: the sample, a file, a hub id or an upload; its columns; its held-out rows."""
     sample = settings.sample("skills_train.jsonl")
     samples = [("Sample: four short skills", str(sample))] if sample else []
     first = samples[0][1] if samples else ""
@@ -104,7 +104,7 @@ def build_data(form: forms.RunForm) -> None:
         return gr.Dropdown(choices=[*samples, (kept.name, str(kept))], value=str(kept))
 
     upload.upload(keep, upload, path, **QUIET)
-    wire_columns(build_columns(form, path, look(first, {}, None) if first else NOTHING))
+    wire_columns(build_columns(form, path, detected_in(first, {}, None) if first else NO_COLUMNS))
     with gr.Accordion("Held-out rows and length", open=False, elem_classes="accordion-card", elem_id="data-more"):
         with gr.Row():
             form.add("data", "eval_path", min_width=180)
@@ -112,105 +112,110 @@ def build_data(form: forms.RunForm) -> None:
         form.add("data", "max_length")
 
 
-def build_columns(form: forms.RunForm, path: Any, found: DetectedColumns) -> Mapping:
-    """What a file's columns are read as, and folded away how to change it."""
+def build_columns(form: RunForm, path: Any, detected: DetectedColumns) -> ColumnPanel:
+    """A line about how a file's columns are read, and an accordion to change it."""
     about = status_line(
-        elem_id="data-about", value=status_value(describe_columns(found)) if found.columns else status_value()
+        elem_id="data-about", value=status_value(describe_columns(detected) if detected.columns else "")
     )
     with gr.Accordion("Columns", open=False, elem_classes="accordion-card", elem_id="data-columns") as card:
-        shape = gr.Dropdown(choices=list(SHAPES), value=found.shape, label="Read as", elem_id="columns-shape")
+        shape = gr.Dropdown(choices=list(SHAPES), value=detected.shape, label="Read as", elem_id="columns-shape")
         with gr.Row():
             slots = [
                 gr.Dropdown(**slot, min_width=140, elem_id=f"column-{number}")
-                for number, slot in enumerate(slots_of(found), start=1)
+                for number, slot in enumerate(slot_settings(detected), start=1)
             ]
         text = form.add("data", "columns")
-    return Mapping(path, text, about, card, shape, slots)
+    return ColumnPanel(path, text, about, card, shape, slots)
 
 
-def wire_columns(made: Mapping) -> None:
-    """The mapping follows the file; `data.columns` is the one truth, the dropdowns show it and write it."""
-    given = [made.path, made.text, made.shape]
-    on_change([made.path], settled, given[:2], [made.text, *made.outputs])
-    on_change([made.text], shown, given, made.outputs)
-    made.shape.input(read_as, [made.path, made.shape], [made.text, *made.outputs], **QUIET)
-    gr.on([slot.input for slot in made.slots], written, [*given, *made.slots], made.text, **QUIET)
+def wire_columns(panel: ColumnPanel) -> None:
+    """The mapping follows the file. The field `data.columns` holds it; the dropdowns show it and write to it."""
+    given = [panel.path, panel.text, panel.shape]
+    on_change([panel.path], columns_for_file, given[:2], [panel.text, *panel.outputs])
+    on_change([panel.text], column_updates, given, panel.outputs)
+    panel.shape.input(columns_for_shape, [panel.path, panel.shape], [panel.text, *panel.outputs], **QUIET)
+    gr.on([slot.input for slot in panel.slots], columns_setting, [*given, *panel.slots], panel.text, **QUIET)
 
 
-def is_here(path: str | None) -> bool:
-    """Whether the data are a file on this machine: what is not is not looked up before the run starts."""
+def is_local_file(path: str | None) -> bool:
+    """Whether the data are a file on this machine; anything else is not read before the run starts."""
     return bool(path) and settings.is_public(str(path)) and os.path.isfile(local_path(str(path)))
 
 
-def mapping_of(text: str | None) -> dict[str, str]:
-    """The mapping that `data.columns` spells. Raises `ConfigError`."""
+def parse_mapping(text: str | None) -> dict[str, str]:
+    """The mapping in the text of `data.columns`. Raises `ConfigError`."""
     mapping: dict[str, str] = coerce(dict[str, str], text, "data.columns") if (text or "").strip() else {}
     return mapping
 
 
-def look(path: str, mapping: dict[str, str], shape: str | None) -> DetectedColumns:
+def detected_in(path: str, mapping: dict[str, str], shape: str | None) -> DetectedColumns:
     """A file's columns under a mapping. Raises `DataError`."""
     return detect_columns(read_columns(path), mapping, path, shape)
 
 
-def shown(path: str | None, text: str | None, shape: str | None) -> list[Any]:
-    """For `outputs`: the file's columns, and what they are read as."""
-    if not path or not is_here(path):
+def column_updates(path: str | None, text: str | None, shape: str | None) -> list[Any]:
+    """The file's columns and how they are read, for `ColumnPanel.outputs`."""
+    if not path or not is_local_file(path):
         words = f"{path} is no file here: the hub is asked for it when the run starts." if path else ""
-        return [status_value(words), gr.skip(), gr.Dropdown(list(SHAPES), value=None), *updates(NOTHING)]
+        return [status_value(words), gr.skip(), gr.Dropdown(list(SHAPES), value=None), *slot_updates(NO_COLUMNS)]
     try:
-        found = look(path, mapping_of(text), shape)
+        detected = detected_in(path, parse_mapping(text), shape)
     except InputError as error:
-        return [status_value(str(error), tone="bad"), gr.skip(), gr.skip(), *[gr.skip()] * SLOTS]
-    asks = found.shape is None or any(column is None for name, column in found.fields.items() if name != "input")
+        return [status_value(str(error), tone="bad"), gr.skip(), gr.skip(), *[gr.skip()] * MAX_FIELDS]
+    asks = detected.shape is None or any(column is None for name, column in detected.fields.items() if name != "input")
     card = gr.Accordion(open=True) if asks else gr.skip()
-    return [status_value(describe_columns(found)), card, gr.Dropdown(list(SHAPES), value=found.shape), *updates(found)]
+    return [
+        status_value(describe_columns(detected)),
+        card,
+        gr.Dropdown(list(SHAPES), value=detected.shape),
+        *slot_updates(detected),
+    ]
 
 
-def slots_of(found: DetectedColumns) -> list[dict[str, Any]]:
-    """The settings of the dropdowns: one for each field of the shape, the others hidden."""
+def slot_settings(detected: DetectedColumns) -> list[dict[str, Any]]:
+    """The arguments of the dropdowns: one for each field of the shape, the others hidden."""
     slots: list[dict[str, Any]] = []
-    for name, column in found.fields.items():
+    for name, column in detected.fields.items():
         label = f"{name}, if any, is in" if name == "input" else f"{name} is in"
-        slots.append({"choices": list(found.columns), "value": column, "label": label, "visible": True})
-    hidden = {"choices": list(found.columns), "value": None, "label": "Column", "visible": False}
-    return slots + [hidden] * (SLOTS - len(slots))
+        slots.append({"choices": list(detected.columns), "value": column, "label": label, "visible": True})
+    hidden = {"choices": list(detected.columns), "value": None, "label": "Column", "visible": False}
+    return slots + [hidden] * (MAX_FIELDS - len(slots))
 
 
-def updates(found: DetectedColumns) -> list[gr.Dropdown]:
-    """The same as what a handler returns."""
-    return [gr.Dropdown(**slot) for slot in slots_of(found)]
+def slot_updates(detected: DetectedColumns) -> list[gr.Dropdown]:
+    """`slot_settings` as a handler returns them."""
+    return [gr.Dropdown(**slot) for slot in slot_settings(detected)]
 
 
-def settled(path: str | None, text: str | None) -> list[Any]:
-    """For `data.columns` and `outputs`, after another file was chosen: a mapping that does not fit is guessed anew."""
+def columns_for_file(path: str | None, text: str | None) -> list[Any]:
+    """For `data.columns` and `outputs`, after a file was chosen: a mapping that does not fit it is guessed again."""
     try:
-        if path and is_here(path):
+        if path and is_local_file(path):
             there = read_columns(path)
-            mapping = mapping_of(text)
+            mapping = parse_mapping(text)
             if not mapping or not {*mapping.values()} <= {*there}:
                 known = detect_columns(there, {}, path).shape
-                text = forms.spelled({} if known else guess_mapping(there))
+                text = command_text({} if known else guess_mapping(there))
     except InputError:
-        pass  # `shown` says it
-    return [text, *shown(path, text, None)]
+        pass  # `column_updates` shows the error
+    return [text, *column_updates(path, text, None)]
 
 
-def read_as(path: str | None, shape: str | None) -> list[Any]:
-    """For `data.columns` and `outputs`, after a shape was chosen by hand: its fields, as far as they can be guessed."""
-    if not path or not shape or not is_here(path):
-        return [gr.skip()] * (4 + SLOTS)
-    text = forms.spelled(mapping_for_shape(read_columns(path), shape))
-    return [text, *shown(path, text, shape)]
+def columns_for_shape(path: str | None, shape: str | None) -> list[Any]:
+    """For `data.columns` and `outputs`, after the person chose a shape: its fields, as far as they can be guessed."""
+    if not path or not shape or not is_local_file(path):
+        return [gr.skip()] * (4 + MAX_FIELDS)
+    text = command_text(mapping_for_shape(read_columns(path), shape))
+    return [text, *column_updates(path, text, shape)]
 
 
-def written(path: str | None, text: str | None, shape: str | None, *slots: str | None) -> Any:
-    """`data.columns` after a column was chosen by hand: what differs from the names, all of it where they mislead."""
-    if not path or not is_here(path):
+def columns_setting(path: str | None, text: str | None, shape: str | None, *slots: str | None) -> Any:
+    """`data.columns` after the person chose a column; fields that are detected by their name are left out."""
+    if not path or not is_local_file(path):
         return gr.skip()
     there: Sequence[str] = read_columns(path)
-    fields = detect_columns(there, mapping_of(text), path, shape).fields
+    fields = detect_columns(there, parse_mapping(text), path, shape).fields
     wanted = dict(zip(fields, slots, strict=False))
     mapping = {name: column for name, column in wanted.items() if column}
     short = {name: column for name, column in mapping.items() if name != column}
-    return forms.spelled(short if detect_columns(there, short, path).fields == wanted else mapping)
+    return command_text(short if detect_columns(there, short, path).fields == wanted else mapping)

@@ -12,11 +12,10 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.services.listing import LISTING, Cursor, stamp
+from app.services.listing import LISTING, ListCursor, file_stamp
 from app.services.run_control import delete_for_good
-from app.ui.panels import evaluation, live
-from app.ui.panels.evaluation import EvaluationPanel
-from app.ui.panels.live import Live
+from app.ui.panels.evaluation import EvaluationPanel, build_evaluation, evaluation_data, refresh_evaluations
+from app.ui.panels.live import ACTIVE_STATES, LivePanel, build_live, show_live
 from app.ui.wiring import QUIET, toast_text
 from app.views.run_list import run_list
 from mole import runs
@@ -24,25 +23,25 @@ from mole.core import checkpoint
 from mole.core.errors import MoleError, RunError
 
 LOG_BYTES = 16_000
-LIST_EVERY = 2.0
+LIST_POLL_SECONDS = 2.0
 OFFERED = 8
-"""The outputs of `offer`."""
+"""The number of outputs of `offer_actions`."""
 CLICK_DOWNLOAD = """() => document.querySelector("#runs-download").click()"""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a page has been shown: the list so far, the chosen run, what is known of it, and its log."""
+class RunsShown:
+    """What the page shows: the list so far, the chosen run, the facts its buttons are for, and a stamp of its log."""
 
-    cursor: Cursor = Cursor()
+    cursor: ListCursor = ListCursor()
     chosen: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     log: tuple[Any, ...] = ()
 
 
 @dataclass
-class Actions:
-    """What can be done with the chosen run, beside the live view's own buttons."""
+class RunActions:
+    """What can be done with the chosen run, besides the live view's own buttons."""
 
     retry: gr.Button
     export: gr.Button
@@ -58,35 +57,37 @@ class Actions:
 
     @property
     def shown(self) -> list[Any]:
-        """The first outputs of `offer`."""
+        """The first outputs of `offer_actions`."""
         return [self.retry, self.export, self.delete, self.checkpoints, self.checkpoint, self.config]
 
 
 @dataclass
 class RunsTab:
-    """What the other tabs and the page's start need of this one.
+    """The tab's components; `compared` holds the names of the runs marked for comparison."""
 
-    `compared` holds the names of the runs marked for comparison.
-    """
-
-    live: Live
+    live: LivePanel
     rows: gr.HTML
     log: gr.Textbox
     known: gr.State
     compared: gr.State
     timer: gr.Timer
-    actions: Actions
+    actions: RunActions
     evaluation: EvaluationPanel
 
     @property
+    def given(self) -> list[Any]:
+        """The inputs of `refresh_runs`."""
+        return [self.live.name, self.known, self.checkpoint, self.evaluation.seen]
+
+    @property
     def shown(self) -> list[Any]:
-        """The outputs of `refresh`."""
+        """The outputs of `refresh_runs`."""
         panel = self.evaluation
         return [self.rows, self.log, self.known, *self.actions.shown, panel.group, panel.data, *panel.shown]
 
     @property
     def retry(self) -> gr.Button:
-        """Train the chosen run again with other settings."""
+        """Train the chosen run again with changes."""
         return self.actions.retry
 
     @property
@@ -100,47 +101,50 @@ class RunsTab:
         return self.actions.open_checkpoint
 
 
-def build() -> RunsTab:
-    """Make the tab's components and handlers where we stand in the layout."""
-    timer = gr.Timer(LIST_EVERY, active=False)
+def build_runs_tab() -> RunsTab:
+    """Create the tab's components and handlers in the current layout block."""
+    timer = gr.Timer(LIST_POLL_SECONDS, active=False)
     with gr.Row(elem_classes="two-columns"):
         with gr.Column(scale=11, min_width=320, elem_classes="card"):
             gr.Markdown("## Runs", elem_classes="heading")
             rows = run_list(elem_id="run-list")
         with gr.Column(scale=12, min_width=320, elem_classes="card"):
-            view = live.build("runs")
-            actions = build_actions(view)
-            panel = evaluation.build(view.name, actions.checkpoint)
+            live = build_live("runs")
+            actions = build_actions(live)
+            evaluation = build_evaluation(live.name, actions.checkpoint)
             with gr.Accordion("Log", open=False, elem_classes="accordion-card", elem_id="runs-log"):
                 log = gr.Textbox(
                     show_label=False, lines=12, max_lines=12, interactive=False, buttons=["copy"], elem_classes="log"
                 )
             with gr.Accordion("Settings (run.yaml)", open=False, elem_classes="accordion-card", elem_id="runs-config"):
                 actions.config.render()
-    tab = RunsTab(view, rows, log, gr.State(Seen()), gr.State([]), timer, actions, panel)
-    wire(tab)
+    tab = RunsTab(live, rows, log, gr.State(RunsShown()), gr.State([]), timer, actions, evaluation)
+    wire_list(tab)
     wire_actions(tab)
     return tab
 
 
-def build_actions(view: Live) -> Actions:
-    """The buttons beside those of the live view, the question before deleting, and the checkpoints."""
-    with view.buttons:
-        retry = gr.Button("Retry with changes", size="md", scale=0, min_width=110, visible=False, elem_id="runs-retry")
-        export = gr.Button("Export", size="md", scale=0, min_width=110, visible=False, elem_id="runs-export")
-        delete = gr.Button("Delete …", size="md", scale=0, min_width=110, visible=False, elem_id="runs-delete")
+def build_actions(live: LivePanel) -> RunActions:
+    """The buttons beside those of the live view, the confirmation of a deletion, and the checkpoints."""
+
+    def button(text: str, name: str) -> gr.Button:
+        return gr.Button(text, size="md", scale=0, min_width=110, visible=False, elem_id=f"runs-{name}")
+
+    with live.buttons:
+        retry, export = button("Retry with changes", "retry"), button("Export", "export")
+        delete = button("Delete …", "delete")
     download = gr.DownloadButton("Download", visible="hidden", elem_id="runs-download")
     with gr.Row(visible=False, elem_classes="buttons", elem_id="runs-confirm") as confirm:
         gr.Markdown("Delete the run with its checkpoints and adapter, for good?", elem_classes="quiet")
         yes = gr.Button("Delete", variant="stop", size="md", elem_id="runs-delete-yes")
         no = gr.Button("Keep", size="md")
     with gr.Row(visible=False, elem_classes="start-row", elem_id="runs-checkpoints") as checkpoints:
-        chosen = gr.Dropdown(
+        checkpoint_field = gr.Dropdown(
             choices=[],
             label="Checkpoint",
             info="To chat with, or to evaluate.",
             elem_id="runs-checkpoint",
-            allow_custom_value=True,  # a checkpoint that went meanwhile is said by who wants it, in words
+            allow_custom_value=True,  # if the checkpoint has been removed meanwhile, chat or evaluation says so
             scale=3,
             min_width=180,
         )
@@ -153,75 +157,76 @@ def build_actions(view: Live) -> Actions:
         elem_classes="command",
         render=False,
     )
-    return Actions(retry, export, download, delete, confirm, yes, no, checkpoints, chosen, to_chat, config)
+    return RunActions(retry, export, download, delete, confirm, yes, no, checkpoints, checkpoint_field, to_chat, config)
 
 
-def wire(tab: RunsTab) -> None:
-    """Choosing and watching; what is offered for the chosen run follows what is known of it."""
-    view, given = tab.live, refresh_inputs(tab)
-    tab.rows.select(choose, None, [view.name, tab.actions.confirm], queue=False, **QUIET).then(
-        live.show, view.name, view.shown, queue=False, **QUIET
-    ).then(refresh, given, tab.shown, queue=False, **QUIET)
-    tab.rows.input(marked, None, tab.compared, **QUIET)  # through the queue, without which a state tells no change
-    tab.timer.tick(refresh, given, tab.shown, queue=False, **QUIET)
-
-
-def refresh_inputs(tab: RunsTab) -> list[Any]:
-    """What `refresh` is told by the page."""
-    return [tab.live.name, tab.known, tab.checkpoint, tab.evaluation.seen]
+def wire_list(tab: RunsTab) -> None:
+    """Choosing and watching runs; the actions depend on what is known of the chosen run."""
+    live = tab.live
+    tab.rows.select(choose_run, None, [live.name, tab.actions.confirm], queue=False, **QUIET).then(
+        show_live, live.name, live.shown, queue=False, **QUIET
+    ).then(refresh_runs, tab.given, tab.shown, queue=False, **QUIET)
+    tab.rows.input(marked_runs, None, tab.compared, **QUIET)  # in the queue: without it a State reports no change
+    tab.timer.tick(refresh_runs, tab.given, tab.shown, queue=False, **QUIET)
 
 
 def wire_actions(tab: RunsTab) -> None:
-    """Deleting, asked twice, and exporting."""
-    view, actions = tab.live, tab.actions
+    """Deleting, with a confirmation, and exporting."""
+    live, actions = tab.live, tab.actions
     actions.delete.click(lambda: gr.Row(visible=True), None, actions.confirm, queue=False, **QUIET)
     actions.no.click(lambda: gr.Row(visible=False), None, actions.confirm, queue=False, **QUIET)
-    actions.yes.click(delete_run, view.name, [view.name, actions.confirm], **QUIET).then(
-        live.show, view.name, view.shown, queue=False, **QUIET
-    ).then(refresh, refresh_inputs(tab), tab.shown, queue=False, **QUIET)
+    actions.yes.click(delete_chosen, live.name, [live.name, actions.confirm], **QUIET).then(
+        show_live, live.name, live.shown, queue=False, **QUIET
+    ).then(refresh_runs, tab.given, tab.shown, queue=False, **QUIET)
     actions.export.click(
-        export_run, view.name, actions.download, show_progress_on=actions.export, api_visibility="private"
+        export_zip, live.name, actions.download, show_progress_on=actions.export, api_visibility="private"
     )
     actions.download.change(None, None, None, js=CLICK_DOWNLOAD, **QUIET)
 
 
-def choose(event: gr.EventData) -> tuple[str, Any]:
-    """The run that was clicked."""
+def choose_run(event: gr.EventData) -> tuple[str, Any]:
+    """The run that was clicked; a confirmation about another one is hidden."""
     return str(event._data["name"]), gr.Row(visible=False)
 
 
-def marked(event: gr.EventData) -> list[str]:
+def marked_runs(event: gr.EventData) -> list[str]:
     """The runs that are marked for comparison."""
     return [str(name) for name in event._data["compare"]]
 
 
-def refresh(name: str, known: Seen, target: str | None = None, evaluated: Sequence[Any] = ()) -> list[Any]:
-    """What is new of the list and of the chosen run, for `shown`; what has not changed does not travel.
-
-    `target` is the checkpoint chosen on the page, `evaluated` the evaluations it shows.
-    """
-    other = name != known.chosen  # somebody just did something: what it changed is to be seen now
-    delta, cursor = LISTING.since(known.cursor, at_once=other)
-    if delta is None and other:
-        delta = {"reset": False, "rows": [], "gone": [], "now": time.time()}
-    facts = facts_of(name)
-    log = (name, *stamp(f"{runs.runs_dir()}/{name}/train.log")) if facts else ()
-    return [
-        {**delta, "chosen": name} if delta else gr.skip(),
-        log_tail(name) if log != known.log else gr.skip(),
-        Seen(cursor, name, facts, log),
-        *(offer(facts, target) if facts != known.facts or known.chosen is None else [gr.skip()] * OFFERED),
-        *evaluation.show(name, evaluated),
-    ]
+def show_runs_tab(name: str, marked: Sequence[str]) -> list[Any]:
+    """The whole tab for `shown`, when it becomes active, with these runs marked for comparison."""
+    listed, *rest = refresh_runs(name, RunsShown())
+    return [{**listed, "marked": marked}, *rest]
 
 
-def skipped() -> list[Any]:
-    """For `shown` while another tab is in front."""
+def skip_runs_tab() -> list[Any]:
+    """For `shown` while another tab is active."""
     return [gr.skip()] * (3 + OFFERED + 2)
 
 
-def facts_of(name: str) -> dict[str, Any]:
-    """What the page offers of a run depends on: its name, state and checkpoints; empty when there is no such run."""
+def refresh_runs(name: str, known: RunsShown, target: str | None = None, evaluated: Sequence[Any] = ()) -> list[Any]:
+    """What is new of the list and of the chosen run, for `shown`; what has not changed is not sent.
+
+    `target` is the checkpoint chosen on the page, `evaluated` the evaluations it shows.
+    """
+    other = name != known.chosen  # after an action of the person its result is shown at once
+    delta, cursor = LISTING.since(known.cursor, at_once=other)
+    if delta is None and other:
+        delta = {"reset": False, "rows": [], "gone": [], "now": time.time()}
+    facts = run_facts(name)
+    log = (name, *file_stamp(f"{runs.runs_dir()}/{name}/train.log")) if facts else ()
+    return [
+        {**delta, "chosen": name} if delta else gr.skip(),
+        log_tail(name) if log != known.log else gr.skip(),
+        RunsShown(cursor, name, facts, log),
+        *(offer_actions(facts, target) if facts != known.facts or known.chosen is None else [gr.skip()] * OFFERED),
+        *refresh_evaluations(name, evaluated),
+    ]
+
+
+def run_facts(name: str) -> dict[str, Any]:
+    """What the actions depend on: the run's name, state and checkpoints; empty when there is no such run."""
     try:
         run = runs.get(name) if name else None
     except RunError:
@@ -233,18 +238,12 @@ def facts_of(name: str) -> dict[str, Any]:
     return {"name": name, "state": state, "steps": steps}
 
 
-def offer(facts: dict[str, Any], target: str | None) -> list[Any]:
-    """What is offered for the chosen run: `Actions.shown`, the evaluation panel and the data at hand for it."""
+def offer_actions(facts: dict[str, Any], target: str | None) -> list[Any]:
+    """The actions for the chosen run: `RunActions.shown`, the evaluation panel and its data files."""
     if not facts:
-        hidden = [gr.Button(visible=False)] * 3
-        return [
-            *hidden,
-            gr.Row(visible=False),
-            gr.Dropdown(choices=[], value=None),
-            "",
-            gr.Accordion(visible=False),
-            gr.skip(),
-        ]
+        nothing_to_do = [gr.Button(visible=False)] * 3
+        no_checkpoint = [gr.Row(visible=False), gr.Dropdown(choices=[], value=None)]
+        return [*nothing_to_do, *no_checkpoint, "", gr.Accordion(visible=False), gr.skip()]
     name, finished, locked = facts["name"], facts["state"] == "finished", bool(settings.space_id())
     targets = [("final", name)] if finished else []
     targets += [(f"step-{step}", f"{name}@{step}") for step in facts["steps"]]
@@ -257,25 +256,25 @@ def offer(facts: dict[str, Any], target: str | None) -> list[Any]:
     return [
         gr.Button(visible=not locked),
         gr.Button(visible=finished),
-        gr.Button(visible=facts["state"] not in live.ALIVE and not locked),
+        gr.Button(visible=facts["state"] not in ACTIVE_STATES and not locked),
         gr.Row(visible=bool(targets)),
         gr.Dropdown(choices=targets, value=kept),
         config,
         gr.Accordion(visible=bool(targets)),
-        gr.Dropdown(choices=evaluation.data_choices(name)),
+        gr.Dropdown(choices=evaluation_data(name)),
     ]
 
 
 def log_tail(name: str) -> str:
-    """The end of the run's log, progress bars reduced to their last state."""
+    """The end of the run's log, with progress bars reduced to their last state."""
     try:
         return "\n".join(runs.get(name).log_lines(LOG_BYTES)).strip()
     except RunError:
         return ""
 
 
-def delete_run(name: str) -> tuple[str, Any]:
-    """Delete it, for good; the name that is chosen then, and the question put away."""
+def delete_chosen(name: str) -> tuple[str, Any]:
+    """Delete the run; returns the name chosen afterwards, and the hidden confirmation."""
     try:
         delete_for_good(name)
     except MoleError as error:
@@ -284,8 +283,8 @@ def delete_run(name: str) -> tuple[str, Any]:
     return "", gr.Row(visible=False)
 
 
-def export_run(name: str) -> str:
-    """A zip of the finished run in Gradio's own folder of files to download, which it tidies up."""
+def export_zip(name: str) -> str:
+    """A zip of the finished run in Gradio's folder of downloads, which Gradio cleans up."""
     folder = Path(gr.utils.get_upload_folder()) / "exports" / secrets.token_hex(8)
     folder.mkdir(parents=True)
     try:

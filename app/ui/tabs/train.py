@@ -1,4 +1,4 @@
-"""The Train tab: the form of a run, what stands around it, and the run as it goes."""
+"""The Train tab: the form of a run, and the run as it trains."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import gradio as gr
 
 from app import settings
 from app.services.run_control import start_new_run
-from app.ui import forms
-from app.ui.panels import grid, live, preflight, presets, preview, queue, sources
-from app.ui.panels.live import Live
-from app.ui.panels.preflight import Preflight
-from app.ui.panels.queue import Queue
+from app.ui.forms import RunForm, train_command
+from app.ui.panels.grid import build_grid, wire_grid
+from app.ui.panels.live import LivePanel, build_live, show_live
+from app.ui.panels.preflight import PreflightPanel, build_preflight
+from app.ui.panels.presets import build_presets, wire_presets
+from app.ui.panels.preview import build_preview_panel, wire_preview
+from app.ui.panels.queue import QueuePanel, build_queue, pause_queue, refresh_queue_now, resume_queue
+from app.ui.panels.sources import build_sources
 from app.ui.wiring import QUIET, on_change
 from app.views.problem import problem_value, problem_view
 from mole import runs
@@ -22,12 +25,12 @@ from mole.config import ROUTERS, AdapterConfig
 from mole.core.errors import InputError, MoleError
 from mole.runs.run import Run
 
-MAIN = (
+MAIN_SETTINGS = (
     ("training", "max_steps"), ("training", "num_train_epochs"),
     ("training", "per_device_train_batch_size"), ("training", "gradient_accumulation_steps"),
     ("training", "learning_rate"), ("training", "seed"),
 )  # fmt: skip
-MORE = (
+MORE_SETTINGS = (
     ("training", "lr_scheduler_type"), ("training", "warmup_steps"),
     ("training", "weight_decay"), ("training", "max_grad_norm"),
     ("training", "eval_steps"), ("training", "logging_steps"),
@@ -36,33 +39,33 @@ MORE = (
     ("model", "device"), ("adapter", "target_modules"),
     ("training", "gradient_checkpointing"),
 )  # fmt: skip
-"""The settings one changes rarely, two in a row."""
+"""The settings that are rarely changed."""
 
 
 @dataclass
 class TrainTab:
-    """What the other tabs and the page's start need of this one."""
+    """The tab's components that the page and the other tabs need."""
 
-    form: forms.RunForm
-    live: Live
-    queue: Queue
-    preflight: Preflight
+    form: RunForm
+    live: LivePanel
+    queue: QueuePanel
+    preflight: PreflightPanel
 
     @property
     def shown(self) -> list[Any]:
-        """The outputs of `entered` and `left`."""
+        """The outputs of `resume` and `pause`."""
         return [*self.queue.shown, self.preflight.known, self.preflight.timer]
 
-    def entered(self) -> list[Any]:
-        """The tab comes to the front: the queue as it is, and its clocks go."""
-        return [*queue.entered(), {}, gr.Timer(active=True)]
+    def resume(self) -> list[Any]:
+        """The tab becomes active: the queue as of now, and polling."""
+        return [*resume_queue(), {}, gr.Timer(active=True)]
 
-    def left(self) -> list[Any]:
-        """The tab is left: nothing ticks there."""
-        return [*queue.left(), gr.skip(), gr.Timer(active=False)]
+    def pause(self) -> list[Any]:
+        """The tab is left: polling stops."""
+        return [*pause_queue(), gr.skip(), gr.Timer(active=False)]
 
     def fill_from(self, name: str) -> list[Any]:
-        """The values of `form.inputs` that repeat a run, but for its name: to train it again with changes.
+        """The values of `form.inputs` that repeat a run without its name, to train it again with changes.
 
         Raises `InputError` when there is no such run, or its `run.yaml` cannot be read.
         """
@@ -70,9 +73,9 @@ class TrainTab:
         return self.form.fill(dataclasses.replace(config, name=None))
 
 
-def build() -> TrainTab:
-    """Make the tab's components and handlers where we stand in the layout."""
-    form = forms.RunForm()
+def build_train_tab() -> TrainTab:
+    """Create the tab's components and handlers in the current layout block."""
+    form = RunForm()
     locked = bool(settings.space_id())
     if locked:
         text = f"**Training is switched off on this Space.** {settings.how_to_duplicate()} Chat works here."
@@ -80,35 +83,36 @@ def build() -> TrainTab:
     with gr.Row(elem_classes="two-columns"):
         with gr.Column(scale=11, min_width=320):
             with card("Begin with"):
-                beginning = presets.build(form)
+                presets = build_presets()
             with card("Model and data"):
-                sources.build(form)
+                build_sources(form)
             with card("What the model sees"):
-                seeing = preview.build()
+                preview = build_preview_panel()
             with card("Mixture of experts"):
                 summary = build_adapter(form)
             with card("Training"):
                 build_training(form)
             with gr.Column(elem_classes="card"):
-                several = grid.build()
+                grid = build_grid()
         with gr.Column(scale=12, min_width=320, elem_classes="sticky"):
             start = build_start(form, locked)
             with gr.Column(elem_classes="card"):
-                checking = preflight.build(form, start.note)
+                preflight = build_preflight(form, start.note)
             with gr.Column(elem_classes="card"):
-                view = live.build("train")
-            waiting = queue.build(view)
+                live = build_live("train")
+            queue = build_queue(live)
     wire_router(form, summary)
-    presets.wire(beginning, form, start.note)
-    wire_start(form, start, view, waiting)
-    preview.wire(seeing, form, start.note)
-    wire_grid(several, form, start, view, waiting)
-    return TrainTab(form, view, waiting, checking)
+    wire_presets(presets, form, start.note)
+    wire_preview(preview, form, start.note)
+    show_started(wire_start(form, start, live), live, queue)
+    started = wire_grid(grid, form, lambda made: [queue_notice(made), made[0].name], [start.status, live.name])
+    show_started(started, live, queue)
+    return TrainTab(form, live, queue, preflight)
 
 
 @dataclass
-class Start:
-    """The card with the button: what is wrong, how it went, and the same as a command."""
+class StartPanel:
+    """The card with the Start button: what is wrong, what happened, and the same run as a command."""
 
     button: gr.Button
     note: gr.HTML
@@ -116,8 +120,8 @@ class Start:
     command: gr.Textbox
 
 
-def build_start(form: forms.RunForm, locked: bool) -> Start:
-    """The run's name, Start, and what there is to say about it."""
+def build_start(form: RunForm, locked: bool) -> StartPanel:
+    """The run's name, the Start button and its messages."""
     with gr.Column(elem_classes="card"):
         with gr.Row(elem_classes="start-row"):
             form.add_name()
@@ -126,7 +130,7 @@ def build_start(form: forms.RunForm, locked: bool) -> Start:
         status = gr.Markdown(elem_classes="quiet", elem_id="start-status")
         with gr.Accordion("The same on the command line", open=False, elem_classes="accordion-card"):
             command = gr.Textbox(
-                value=forms.command(form.config([made.value for made in form.inputs])),
+                value=train_command(form.config([made.value for made in form.inputs])),
                 show_label=False,
                 max_lines=20,
                 interactive=False,
@@ -134,108 +138,97 @@ def build_start(form: forms.RunForm, locked: bool) -> Start:
                 elem_classes="command",
                 elem_id="command",
             )
-    return Start(button, note, status, command)
+    return StartPanel(button, note, status, command)
 
 
 def card(title: str) -> gr.Column:
-    """A titled card; use it in a `with` block."""
+    """A titled card, for a `with` block."""
     column = gr.Column(elem_classes="card")
     with column:
         gr.Markdown(f"## {title}", elem_classes="heading")
     return column
 
 
-def rows(form: forms.RunForm, settings_: tuple[tuple[str, str], ...]) -> None:
-    """Settings, two in a row."""
-    for pair in (settings_[at : at + 2] for at in range(0, len(settings_), 2)):
+def add_pairs(form: RunForm, names: tuple[tuple[str, str], ...]) -> None:
+    """Add settings to the form, two in a row."""
+    for pair in (names[at : at + 2] for at in range(0, len(names), 2)):
         with gr.Row():
             for section, name in pair:
                 form.add(section, name, min_width=180)
 
 
-def build_adapter(form: forms.RunForm) -> gr.Markdown:
-    """The router with its summary and own settings, and what all routers share; returns the summary."""
-    chosen = AdapterConfig().router
+def build_adapter(form: RunForm) -> gr.Markdown:
+    """The router with its own settings, and the settings all routers share; returns the router's summary."""
+    first = AdapterConfig().router
     choices = [(params.title, name) for name, params in ROUTERS.items()]
     form.add("adapter", "router", choices=choices, info=None)
-    summary = gr.Markdown(describe(chosen), elem_classes="quiet", elem_id="router-summary")
+    summary = gr.Markdown(router_summary(first), elem_classes="quiet", elem_id="router-summary")
     for router in ROUTERS:
-        form.add_router(router, visible=router == chosen)
-    rows(form, (("adapter", "num_experts"), ("adapter", "r"), ("adapter", "lora_alpha"), ("adapter", "lora_dropout")))
+        form.add_router(router, visible=router == first)
+    shared = ("num_experts", "r", "lora_alpha", "lora_dropout")
+    add_pairs(form, tuple(("adapter", name) for name in shared))
     return summary
 
 
-def build_training(form: forms.RunForm) -> None:
-    """Steps, batch, learning rate and seed; the rest folded away."""
-    rows(form, MAIN)
+def build_training(form: RunForm) -> None:
+    """Steps, batch, learning rate and seed; the other settings in an accordion."""
+    add_pairs(form, MAIN_SETTINGS)
     with gr.Accordion("More", open=False, elem_classes="accordion-card", elem_id="more"):
-        rows(form, MORE)
+        add_pairs(form, MORE_SETTINGS)
 
 
-def describe(router: str) -> str:
+def router_summary(router: str) -> str:
     """A router in one sentence, with its paper."""
     params = ROUTERS[router]
     return f"{params.summary} [Paper]({params.paper})" if params.paper else params.summary
 
 
-def wire_router(form: forms.RunForm, summary: gr.Markdown) -> None:
-    """Choosing a router shows its summary and its own settings only."""
-    names = list(form.groups)
+def wire_router(form: RunForm, summary: gr.Markdown) -> None:
+    """Choosing a router shows its summary, and its own settings only."""
 
     def choose(router: str) -> list[Any]:
-        return [describe(router), *(gr.Column(visible=name == router) for name in names)]
+        return [router_summary(router), *(gr.Column(visible=name == router) for name in form.groups)]
 
-    outputs = [summary, *form.groups.values()]
     router: Any = form.shared["adapter.router"]
-    on_change([router], choose, router, outputs, queue=False)
+    on_change([router], choose, router, [summary, *form.groups.values()], queue=False)
 
 
-def wire_start(form: forms.RunForm, start: Start, view: Live, waiting: Queue) -> None:
-    """Every change checks the settings and writes the command; Start checks the files too and starts the run."""
+def wire_start(form: RunForm, start: StartPanel, live: LivePanel) -> Any:
+    """Every change checks the settings and updates the command; Start also checks the files and starts the run."""
 
     def check(*values: Any) -> list[Any]:
         try:
-            return [problem_value(), forms.command(form.config(values))]
+            return [problem_value(), train_command(form.config(values))]
         except InputError as error:
             return [form.problem_of(values, error), gr.skip()]
 
     def begin(*values: Any) -> list[Any]:
         try:
             run = start_new_run(lambda: form.config(values))
-            return [problem_value(), began([run]), run.name]
+            return [problem_value(), queue_notice([run]), run.name]
         except MoleError as error:
             return [form.problem_of(values, error, reveal=True), "", gr.skip()]
 
     on_change(form.inputs, check, form.inputs, [start.note, start.command], queue=False)
-    started = start.button.click(
+    return start.button.click(
         begin,
         form.inputs,
-        [start.note, start.status, view.name],
+        [start.note, start.status, live.name],
         show_progress_on=start.button,
         api_visibility="private",
     )
-    show_after(started, view, waiting)
 
 
-def wire_grid(several: grid.Grid, form: forms.RunForm, start: Start, view: Live, waiting: Queue) -> None:
-    """Several runs at once: the first of them is shown."""
-
-    def queued(made: list[Run]) -> list[Any]:
-        return [began(made), made[0].name]
-
-    show_after(grid.wire(several, form, queued, [start.status, view.name]), view, waiting)
-
-
-def show_after(started: Any, view: Live, waiting: Queue) -> None:
-    """Once something was started, it is to be seen."""
-    started.then(live.show, view.name, view.shown, **QUIET).then(
-        queue.refresh_now, waiting.known, waiting.shown, queue=False, **QUIET
+def show_started(started: Any, live: LivePanel, queue: QueuePanel) -> None:
+    """Show what was just started, and the queue."""
+    started.then(show_live, live.name, live.shown, **QUIET).then(
+        refresh_queue_now, queue.known, queue.shown, queue=False, **QUIET
     )
 
 
-def began(made: list[Run]) -> str:
-    """What is said of runs that were just started: what the first of them waits for; nothing when it need not."""
-    before = runs.ahead_of(made[0])
+def queue_notice(started: list[Run]) -> str:
+    """What runs that were just started wait for; empty if the first need not wait."""
+    before = runs.ahead_of(started[0])
     if not before:
         return ""
     others = f" and {len(before) - 1} more" if len(before) > 1 else ""

@@ -1,4 +1,4 @@
-"""The comparison of runs on the page: one `gr.HTML` with a constant template, fed with numbers and plain text."""
+"""The comparison of runs: results, curves, differing settings and routing, as numbers and plain text."""
 
 from __future__ import annotations
 
@@ -11,75 +11,71 @@ import gradio as gr
 from app.views.component import view
 from mole.analysis import tables
 from mole.analysis.compare import ComparedRun, Comparison, SeedGroup, mean_curve
-from mole.analysis.run_metrics import LossCurve, LossPoint
+from mole.analysis.run_metrics import LossPoint
 from mole.analysis.tables import Table
 from mole.core.errors import InputError
 
-POINTS = 600
-"""LossCurve of a curve that are sent and drawn; a screen has few more pixels for it."""
+CURVE_POINTS = 600
+"""Points sent and drawn of a curve; a screen has hardly more pixels for it."""
 
 
 def compare_view(**options: Any) -> gr.HTML:
-    """The component; its value is what `shown` gives."""
+    """The component; its value is what `comparison_value` returns."""
     return view(Path(__file__).parent, "compare", "plot", "compare", canvas=True, **options)
 
 
-def shown(comparison: Comparison) -> dict[str, Any]:
-    """All the page draws and says of a comparison."""
+def comparison_value(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as the component takes it."""
     return {
         "names": [run.name for run in comparison.runs],
         "notes": list(comparison.notes),
         "legend": tables.LEGEND,
-        "metrics": table(tables.metrics_table(comparison)),
-        "settings": table(tables.settings_table(comparison)),
+        "metrics": table_json(tables.metrics_table(comparison)),
+        "settings": table_json(tables.settings_table(comparison)),
         "markdown": tables.markdown(comparison),
-        "cells": [cell_shown(group) for group in comparison.groups],
+        "cells": [group_json(group) for group in comparison.groups],
     }
 
 
-def table(made: Table) -> dict[str, Any]:
+def table_json(table: Table) -> dict[str, Any]:
     """A table as JSON."""
-    rows = [{**asdict(row), "best": sorted(row.best)} for row in made.rows]
-    return {"head": list(made.head), "rows": rows}
+    rows = [{**asdict(row), "best": sorted(row.best)} for row in table.rows]
+    return {"head": list(table.head), "rows": rows}
 
 
-def cell_shown(cell: SeedGroup) -> dict[str, Any]:
-    """A group: the curves of its runs, their mean when they are several, and the routing of each."""
-    several = len(cell.counted) > 1
+def group_json(group: SeedGroup) -> dict[str, Any]:
+    """A group: its runs, and the mean of their curves if there are several."""
+    several = len(group.counted) > 1
     return {
-        "label": cell.label,
-        "runs": [run_shown(run) for run in cell.runs],
-        "counted": len(cell.counted),
+        "label": group.label,
+        "runs": [run_json(run) for run in group.runs],
+        "counted": len(group.counted),
         "mean": {
-            "train": rows(mean_curve([run.metrics.train for run in cell.counted], POINTS)),
-            "evals": rows(mean_curve([run.metrics.evals for run in cell.counted], POINTS)),
+            "train": curve_json(mean_curve([run.metrics.train for run in group.counted], CURVE_POINTS)),
+            "evals": curve_json(mean_curve([run.metrics.evals for run in group.counted], CURVE_POINTS)),
         } if several else None,
     }  # fmt: skip
 
 
-def run_shown(run: ComparedRun) -> dict[str, Any]:
+def run_json(run: ComparedRun) -> dict[str, Any]:
     """A run: its curves and its last routing."""
     return {
         "name": run.name,
         "seed": run.seed,
-        "train": thinned(run.metrics.train),
-        "evals": thinned(run.metrics.evals),
-        "routing": routing(run),
-        "no_routing": why_no_routing(run),
+        "train": curve_json(run.metrics.train.thinned(CURVE_POINTS)),
+        "evals": curve_json(run.metrics.evals.thinned(CURVE_POINTS)),
+        "routing": last_routing(run),
+        "no_routing": no_routing_text(run),
     }
 
 
-def thinned(points: LossCurve) -> list[list[float]]:
-    return rows(points.thinned(POINTS))
-
-
-def rows(points: list[LossPoint]) -> list[list[float]]:
+def curve_json(points: list[LossPoint]) -> list[list[float]]:
     """`[step, seconds, tokens, loss]` of every point."""
     return [[at.step, round(at.seconds, 1), round(at.tokens, 0), round(at.loss, 6)] for at in points]
 
 
-def routing(run: ComparedRun) -> dict[str, Any] | None:
-    """The last routing statistics with the experts of each layer (`counts`); None when there is nothing to see."""
+def last_routing(run: ComparedRun) -> dict[str, Any] | None:
+    """The last routing statistics with the experts of each layer (`counts`); None without routing to show."""
     last = run.metrics.routing
     if last is None or last["experts"] < 2:
         return None
@@ -90,10 +86,10 @@ def routing(run: ComparedRun) -> dict[str, Any] | None:
     return {**last, "counts": adapter.experts_by_layer(last["layers"])}
 
 
-def why_no_routing(run: ComparedRun) -> str:
-    """What stands where the routing would."""
+def no_routing_text(run: ComparedRun) -> str:
+    """The text shown in place of the routing of a run that has none."""
     if run.settings.get("adapter.router", run.status["router"]) == "lora":
         return "LoRA has one expert and no router: there is no routing."
     if run.metrics.routing is not None:
-        return "It has one expert a layer: there is nothing to route."
+        return "It has one expert per layer: there is nothing to route."
     return "No routing has been logged yet."

@@ -11,5 +11,5 @@ from app.views.component import view
 
 
 def run_view(**options: Any) -> gr.HTML:
-    """The component; its value is what `app.services.charts.delta` returns."""
+    """The component; its value is what `app.services.live_updates.run_update` returns."""
     return view(Path(__file__).parent, "run", "run", "run_curves", "run_routing", canvas=True, **options)

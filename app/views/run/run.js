@@ -1,4 +1,4 @@
-// The live view of a run. Value: what `app.services.charts.delta` returns: `status`, the new rows of the curves, and what
+// The live view of a run. Value: what `app.services.live_updates.run_update` returns: `status`, the new rows of the curves, and what
 // changed in the newest step. After a lost update everything is fetched again.
 const NOTHING = { generation: 0, rows: [], columns: [], evals: [], marks: [], last: null, newest: null, alarms: [], watched: false };
 const view = { status: null, trouble: null, reading: null, mark: null, asking: false, ...NOTHING };
@@ -41,7 +41,7 @@ async function askForAll() {
   view.asking = true;
   const name = view.status.name;
   try {
-    const whole = await server.whole(name);
+    const whole = await server.fetch_run(name);
     if (whole && view.status && view.status.name === name) receive(whole);
   } finally {
     view.asking = false;

@@ -33,7 +33,7 @@ async function fetchRouting() {
   try {
     while (scrub.wanted !== null && !scrub.kept.has(scrub.wanted)) {
       const [step, name, generation] = [scrub.wanted, view.status.name, view.generation];
-      const found = await server.routing_at([name, step]);
+      const found = await server.fetch_step_routing([name, step]);
       if (!view.status || view.status.name !== name) return;
       if (view.generation === generation || found) scrub.kept.set(step, found);
       if (scrub.kept.size > KEPT) scrub.kept.delete(scrub.kept.keys().next().value);

@@ -341,23 +341,23 @@ def test_the_page_follows_live_runs_and_sends_only_what_has_changed(make: Make) 
     run = make("a", [1.0], finished=False)
     make("b", [1.0])
     with run.lock():
-        value, seen, timer = panel.show(["a", "b"])
+        value, seen, timer = panel.show_comparison(["a", "b"])
         assert value["names"] == ["a", "b"] and timer.active
-        assert panel.tick(["a", "b"], seen) == [panel.gr.skip()] * 3
+        assert panel.refresh_comparison(["a", "b"], seen) == [panel.gr.skip()] * 3
         write(run, "step", 2, time=1002.0, loss=0.5)
-        value, seen, _ = panel.tick(["a", "b"], seen)
+        value, seen, _ = panel.refresh_comparison(["a", "b"], seen)
         assert value["cells"][0]["runs"][0]["train"][-1] == [2, 2.0, 100, 0.5]
-    _, seen, timer = panel.tick(["a", "b"], seen)
+    _, seen, timer = panel.refresh_comparison(["a", "b"], seen)
     assert not timer.active, "nobody works on them any more"
     runs.delete(runs.get("b"))
     for names in (["a", "b"], ["a"], []):
-        assert panel.show(names)[0] == {"names": []}
+        assert panel.show_comparison(names)[0] == {"names": []}
 
 
 def test_runs_without_any_step_can_be_shown(home: Path) -> None:
-    from app.views.compare import shown
+    from app.views.compare import comparison_value
 
     for seed in (0, 1):
         runs.create(RunConfig.from_dict({"name": f"new-{seed}", "data": {"path": "x"}, "training": {"seed": seed}}))
-    (cell,) = shown(compare.compare(["new-0", "new-1"]))["cells"]
+    (cell,) = comparison_value(compare.compare(["new-0", "new-1"]))["cells"]
     assert cell["mean"] == {"train": [], "evals": []} and cell["runs"][0]["routing"] is None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from app.services import charts
+from app.services import live_updates
 from mole.analysis.history import MAX_CURVE_ROWS, RECENT, STEP_COLUMNS, Histories, History, StepOffsets
 from mole.runs.event_reader import parse_without_routing
 from mole.runs.run import Run
@@ -261,18 +261,18 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.timed
 def test_no_look_at_100_000_steps_takes_100_ms(long_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU time, so that a busy machine cannot fail it; `whole` looks are those of a page that has just been opened."""
-    monkeypatch.setattr(charts, "HISTORIES", Histories())
+    monkeypatch.setattr(live_updates, "HISTORIES", Histories())
     assert os.path.getsize(long_run.events_path) > 250_000_000
     costs: list[float] = []
 
-    def look(cursor: charts.Cursor) -> tuple[dict[str, Any], charts.Cursor]:
+    def look(cursor: live_updates.LiveCursor) -> tuple[dict[str, Any], live_updates.LiveCursor]:
         began = time.process_time()
-        value, following = charts.delta(long_run, cursor)
+        value, following = live_updates.run_update(long_run, cursor)
         json.dumps(value)
         costs.append(time.process_time() - began)
         return value, following
 
-    value, cursor = look(charts.Cursor())
+    value, cursor = look(live_updates.LiveCursor())
     assert value["last"]["step"] == 100_000 and value["routing"]["step"] == 100_000, "the newest state at once"
     while value["reading"] is not None:
         value, cursor = look(cursor)
@@ -281,7 +281,7 @@ def test_no_look_at_100_000_steps_takes_100_ms(long_run: Run, monkeypatch: pytes
         value, cursor = look(cursor)
         assert value["rows"]["rows"] == [] or len(value["rows"]["rows"]) == 1, "only what is new travels"
     for _ in range(5):
-        value, _ = look(charts.Cursor())
+        value, _ = look(live_updates.LiveCursor())
     assert len(value["rows"]["rows"]) <= MAX_CURVE_ROWS + 1 and value["rows"]["rows"][-1][0] == 100_000
     assert sum(row[COLUMN["count"]] for row in value["rows"]["rows"]) == 100_000
     median = sorted(costs[reading : reading + 20])[10]

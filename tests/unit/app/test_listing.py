@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app.services import listing
-from app.services.listing import Cursor, Listing
+from app.services.listing import ListCursor, Listing
 from mole import runs
 from mole.config import RunConfig
 from mole.core import locks
@@ -55,7 +55,7 @@ def looked(home: Path) -> Iterator[Listing]:
 
 def test_a_row_is_the_status_with_group_speed_and_held_out_loss(looked: Listing) -> None:
     run = finished_run("done", group="grid")
-    row = rows_of(looked.since(Cursor())[0])["done"]
+    row = rows_of(looked.since(ListCursor())[0])["done"]
     assert row == {**run.status(), "group": "grid", "speed": 150.0, "ends": None, "loss": 0.25, "score": None}
 
 
@@ -65,7 +65,7 @@ def test_a_running_run_tells_when_it_ends(looked: Listing) -> None:
         run.append_event("starting", 0)
         run.append_event("step", 3, loss=1.0, tokens_per_second=99.0, eta_s=60.0)
         run.append_event("checkpoint", 3, path="step-3")
-        row = rows_of(looked.since(Cursor())[0])["going"]
+        row = rows_of(looked.since(ListCursor())[0])["going"]
         assert row["state"] == "running" and row["step"] == 3 and row["speed"] == 99.0
         assert row["ends"] == pytest.approx(time.time() + 60, abs=5)
 
@@ -77,7 +77,7 @@ def test_the_lowest_of_all_held_out_losses_is_shown_also_when_they_come_in_piece
     run = finished_run("many", steps=16)
     for step, loss in ((17, 0.2), (18, 0.125), (19, None), (20, 0.5)):
         run.append_event("eval", step, eval_loss=loss)
-    cursor = Cursor()
+    cursor = ListCursor()
     for _ in range(40):
         _, cursor = looked.since(cursor, at_once=True)
     assert (looked.row("many") or {})["loss"] == 0.125
@@ -87,7 +87,7 @@ def test_the_lowest_of_all_held_out_losses_is_shown_also_when_they_come_in_piece
 
 def test_the_newest_evaluation_that_measured_one_gives_the_score(looked: Listing) -> None:
     run = finished_run("done")
-    _, cursor = looked.since(Cursor())
+    _, cursor = looked.since(ListCursor())
     for metrics in ({"exact_match": 0.25, "perplexity": 2.0}, {"exact_match": 0.75}, {"perplexity": 1.5}):
         evaluation_job.record_evaluation("done", {"rows": 4, "metrics": metrics, "data": "rows.jsonl"}, None, "", 1.0)
     row = rows_of(looked.since(cursor, at_once=True)[0])[run.name]
@@ -96,7 +96,7 @@ def test_the_newest_evaluation_that_measured_one_gives_the_score(looked: Listing
 
 def test_a_page_is_told_only_what_changed(looked: Listing) -> None:
     first, second = finished_run("first"), finished_run("second")
-    value, cursor = looked.since(Cursor())
+    value, cursor = looked.since(ListCursor())
     assert value is not None and value["reset"] and set(rows_of(value)) == {"first", "second"}
     assert looked.since(cursor, at_once=True) == (None, cursor)
 
@@ -120,7 +120,7 @@ def test_a_lock_taken_or_let_go_changes_the_row_though_no_event_is_written(looke
     run.append_event("step", 1, loss=1.0)
     lock = locks.acquire(run.lock_path)
     assert lock is not None
-    value, cursor = looked.since(Cursor())
+    value, cursor = looked.since(ListCursor())
     assert rows_of(value)["killed"]["state"] == "running"
     lock.release()
     assert rows_of(looked.since(cursor, at_once=True)[0])["killed"]["state"] == "interrupted"
@@ -128,7 +128,7 @@ def test_a_lock_taken_or_let_go_changes_the_row_though_no_event_is_written(looke
 
 def test_another_run_under_the_same_name_is_told_anew(looked: Listing) -> None:
     run = finished_run("again")
-    _, cursor = looked.since(Cursor())
+    _, cursor = looked.since(ListCursor())
     runs.delete(run)
     runs.create(RunConfig.from_dict({"name": "again", "adapter": {"router": "topk"}}))
     row = rows_of(looked.since(cursor, at_once=True)[0])["again"]
@@ -140,7 +140,7 @@ def test_what_is_no_run_is_left_out(looked: Listing, home: Path) -> None:
     (home / "runs" / "empty").mkdir()
     (home / "runs" / ".new-half").mkdir()
     (home / "runs" / "file").write_text("", encoding="utf-8")
-    assert set(rows_of(looked.since(Cursor())[0])) == {"good"}
+    assert set(rows_of(looked.since(ListCursor())[0])) == {"good"}
 
 
 @pytest.mark.timed
@@ -152,7 +152,7 @@ def test_a_thousand_runs_are_listed_in_a_second_and_looked_at_again_in_a_tenth(l
     for number in range(1, 1000):
         shutil.copytree(model.path, home / "runs" / f"run-{number:04d}")
     begun = time.process_time()
-    value, cursor = looked.since(Cursor())
+    value, cursor = looked.since(ListCursor())
     first = time.process_time() - begun
     assert len(rows_of(value)) == 1000
     begun = time.process_time()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from app.services import charts
-from app.services.charts import Cursor
+from app.services import live_updates
+from app.services.live_updates import LiveCursor
 from mole import runs
 from mole.analysis.history import STEP_COLUMNS, Histories
 from mole.config import RunConfig
@@ -28,7 +28,7 @@ ROUTING = {
 @pytest.fixture
 def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run of nine steps, of which none is done."""
-    monkeypatch.setattr(charts, "HISTORIES", Histories())
+    monkeypatch.setattr(live_updates, "HISTORIES", Histories())
     settings = {"data": {"path": "x.jsonl"}, "training": {"max_steps": 9}, "adapter": {"num_experts": [2, 4]}}
     made = runs.create(RunConfig.from_dict({**settings, "name": "some"}))
     made.append_event("started", 0, total_steps=9, resumed_from=None)
@@ -42,16 +42,16 @@ def log_step(run: Run, step: int, **values: Any) -> None:
 def test_only_what_is_new_travels(run: Run) -> None:
     log_step(run, 1)
     log_step(run, 2)
-    first, cursor = charts.delta(run, Cursor())
+    first, cursor = live_updates.run_update(run, LiveCursor())
     assert first["reset"] and [row[0] for row in first["rows"]["rows"]] == [1, 2] and first["routing"]["step"] == 2
     assert first["rows"]["columns"] == list(STEP_COLUMNS) and first["status"]["total_steps"] == 9
-    idle, same = charts.delta(run, cursor)
+    idle, same = live_updates.run_update(run, cursor)
     assert same == cursor and idle["rows"] == {**first["rows"], "at": 2, "rows": []}
     assert not idle["reset"] and "routing" not in idle and "trouble" not in idle and idle["marks"] is None
     log_step(run, 3)
     run.append_event("eval", 3, eval_loss=0.5)
     run.append_event("checkpoint", 3, path="step-3")
-    value, _ = charts.delta(run, cursor)
+    value, _ = live_updates.run_update(run, cursor)
     assert (value["rows"]["at"], [row[0] for row in value["rows"]["rows"]]) == (2, [3])
     assert value["evals"] == {"at": 0, "rows": [[3, 0.5]]} and value["marks"] == [[3, "checkpoint"]]
     assert value["last"]["step"] == value["routing"]["step"] == 3
@@ -59,40 +59,40 @@ def test_only_what_is_new_travels(run: Run) -> None:
 
 def test_the_deltas_put_together_are_the_whole(run: Run) -> None:
     rows: list[Any] = []
-    cursor = Cursor()
+    cursor = LiveCursor()
     for step in range(1, 3_000):
         log_step(run, step, routing=None)
         if step % 37 == 0 or step == 2_999:
-            value, cursor = charts.delta(run, cursor)
+            value, cursor = live_updates.run_update(run, cursor)
             rows = [] if value["reset"] else rows
             assert value["rows"]["at"] <= len(rows)
             rows[value["rows"]["at"] :] = value["rows"]["rows"]
-    whole = charts.whole("some")
+    whole = live_updates.fetch_run("some")
     assert whole and whole["rows"]["rows"] == rows and rows[-1][0] == 2_999 and whole["reset"]
 
 
 def test_another_run_and_a_run_that_went_back_start_over(run: Run) -> None:
     for step in (1, 2, 3):
         log_step(run, step)
-    _, cursor = charts.delta(run, Cursor())
+    _, cursor = live_updates.run_update(run, LiveCursor())
     other = runs.create(RunConfig.from_dict({"name": "other", "data": {"path": "x.jsonl"}}))
-    value, following = charts.delta(other, cursor)
+    value, following = live_updates.run_update(other, cursor)
     assert value["reset"] and value["rows"]["rows"] == [] and value["last"] is None and following.run == "other"
     run.append_event("started", 2, total_steps=9, resumed_from="step-2")
     log_step(run, 3, loss=7.0)
-    value, _ = charts.delta(run, cursor)
+    value, _ = live_updates.run_update(run, cursor)
     assert value["reset"] and [row[0] for row in value["rows"]["rows"]] == [1, 2, 3]
     assert value["marks"] == [[2, "resumed"]]
 
 
 def test_a_layer_shows_the_experts_the_config_gives_it(run: Run) -> None:
     log_step(run, 1)
-    assert charts.delta(run, Cursor())[0]["routing"]["counts"] == [2, 4]
-    found = charts.routing_at(["some", 1])
+    assert live_updates.run_update(run, LiveCursor())[0]["routing"]["counts"] == [2, 4]
+    found = live_updates.fetch_step_routing(["some", 1])
     assert found and (found["step"], found["counts"], found["threshold"]) == (1, [2, 4], 0.9)
     run.config_path.write_text("broken: [", encoding="utf-8")
     unreadable = Run(run.name, run.path)
-    assert charts.routing_value(unreadable, {"step": 1, "routing": ROUTING})["counts"] is None
+    assert live_updates.step_routing(unreadable, {"step": 1, "routing": ROUTING})["counts"] is None
 
 
 @pytest.mark.parametrize(
@@ -100,28 +100,28 @@ def test_a_layer_shows_the_experts_the_config_gives_it(run: Run) -> None:
 )
 def test_an_odd_question_has_no_answer(run: Run, request_: list[Any]) -> None:
     log_step(run, 1)
-    assert charts.routing_at(request_) is None
-    assert charts.whole("../some") is None
+    assert live_updates.fetch_step_routing(request_) is None
+    assert live_updates.fetch_run("../some") is None
 
 
 def test_a_failure_is_told_once_with_cause_advice_and_the_end_of_the_log(run: Run) -> None:
     log_step(run, 1)
     run.log_path.write_bytes(b"first\n" * 3_000 + b"  0%|  | 0/9\r 11%|# | 1/9\nTraceback: <b>bold</b>\n")
     run.append_event("failed", 1, error="Out of memory. (x)", advice="Use less.")
-    value, cursor = charts.delta(run, Cursor())
+    value, cursor = live_updates.run_update(run, LiveCursor())
     told = value["trouble"]
     assert (told["cause"], told["advice"]) == ("Out of memory. (x)", "Use less.")
     assert told["log"].endswith("11%|# | 1/9\nTraceback: <b>bold</b>") and "  0%" not in told["log"]
-    assert len(told["log"].splitlines()) == charts.LOG_LINES
-    assert "trouble" not in charts.delta(run, cursor)[0]
+    assert len(told["log"].splitlines()) == live_updates.LOG_LINES
+    assert "trouble" not in live_updates.run_update(run, cursor)[0]
     run.append_event("queued", 1, device="cpu", resume=True)
-    value, _ = charts.delta(run, cursor)
+    value, _ = live_updates.run_update(run, cursor)
     assert value["trouble"] is None and value["status"]["state"] == "queued"
 
 
 def test_a_process_that_vanished_is_told_too(run: Run) -> None:
     log_step(run, 1)
-    value, _ = charts.delta(run, Cursor())
+    value, _ = live_updates.run_update(run, LiveCursor())
     assert value["status"]["state"] == "interrupted" and "Resume" in value["trouble"]["advice"]
 
 
@@ -129,10 +129,10 @@ def test_alarms_travel_with_the_newest_step(run: Run) -> None:
     collapsed = {**ROUTING, "load": [[0.5, 0.5, 0, 0], [0.97, 0.01, 0.01, 0.01]], "entropy": [0.2, 0.1]}
     for step in range(1, 10):
         log_step(run, step, routing=collapsed)
-    value, cursor = charts.delta(run, Cursor())
+    value, cursor = live_updates.run_update(run, LiveCursor())
     assert value["alarms"] == [] and not value["watched"]
     log_step(run, 10, routing=collapsed)
-    value, _ = charts.delta(run, cursor)
+    value, _ = live_updates.run_update(run, cursor)
     assert value["watched"] and [alarm["kind"] for alarm in value["alarms"]][:1] == ["collapse"]
     assert value["alarms"][0]["where"] == "Layer 2 expert 1"
     json.dumps(value)
