@@ -191,7 +191,11 @@ function drawCurves(canvas, height, series, { x: [x0, x1], mark = null, wholeX =
   context.textAlign = "center";
   context.textBaseline = "alphabetic";
   const marks = ticks(x0, x1, Math.max(2, Math.floor(width / 90))).filter((v) => !wholeX || Number.isInteger(v));
-  for (const v of marks) context.fillText(`${xName && v === marks[marks.length - 1] ? xName + " " : ""}${v}`, Math.min(Math.max(toX(v), plot.left + 4), plot.right - 14), height - 6);
+  marks.forEach((v, i) => {
+    const text = i === marks.length - 1 && xName ? `${xName} ${v}` : String(v);
+    const half = context.measureText(text).width / 2;
+    context.fillText(text, Math.min(Math.max(toX(v), plot.left + half), plot.right - half), height - 6);
+  });
   for (const line of series) drawSeries(context, line, toX, (v) => toY(v, line.range || main), plot.bottom);
   if (mark !== null) {
     context.strokeStyle = look.muted;
