@@ -1,4 +1,4 @@
-"""The command line, `mole …`: flags and help made from the settings' dataclasses, one function a command."""
+"""The command line, `mole …`: `main` runs it, `build_parser` describes it. Flags and help follow from `mole.config`."""
 
 from mole.cli.parser import build_parser, main
 

@@ -1,4 +1,4 @@
-"""Who may reach the studio: where it listens, and the name and password it asks for. No torch, no gradio."""
+"""Access to the studio: its user name and password, and the check that it is not open to others. No torch or gradio."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ AUTH_VARIABLE = "MOLE_AUTH"
 
 
 def read_credentials(given: str | None) -> tuple[str, str] | None:
-    """Name and password of `--auth`, or of `$MOLE_AUTH`, which nothing that is started later sees any more.
+    """User name and password from `--auth`, or from `$MOLE_AUTH`; None when neither is given.
 
-    `USER` alone asks for the password at the terminal. Raises `InputError`.
+    Removes `$MOLE_AUTH` from the environment, so that child processes do not inherit it. `--auth USER` asks for the
+    password at the terminal. Raises `InputError` when name or password is empty.
     """
     kept = os.environ.pop(AUTH_VARIABLE, None)
     if given is None and not kept:
@@ -25,26 +26,26 @@ def read_credentials(given: str | None) -> tuple[str, str] | None:
     if given is not None and user and not separator:
         password, separator = ask_password(user), ":"
     if not (user and separator and password):
-        raise InputError(f"{name} must be USER:PASS, both not empty.", field="auth")
+        raise InputError(f"{name} must be USER:PASS, neither of them empty.", field="auth")
     hide_password(given)
     return user, password
 
 
 def ask_password(user: str) -> str:
-    """The password, typed unseen. Raises `InputError` where nobody can type."""
+    """Ask for the password at the terminal, without echo. Raises `InputError` when there is no terminal."""
     if not sys.stdin.isatty():
         raise InputError(
-            f"--auth {user} asks for a password, and there is no terminal; give USER:PASS in ${AUTH_VARIABLE}.",
+            f"--auth {user} asks for a password, but there is no terminal; set ${AUTH_VARIABLE}=USER:PASS instead.",
             field="auth",
         )
     return getpass.getpass(f"Password of {user}: ")
 
 
 def hide_password(given: str | None) -> None:
-    """Take the password out of the list of processes, which everybody on the machine can read.
+    """Remove the password from the process's arguments, which all users of the machine can list.
 
-    The same process begins anew, without it in its arguments; it goes on in the environment, which only the same user
-    can read, and only until it is read from there.
+    Restarts the process (exec) without `--auth`, passing the password in `$MOLE_AUTH`: only the same user can read the
+    environment, and `read_credentials` removes it there. Returns when there is no password in the arguments.
     """
     arguments = sys.orig_argv
     if given is None or ":" not in given:
@@ -56,19 +57,19 @@ def hide_password(given: str | None) -> None:
 
 
 def check_access(host: str, auth: bool, share: bool, allow_anyone: bool) -> None:
-    """See that a studio others can reach asks who they are, or was meant to be open. Raises `InputError`."""
+    """Raise `InputError` for a studio that others can reach without a password, unless `allow_anyone` permits it."""
     if auth or allow_anyone or (is_loopback(host) and not share):
         return
     how = "--share" if share else f"--host {host}"
     raise InputError(
-        f"{how} without --auth would let anybody who can reach this studio use this machine: give --auth USER "
-        "(or $MOLE_AUTH), or --allow-anyone if that is what you want.",
+        f"{how} without --auth would let anyone who can reach the studio use this machine. Set a password with "
+        "--auth USER (or $MOLE_AUTH), or pass --allow-anyone to permit it.",
         field="auth",
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address, or a name of it."""
+    """Whether an address or host name is reachable from this machine only."""
     name = host.strip("[]").lower()
     try:
         return ipaddress.ip_address(name).is_loopback

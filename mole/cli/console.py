@@ -1,4 +1,4 @@
-"""What the commands print and write: tables, figures for people, JSON files."""
+"""Output of the commands: tables, formatted numbers, JSON files."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from mole.core.paths import local_path
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """Print columns as wide as their longest cell."""
+    """Print a table; each column is as wide as its longest cell."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in [head, *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def steps_text(status: dict[str, Any]) -> str:
-    """`20/60`, or `20` while the total is not known."""
+    """Step and total steps of a run's status: `20/60`, or `20` while the total is unknown."""
     return f"{status['step']}/{status['total_steps']}" if status["total_steps"] else str(status["step"])
 
 
 def created_text(status: dict[str, Any]) -> str:
-    """The creation time, local."""
+    """Creation time of a run's status, in local time."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(status["created"]))
 
 
 def metric_text(value: Any) -> str:
-    """A metric for people."""
+    """A metric with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def check_writable(path: str | None, flag: str) -> None:
-    """See that a file can be written, before the long work. Raises `InputError`."""
+    """Raise `InputError` unless the file at `path` can be created; called before long work."""
     if path is None:
         return
     target = local_path(path)
-    if os.path.isdir(target) or not os.path.isdir(target.absolute().parent):
-        raise InputError(
-            f"{flag} {path} cannot be written: {'it is a folder' if os.path.isdir(target) else 'no such folder'}."
-        )
+    if os.path.isdir(target):
+        raise InputError(f"{flag} {path} cannot be written: it is a folder.")
+    if not os.path.isdir(target.absolute().parent):
+        raise InputError(f"{flag} {path} cannot be written: its folder does not exist.")
 
 
 def write_json(path: str, values: Any) -> None:
-    """Write JSON to a file."""
+    """Write `values` to the file `path` as JSON."""
     local_path(path).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")

@@ -19,11 +19,11 @@ from mole.config import ROUTERS, SECTIONS, spec_of
 from mole.core.errors import MoleError
 from mole.core.redaction import redacted
 
-TARGET_HELP = "a run's name, RUN@STEP for a checkpoint of it, an adapter folder, or base:MODEL"
+TARGET_HELP = "Name of a run, RUN@STEP for one of its checkpoints, an adapter folder, or base:MODEL."
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line with a hint, exit code 2."""
+    """An argument parser whose errors are one line with a hint (exit code 2), and that has `--debug`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -34,14 +34,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `mole` with these arguments (those of the process by default) and return the exit code."""
+    """Run `mole` with `arguments` (default: `sys.argv[1:]`) and return the exit code."""
     options = build_parser().parse_args(arguments)
     debug = getattr(options, "debug", False)
     try:
         options.command(options)
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # `mole runs list | head` has seen enough
+    except BrokenPipeError:  # the reader of a pipe has closed it, as in `mole runs list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -55,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def error_line(error: Exception) -> str:
-    """An error for the terminal: ours as they are, the system's with their file, others with their type."""
+    """An error as one line for the terminal: the message of a `MoleError`, otherwise with its file or type."""
     text = redacted(" ".join(str(error).split()))
     if isinstance(error, MoleError):
         return text
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {text} (--debug shows where)"
+    return f"{type(error).__name__}: {text} (use --debug for the traceback)"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -69,15 +69,17 @@ def error_line(error: Exception) -> str:
 
 
 def build_parser() -> Parser:
-    """The parser of the whole command line; each command's function is in `command`."""
-    root = Parser(prog="mole", description="Train mixtures of LoRA experts, chat with them, see their routing.")
+    """The parser of the whole command line; the parsed options hold the command's function as `command`."""
+    root = Parser(
+        prog="mole", description="Fine-tune with mixtures of LoRA experts, chat with the result, inspect its routing."
+    )
     root.add_argument("--version", action="version", version=f"mole {__version__}")
     parts = root.add_subparsers(metavar="COMMAND", required=True)
     add_studio(parts)
     add_train(parts)
     add_preflight(parts)
     add_command(
-        parts, "presets", train.list_presets_command, "List the set-ups to begin with: the papers', and your own."
+        parts, "presets", train.list_presets_command, "List the presets: the papers' settings, and those you saved."
     )
     add_chat(parts)
     add_eval(parts)
@@ -88,14 +90,14 @@ def build_parser() -> Parser:
 
 
 def add_command(parts: Any, name: str, function: Callable[[argparse.Namespace], None], help: str) -> Parser:
-    """Add a command."""
+    """Add a command that calls `function` with the parsed options."""
     command: Parser = parts.add_parser(name, help=help, description=help)
     command.set_defaults(command=function)
     return command
 
 
 def add_group(parts: Any, name: str, help: str) -> Any:
-    """Add a group of commands."""
+    """Add a group of commands, e.g. `mole runs`; returns its subparsers."""
     return parts.add_parser(name, help=help, description=help).add_subparsers(metavar="COMMAND", required=True)
 
 
@@ -108,47 +110,49 @@ def add_studio(parts: Any) -> None:
     command.add_argument(
         "--auth",
         metavar="USER:PASS",
-        help="Ask for this name and password. USER alone asks you for the password now; $MOLE_AUTH=USER:PASS does the "
-        "same as the flag.",
+        help="Require this user name and password. With USER alone, mole asks for the password at the terminal. "
+        "$MOLE_AUTH=USER:PASS has the same effect.",
     )
-    command.add_argument("--share", action="store_true", help="Also make a public link through Gradio's servers.")
+    command.add_argument("--share", action="store_true", help="Also create a public link through Gradio's servers.")
     command.add_argument(
         "--allow-anyone",
         action="store_true",
-        help="Serve others without --auth: whoever reaches the studio may train, read your data files and fill your "
-        "disk. Without it, --host of another address and --share need --auth.",
+        help="Serve others without --auth: anyone who reaches the studio may train, read your data files and fill your "
+        "disk. Otherwise --share and a --host other than this machine require --auth.",
     )
 
 
 def add_train(parts: Any) -> None:
-    command = add_command(parts, "train", train.train_command, "Train an adapter: --data, or --config, is needed.")
+    command = add_command(parts, "train", train.train_command, "Train an adapter; needs --data or --config.")
     add_settings(command)
     command.add_argument(
         "--grid",
         action="append",
         default=[],
         metavar="SECTION.FIELD=VALUE,VALUE",
-        help="Queue a run for every value, e.g. training.seed=0,1,2; given again, for every combination.",
+        help="Queue one run for each value, e.g. training.seed=0,1,2; repeat the flag for all combinations.",
     )
-    command.add_argument("--detach", action="store_true", help="Train in the background; prints the run's name.")
+    command.add_argument("--detach", action="store_true", help="Train in the background and print the run's name.")
 
 
 def add_preflight(parts: Any) -> None:
-    summary = "Tell what a run would take, and whether it fits, before it starts; takes the flags of mole train."
+    summary = "Estimate a run's time and memory, and whether it fits; takes the flags of mole train."
     command = add_command(parts, "preflight", train.preflight_command, summary)
     add_settings(command)
-    command.add_argument("--measure", action="store_true", help="Also take real steps on the longest rows.")
-    command.add_argument("--wait", action="store_true", help="With --measure: wait while a run has the device.")
-    command.add_argument("--json", metavar="FILE", help="Write the numbers to a file too.")
+    command.add_argument("--measure", action="store_true", help="Also run real steps on the longest rows.")
+    command.add_argument("--wait", action="store_true", help="With --measure: wait until the device is free.")
+    command.add_argument("--json", metavar="FILE", help="Also write the numbers to a JSON file.")
 
 
 def add_settings(command: Parser) -> None:
-    """Add the flags that say what a run is."""
+    """Add the flags for the settings of a run."""
     command.add_argument(
-        "--preset", metavar="NAME", help="A set-up to begin with, e.g. mola or cpu; mole presets lists them."
+        "--preset", metavar="NAME", help="Preset to start from, e.g. mola or cpu; mole presets lists them."
     )
     command.add_argument(
-        "--config", metavar="run.yaml", help="Settings to begin with (over the preset); the flags go over them."
+        "--config",
+        metavar="run.yaml",
+        help="Settings to start from; override the preset's and are overridden by flags.",
     )
     for section, section_class in SECTIONS.items():
         for item in dataclasses.fields(section_class):
@@ -162,54 +166,58 @@ def add_settings(command: Parser) -> None:
                     metavar=item.name.rpartition("_")[2].upper(),
                     help=f"{spec.help}{choices}{default}".replace("%", "%%"),
                 )
-    command.add_argument("--name", help="Name of the run (default: made of router and model).")
-    command.add_argument("--group", metavar="NAME", help="Group of runs it belongs to, to be compared.")
+    command.add_argument("--name", help="Name of the run (default: generated from router and model).")
+    command.add_argument("--group", metavar="NAME", help="Group of runs to compare it with.")
     command.add_argument(
         "--set",
         action="append",
         default=[],
         dest="settings",
         metavar="SECTION.FIELD=VALUE",
-        help="Any other setting of run.yaml, e.g. training.save_steps=50 or adapter.top_p=0.9; goes over the flags.",
+        help="Any setting of run.yaml, e.g. training.save_steps=50 or adapter.top_p=0.9; overrides the flags.",
     )
 
 
 def add_chat(parts: Any) -> None:
     command = add_command(parts, "chat", chat.chat_command, "Chat with a trained adapter or a base model.")
     command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
-    command.add_argument("--prompt", help="Answer this and end; without it the chat is interactive.")
+    command.add_argument("--prompt", help="Reply to this prompt and exit; without it, the chat is interactive.")
     command.add_argument("--system", help="System prompt.")
     command.add_argument(
         "--max-new-tokens",
         type=in_range(int, 1),
         default=256,
         metavar="N",
-        help="Longest reply (default %(default)s).",
+        help="Maximum length of a reply in tokens (default %(default)s).",
     )
     command.add_argument(
         "--temperature",
         type=in_range(float, 0),
         default=0.0,
         metavar="T",
-        help="0 is greedy (default %(default)s).",
+        help="Sampling temperature; 0 is greedy decoding (default %(default)s).",
     )
     command.add_argument(
         "--top-p",
         type=in_range(float, 0, 1),
         default=1.0,
         metavar="P",
-        help="Nucleus sampling (default %(default)s).",
+        help="Nucleus sampling cutoff (default %(default)s).",
     )
-    command.add_argument("--seed", type=in_range(int, 0), default=0, metavar="N", help="Seed of the sampling.")
-    command.add_argument("--trace", metavar="FILE.json", help="Write the routing of every token (with --prompt).")
+    command.add_argument(
+        "--seed", type=in_range(int, 0), default=0, metavar="N", help="Sampling seed (default %(default)s)."
+    )
+    command.add_argument(
+        "--trace", metavar="FILE.json", help="Write the routing of every token to a file; needs --prompt."
+    )
 
 
 def add_eval(parts: Any) -> None:
-    command = add_command(parts, "eval", chat.evaluate_command, "Measure accuracy or exact match, and perplexity.")
+    command = add_command(parts, "eval", chat.evaluate_command, "Evaluate accuracy or exact match, and perplexity.")
     command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
-    command.add_argument("--data", required=True, metavar="FILE", help="Rows to evaluate on: a file or a hub id.")
-    command.add_argument("--limit", type=in_range(int, 1), metavar="N", help="Only the first N rows.")
-    command.add_argument("--json", metavar="FILE", help="Write the result to a file too.")
+    command.add_argument("--data", required=True, metavar="FILE", help="Evaluation rows: a data file or a hub id.")
+    command.add_argument("--limit", type=in_range(int, 1), metavar="N", help="Use only the first N rows.")
+    command.add_argument("--json", metavar="FILE", help="Also write the result to a JSON file.")
 
 
 def add_runs(parts: Any) -> None:
@@ -218,54 +226,58 @@ def add_runs(parts: Any) -> None:
     command.add_argument("--json", action="store_true", help="Print JSON.")
     command = add_run(parts, "show", runs.show_run_command, "Show a run's state, metrics and settings.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
-    command = add_command(parts, "compare", runs.compare_runs_command, "Compare runs: results, mean ± sd over seeds.")
-    command.add_argument("runs", metavar="RUN", nargs="+", help="Two or more runs, or a group of them.")
+    command = add_command(
+        parts, "compare", runs.compare_runs_command, "Compare runs: results, and mean ± sd over seeds."
+    )
+    command.add_argument("runs", metavar="RUN", nargs="+", help="Two or more runs, or a group of runs.")
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="Print the numbers as JSON.")
-    form.add_argument("--markdown", action="store_true", help="Print Markdown, for a paper.")
-    add_command(
-        parts, "queue", runs.queue_runs_command, "List the runs that wait for their device, the next one first."
-    )
+    form.add_argument("--markdown", action="store_true", help="Print Markdown tables.")
+    add_command(parts, "queue", runs.queue_runs_command, "List the waiting runs, in the order in which they start.")
     command = add_run(
-        parts, "move", runs.move_run_command, "Give a waiting run another place in the line for its device."
+        parts, "move", runs.move_run_command, "Move a waiting run to another position in its device's queue."
     )
-    command.add_argument("place", metavar="PLACE", type=in_range(int, 1), help="1 is the next to run.")
-    add_run(parts, "stop", runs.stop_run_command, "Save a checkpoint and stop; a queued run leaves the line.")
+    command.add_argument("place", metavar="PLACE", type=in_range(int, 1), help="New position; 1 starts next.")
+    add_run(parts, "stop", runs.stop_run_command, "Save a checkpoint and stop; a waiting run leaves the queue.")
     command = add_run(parts, "resume", runs.resume_run_command, "Continue a stopped, interrupted or failed run.")
-    command.add_argument("--detach", action="store_true", help="In the background.")
+    command.add_argument("--detach", action="store_true", help="Continue in the background and print the run's name.")
     command = add_run(parts, "delete", runs.delete_run_command, "Delete a run's folder.")
-    command.add_argument("--yes", action="store_true", help="Do not ask.")
-    command = add_run(parts, "export", runs.export_run_command, "Copy the adapter, run.yaml and events somewhere.")
+    command.add_argument("--yes", action="store_true", help="Do not ask for confirmation.")
+    command = add_run(
+        parts, "export", runs.export_run_command, "Copy the adapter, run.yaml and events to a folder or .zip file."
+    )
     command.add_argument("dest", metavar="DEST", help="A new folder, or a new .zip file.")
 
 
 def add_run(parts: Any, name: str, function: Callable[[argparse.Namespace], None], help: str) -> Parser:
-    """Add a command whose first argument is a run."""
+    """Add a command whose first argument is the name of a run."""
     command = add_command(parts, name, function, help)
-    command.add_argument("run", metavar="RUN", help="The run's name.")
+    command.add_argument("run", metavar="RUN", help="Name of the run.")
     return command
 
 
 def add_models(parts: Any) -> None:
-    parts = add_group(parts, "models", "List base models, or fetch one.")
-    command = add_command(parts, "list", models.list_models_command, "List the base models that are here.")
+    parts = add_group(parts, "models", "List or download base models.")
+    command = add_command(parts, "list", models.list_models_command, "List the base models that need no download.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
-    command = add_command(parts, "pull", models.pull_model_command, "Fetch a base model and make it ready.")
+    command = add_command(
+        parts, "pull", models.pull_model_command, "Download a base model, and convert it if it is a GGUF file."
+    )
     command.add_argument("name", metavar="NAME", help="smollm2-135m, a hub id, or a .gguf file.")
 
 
 def add_data(parts: Any) -> None:
-    parts = add_group(parts, "data", "Check data.")
+    parts = add_group(parts, "data", "Check data files.")
     command = add_command(
-        parts, "check", data.check_data_command, "Read a data file as training would, and tell what is wrong."
+        parts, "check", data.check_data_command, "Read a data file as training does, and report rejected rows."
     )
     command.add_argument("file", metavar="FILE", help="JSON, JSONL, CSV or Parquet file, or a hub id.")
-    command.add_argument("--model", help="Also count tokens with this base model's tokenizer and template.")
+    command.add_argument("--model", help="Also count tokens with this base model's tokenizer and chat template.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def in_range(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """An argparse type: a whole number (`int`) or number (`float`) in a range."""
+    """An argparse type: a whole number (`int`) or a number (`float`) from `low` to `high`, both included."""
 
     def parse(text: str) -> Any:
         try:

@@ -23,7 +23,7 @@ POLL_SECONDS = 0.2
 def run_preflight(config: RunConfig, *, measure: bool, wait: bool) -> dict[str, Any]:
     """Estimate a run, measure it if requested, print both → `{"estimate": …, "measurement": … or None}`.
 
-    Raises `InputError` for bad input, `BusyError` when a run has the device, `MoleError` when the check failed.
+    Raises `InputError` for bad input, `BusyError` when a run has the device, `MoleError` when the preflight failed.
     """
     check = PreflightJob.of(config)
     end = run_job(check, config, "estimate")
@@ -43,14 +43,14 @@ def run_preflight(config: RunConfig, *, measure: bool, wait: bool) -> dict[str, 
 
 
 def run_job(check: PreflightJob, config: RunConfig, kind: str, wait: bool = False) -> dict[str, Any]:
-    """Start a check, tell on stderr how it goes, and return how it ended; Ctrl-C ends it too."""
+    """Start a preflight job, print its progress to stderr, and return its final state; Ctrl-C cancels it."""
     check.start(config, kind, wait=wait)
-    told = ""
+    printed = ""
     try:
         while (state := check.state())["phase"] not in FINAL:
-            if state["text"] != told:
-                told = state["text"]
-                print(told, file=sys.stderr, flush=True)
+            if state["text"] != printed:
+                printed = state["text"]
+                print(printed, file=sys.stderr, flush=True)
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         check.cancel()
@@ -61,7 +61,7 @@ def run_job(check: PreflightJob, config: RunConfig, kind: str, wait: bool = Fals
         field = state.get("field")
         raise InputError(state["text"], field=field) if state.get("input") else MoleError(state["text"])
     if state["phase"] == "cancelled":
-        raise MoleError("The check was cancelled.")
+        raise MoleError("The preflight was cancelled.")
     return state
 
 
@@ -70,9 +70,9 @@ def print_estimate(values: dict[str, Any]) -> None:
     share = values["trainable_parameters"] / values["total_parameters"]
     rows = [
         ("Trainable parameters", f"{values['trainable_parameters']:,} of {values['total_parameters']:,} ({share:.2%})"),
-        ("Steps", f"{values['total_steps']:,}, {values['epochs']:.2g} passes over {values['rows']:,} rows"),
+        ("Steps", f"{values['total_steps']:,}, {values['epochs']:.2g} epochs of {values['rows']:,} rows"),
         ("Longest row", f"{values['longest']} tokens (mean {values['typical']:.0f})"),
-        ("Time", duration_text(values["seconds"]) if values["seconds"] else "measure to know"),
+        ("Time", duration_text(values["seconds"]) if values["seconds"] else "unknown; add --measure"),
     ]
     for label, text in rows:
         print(f"{label:<24}{text}")
@@ -83,7 +83,7 @@ def print_estimate(values: dict[str, Any]) -> None:
         print(f"  {'peak':<22}{bytes_text(values['peak']):>10}")
     if values["available"] is not None:
         print(f"  {'free now':<22}{bytes_text(values['available']):>10}")
-    print(f"\n{VERDICTS[values['fits']]} (an estimate; --measure takes real steps)")
+    print(f"\n{VERDICTS[values['fits']]} (estimated; --measure runs real steps)")
     for note in values["notes"]:
         print(f"Note: {note}")
     if values["suggestions"]:
@@ -99,10 +99,10 @@ def print_measurement(values: dict[str, Any]) -> None:
     print(f"\nMeasured on {values['device']} ({values['dtype']}):")
     rows = [
         ("peak memory", bytes_text(values["peak"])),
-        ("a step, longest rows", duration_text(values["longest_seconds"])),
-        ("a step, random rows", duration_text(values["typical_seconds"])),
+        ("step, longest rows", duration_text(values["longest_seconds"])),
+        ("step, random rows", duration_text(values["typical_seconds"])),
         ("speed", f"{values['tokens_per_second']:,.0f} tokens/s"),
-        ("the whole run", f"{duration_text(values['seconds'])} ({values['total_steps']:,} steps)"),
+        ("whole run", f"{duration_text(values['seconds'])} ({values['total_steps']:,} steps)"),
     ]
     for label, text in rows:
         print(f"  {label:<22}{text}")

@@ -80,7 +80,7 @@ def test_half_a_password_is_none(home: Path, given: str, monkeypatch: pytest.Mon
     from mole.cli import auth
 
     monkeypatch.setenv("MOLE_AUTH", "other:password")
-    with pytest.raises(InputError, match="USER:PASS, both not empty"):
+    with pytest.raises(InputError, match="USER:PASS, neither of them empty"):
         auth.read_credentials(given)
     assert "MOLE_AUTH" not in os.environ, "what is started later does not inherit it"
 

@@ -1,4 +1,4 @@
-"""`mole chat`, `mole eval`."""
+"""`mole chat` and `mole eval`: generate with a target, and evaluate it on a file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def chat_command(options: argparse.Namespace) -> None:
-    """`mole chat`"""
+    """Answer one prompt, or chat interactively without `--prompt`."""
     if options.prompt is not None and not options.prompt.strip():
-        raise InputError("--prompt is empty; give some text.", field="prompt")
+        raise InputError("--prompt is empty; pass some text.", field="prompt")
     if options.trace and options.prompt is None:
-        raise InputError("--trace needs --prompt: the routing of one reply is written.", field="trace")
+        raise InputError("--trace needs --prompt: it writes the routing of one reply.", field="trace")
     check_writable(options.trace, "--trace")
     from mole.chat.generate import ChatSettings
     from mole.mixture.aot_compile import prepare
@@ -32,7 +32,7 @@ def chat_command(options: argparse.Namespace) -> None:
         messages.append({"role": "user", "content": options.prompt})
         print_reply(loaded, messages, settings, options.trace)
         return
-    print(f"Chat with {options.target}; Ctrl-D ends, Ctrl-C cuts a reply short.", file=sys.stderr)
+    print(f"Chat with {options.target}; Ctrl-D exits, Ctrl-C stops a reply.", file=sys.stderr)
     while True:
         try:
             question = input("> " if sys.stdin.isatty() else "")
@@ -65,7 +65,7 @@ def print_reply(loaded: Loaded, messages: list[dict[str, str]], settings: Any, t
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
-    """`mole eval`"""
+    """Evaluate a target on a file and record the result with the run, if the target is one."""
     check_writable(options.json, "--json")
     from mole.data import read_examples
 
@@ -86,7 +86,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
 
 
 def load_with_notice(target: str) -> Loaded:
-    """Load what is chatted with or evaluated, and tell what should be known about it."""
+    """Load a target and print its notice, if any, to stderr."""
     from mole.runs.targets import load_target
 
     loaded = load_target(target, ModelConfig())

@@ -1,4 +1,4 @@
-"""`mole data …`."""
+"""`mole data …`: check a data file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mole.core.errors import InputError
 
 
 def check_data_command(options: argparse.Namespace) -> None:
-    """`mole data check`"""
+    """Read a data file as training does, and print its shape, its rows and the rejected rows with reasons."""
     from mole.data import read_examples
 
     rows = read_examples(options.file, field="FILE")
@@ -29,19 +29,19 @@ def check_data_command(options: argparse.Namespace) -> None:
         report["tokens"] = token_lengths(rows.examples, options.model, rejected)
         report["rows"] = len(rows.examples) + len(rows.rejected) - len(rejected)
     if not report["rows"]:
-        raise InputError(f"{options.file}: no row can be used; row {rejected[0]['row']}: {rejected[0]['reason']}")
+        raise InputError(f"{options.file}: no usable row; row {rejected[0]['row']}: {rejected[0]['reason']}")
     if options.json:
         print(json.dumps(report, indent=1))
         return
     print(f"{options.file}: {report['rows']} rows of shape {rows.shape}, {len(rejected)} rejected")
     if options.model:
-        print("Tokens a row: " + ", ".join(f"{key} {value}" for key, value in report["tokens"].items()))
+        print("Tokens per row: " + ", ".join(f"{key} {value}" for key, value in report["tokens"].items()))
     for item in rejected:
         print(f"  row {item['row']}: {item['reason']}")
 
 
 def token_lengths(examples: Sequence[Any], model: str, rejected: list[dict[str, Any]]) -> dict[str, int]:
-    """Shortest, median, longest and total length in tokens; rows that cannot be encoded are added to `rejected`."""
+    """Shortest, median, longest and total length in tokens; rows that cannot be encoded are appended to `rejected`."""
     from mole.config import DataConfig
     from mole.core.errors import DataError
     from mole.data import encode_examples

@@ -1,4 +1,4 @@
-"""`mole models …`."""
+"""`mole models …`: list base models, and download them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mole.core.text import bytes_text
 
 
 def list_models_command(options: argparse.Namespace) -> None:
-    """`mole models list`"""
+    """List the base models that need no download."""
     from mole import models
 
     rows = models.list_models()
@@ -25,7 +25,7 @@ def list_models_command(options: argparse.Namespace) -> None:
 
 
 def pull_model_command(options: argparse.Namespace) -> None:
-    """`mole models pull`"""
+    """Download a base model, and convert it if it is a GGUF file."""
     from mole import models
 
     print(f"{options.name} is ready: {models.pull(options.name)}")

@@ -1,4 +1,4 @@
-"""`mole runs …`."""
+"""`mole runs …`: list, show, queue, compare, stop, resume, delete and export runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mole.core.errors import InputError
 
 
 def list_runs_command(options: argparse.Namespace) -> None:
-    """`mole runs list`"""
+    """List all runs."""
     rows = [run.status() for run in runs.list_runs()]
     if options.json:
         print(json.dumps(rows, indent=1))
@@ -27,7 +27,7 @@ def list_runs_command(options: argparse.Namespace) -> None:
 
 
 def show_run_command(options: argparse.Namespace) -> None:
-    """`mole runs show`"""
+    """Print a run's state, metrics and configuration."""
     run = runs.get(options.run)
     details = run.details()
     if options.json:
@@ -43,17 +43,17 @@ def show_run_command(options: argparse.Namespace) -> None:
 
 
 def queue_runs_command(options: argparse.Namespace) -> None:
-    """`mole runs queue`"""
+    """List the waiting runs."""
     print_queue(runs.waiting_runs())
 
 
 def move_run_command(options: argparse.Namespace) -> None:
-    """`mole runs move`"""
+    """Move a waiting run to another position in its device's queue."""
     print_queue(runs.move(runs.get(options.run), options.place))
 
 
 def print_queue(line: list[runs.Run]) -> None:
-    """The runs that wait, each with its device and its place there."""
+    """Print waiting runs with their device and their position in its queue."""
     places: dict[str, int] = {}
     cells = []
     for run in line:
@@ -63,16 +63,16 @@ def print_queue(line: list[runs.Run]) -> None:
     if cells:
         print_table(["PLACE", "DEVICE", "NAME", "GROUP", "NOW RUNNING"], cells)
     else:
-        print("No run waits.")
+        print("The queue is empty.")
 
 
 def compare_runs_command(options: argparse.Namespace) -> None:
-    """`mole runs compare`"""
+    """Compare runs or groups of runs: results, and mean ± sd over seeds."""
     from mole.analysis import compare, tables
 
     names = list(dict.fromkeys(name for given in options.runs for name in names_of_run_or_group(given)))
     if len(names) < 2:
-        raise InputError("Give two or more different runs to compare, or a group of them.", field="runs")
+        raise InputError("Comparing needs at least two different runs, or a group of runs.", field="runs")
     comparison = compare.compare(names)
     if options.json:
         print(json.dumps(comparison.to_dict(), indent=1))
@@ -86,22 +86,22 @@ def compare_runs_command(options: argparse.Namespace) -> None:
 
 
 def names_of_run_or_group(name: str) -> list[str]:
-    """The run of that name, or the runs of that group. Raises `RunError` when there is neither."""
+    """Names of the runs in group `name`, or the run of that name. Raises `RunError` when there is neither."""
     return [run.name for run in runs.list_runs() if run.group == name] or [runs.get(name).name]
 
 
 def stop_run_command(options: argparse.Namespace) -> None:
-    """`mole runs stop`"""
+    """Stop a run; a training run saves a checkpoint first."""
     run = runs.get(options.run)
     runs.stop(run)
     if run.state == "stopped":
         print(f"{run.name} is stopped.")
     else:
-        print(f"{run.name} was asked to stop; it saves a checkpoint first.")
+        print(f"{run.name} is stopping; it saves a checkpoint first.")
 
 
 def resume_run_command(options: argparse.Namespace) -> None:
-    """`mole runs resume`"""
+    """Continue a run from its last checkpoint."""
     run = runs.get(options.run)
     if options.detach:
         runs.start(run, resume=True)
@@ -112,12 +112,12 @@ def resume_run_command(options: argparse.Namespace) -> None:
 
 
 def delete_run_command(options: argparse.Namespace) -> None:
-    """`mole runs delete`"""
+    """Delete a run's folder, after confirmation unless `--yes`."""
     run = runs.get(options.run)
     if not options.yes:
         if not sys.stdin.isatty():
-            raise InputError(f"Deleting {run.name} needs a yes: add --yes.")
-        if input(f"Delete {run.name} ({run.state}, step {run.step}) for good? [y/N] ").strip().lower() not in (
+            raise InputError(f"Deleting {run.name} needs confirmation: add --yes.")
+        if input(f"Delete {run.name} ({run.state}, step {run.step}) permanently? [y/N] ").strip().lower() not in (
             "y",
             "yes",
         ):
@@ -128,7 +128,7 @@ def delete_run_command(options: argparse.Namespace) -> None:
 
 
 def export_run_command(options: argparse.Namespace) -> None:
-    """`mole runs export`"""
+    """Copy a run's adapter, run.yaml and events to a folder or .zip file."""
     run = runs.get(options.run)
     path = runs.export(run, options.dest)
     print(f"Wrote the adapter, run.yaml and events.jsonl of {run.name} to {path}.")

@@ -1,4 +1,4 @@
-"""`mole studio`."""
+"""`mole studio`: serve the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mole.cli import auth
 
 
 def studio_command(options: argparse.Namespace) -> None:
-    """`mole studio`"""
+    """Serve the studio until interrupted."""
     credentials = auth.read_credentials(options.auth)
     auth.check_access(options.host, credentials is not None, options.share, options.allow_anyone)
     from app.main import launch

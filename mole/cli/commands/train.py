@@ -1,4 +1,4 @@
-"""`mole train`, `mole preflight`, `mole presets`."""
+"""`mole train`, `mole preflight` and `mole presets`: start runs, estimate them, list the presets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mole.training import worker
 
 
 def train_command(options: argparse.Namespace) -> None:
-    """`mole train`"""
+    """Train a run in the foreground, or start it in the background (`--detach`), or queue a grid (`--grid`)."""
     if options.grid:
         train_grid(options)
         return
@@ -23,12 +23,12 @@ def train_command(options: argparse.Namespace) -> None:
     if config.name is not None:
         runs.check_name(config.name)
     if options.name is not None and (runs.runs_dir() / options.name).exists():
-        raise RunError(
-            f"There is a run called {options.name!r} already; choose another name or delete it.", field="name"
-        )
+        raise RunError(f"There is already a run {options.name!r}; choose another name or delete it.", field="name")
     runs.check_inputs(config)
     runs.check_room()
-    run = runs.create(config, number=options.name is None)  # a name in a file is that of an earlier run
+    run = runs.create(
+        config, number=options.name is None
+    )  # --config may be an earlier run's run.yaml: its name gets a number
     if options.detach:
         runs.start(run)
         print(run.name)
@@ -38,10 +38,10 @@ def train_command(options: argparse.Namespace) -> None:
 
 
 def preflight_command(options: argparse.Namespace) -> None:
-    """`mole preflight`"""
+    """Estimate what a run takes and whether it fits; `--measure` also runs real steps."""
     check_writable(options.json, "--json")
     if options.wait and not options.measure:
-        raise InputError("--wait is for --measure: an estimate does not need the device.", field="wait")
+        raise InputError("--wait needs --measure: an estimate does not use the device.", field="wait")
     config = RunConfig.from_dict(train_settings(options))
     runs.check_inputs(config)
     from mole.cli import preflight_report
@@ -52,9 +52,11 @@ def preflight_command(options: argparse.Namespace) -> None:
 
 
 def train_grid(options: argparse.Namespace) -> None:
-    """`mole train --grid`"""
+    """Queue a run for every combination of the grid's values."""
     if options.name is not None:
-        raise InputError("--name is for one run; the runs of a --grid are named after their --group.", field="name")
+        raise InputError(
+            "--name cannot be used with --grid: the runs of a grid are named after their --group.", field="name"
+        )
     axes = dict(map(grid.parse_axis, options.grid))
     queued = grid.queue_all(grid.expand(train_settings(options), axes, options.group or grid.free_group()))
     print(f"Queued {len(queued)} runs in the group {queued[0].group}:")
@@ -63,7 +65,7 @@ def train_grid(options: argparse.Namespace) -> None:
 
 
 def train_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The nested form of the settings: preset, config file over it, the flags over that, `--set` over those."""
+    """The settings of a run in nested form: the preset, then --config, then the flags, then --set; the latest wins."""
     values = read_yaml(local_path(options.config)) if options.config else {}
     for key, value in values.items():
         if key in SECTIONS and value is None:
@@ -82,13 +84,13 @@ def train_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def list_presets_command(options: argparse.Namespace) -> None:
-    """`mole presets`"""
+    """List the presets."""
     found = all_presets()
     print_table(["NAME", "TITLE", "WHAT IT SETS"], [[preset.name, preset.title, preset.summary] for preset in found])
 
 
 def run_in_foreground(run: runs.Run, *, resume: bool) -> None:
-    """Work on a queued run here and say how it ended."""
+    """Train a queued run in this process, with a progress bar, and print the result."""
     print(f"Run {run.name} ({run.path})", flush=True)
     worker.perform(run, resume=resume, progress=True)
     if run.state == "finished":
@@ -97,4 +99,4 @@ def run_in_foreground(run: runs.Run, *, resume: bool) -> None:
         print(f"Adapter: {run.adapter_dir}")
         print(f"Chat:    mole chat {run.name}")
     else:
-        print(f"Stopped at step {run.step}. Continue: mole runs resume {run.name}")
+        print(f"Stopped at step {run.step}. To continue: mole runs resume {run.name}")

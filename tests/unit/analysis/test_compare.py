@@ -327,7 +327,7 @@ def test_on_the_command_line(make: Make, capsys: pytest.CaptureFixture[str]) -> 
     assert parser.main(["runs", "compare", "a", "b"]) == 0
     assert "0.1 *" in capsys.readouterr().out
     assert parser.main(["runs", "compare", "a", "a"]) == 2
-    assert "two or more different runs" in capsys.readouterr().err
+    assert "at least two different runs" in capsys.readouterr().err
     assert parser.main(["runs", "compare", "a", "nobody"]) == 2
     assert "no run called 'nobody'" in capsys.readouterr().err
 

@@ -425,6 +425,6 @@ def test_a_grid_is_queued_listed_moved_and_left(mole: Mole, base: list[str], mon
     assert [line.split()[2] for line in moved[1:]] == ["try-topk-s0", "try-lora-s1", "try-topk-s1", "try-lora-s0"]
     for name in expected:
         assert mole("runs", "stop", name).code == 0
-    assert mole("runs", "queue").out == "No run waits.\n"
+    assert mole("runs", "queue").out == "The queue is empty.\n"
     refused(mole("runs", "move", "try-lora-s1", "1"), "try-lora-s1 is stopped")
     refused(mole("runs", "move", "try-lora-s1", "0"), "a whole number at least 1")
