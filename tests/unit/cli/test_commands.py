@@ -169,7 +169,7 @@ def test_training_needs_data(mole: Mole) -> None:
 
 def test_a_name_that_is_taken_is_refused(mole: Mole, base: list[str]) -> None:
     runs.create(config(name="demo"))
-    refused(mole(*base, "--name", "demo"), "'demo' already")
+    refused(mole(*base, "--name", "demo"), "already a run 'demo'")
 
 
 def settings_of(line: str) -> RunConfig:
