@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 
 from app.services.engine import ActiveReplies, Engine
 from mole.config import ModelConfig
@@ -30,7 +32,12 @@ def said(engine: Engine, target: str, **given: Any) -> Any:
     return last
 
 
-def test_base_and_adapter_in_turn_on_one_base(engine: Engine, tiny_adapter: Path, tiny_folder: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_base_and_adapter_in_turn_on_one_base(
+    engine: Engine, tiny_adapter: Path, tiny_folder: Path, auto_dtype: Callable[[str], None], dtype: str
+) -> None:
+    """In either of the dtypes that `auto` may be on a CPU."""
+    auto_dtype(dtype)
     base, adapter = f"base:{tiny_folder}", str(tiny_adapter)
     first = [said(engine, target).text for target in (base, adapter)]
     assert first == [said(engine, target).text for target in (base, adapter)] and first[0] != first[1]
@@ -39,6 +46,7 @@ def test_base_and_adapter_in_turn_on_one_base(engine: Engine, tiny_adapter: Path
     for target in (base, adapter):
         with engine.cache.use(target, ModelConfig(device="cpu")) as loaded:
             embeddings.add(id(loaded.model.get_input_embeddings()))
+            assert loaded.model.dtype == getattr(torch, dtype)
     assert len(embeddings) == 1, "both share one base model"
     engine.unload()
     assert not engine.holds(base, "cpu") and first[1] == said(engine, adapter).text

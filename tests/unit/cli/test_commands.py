@@ -358,7 +358,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(home: Path) -> None:
     assert (answer.stdout, answer.stderr) == ("0\n", "")
 
 
-def test_train_chat_eval_and_export_in_a_row(mole: Mole, base: list[str], home: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_train_chat_eval_and_export_in_a_row(
+    mole: Mole, base: list[str], home: Path, auto_dtype: Callable[[str], None], dtype: str
+) -> None:
+    auto_dtype(dtype)
     flags = (
         "--experts 2 --rank 2 --steps 3 --batch-size 2 --name demo --set model.device=cpu --set data.eval_fraction=0.2"
     )
@@ -366,6 +370,7 @@ def test_train_chat_eval_and_export_in_a_row(mole: Mole, base: list[str], home: 
     assert answer.code == 0, answer
     run = runs.get("demo")
     assert run.state == "finished"
+    assert next(event for event in run.events() if event["type"] == "started")["dtype"] == dtype
     assert f"Adapter: {run.adapter_dir}" in answer.out
     assert "mole chat demo" in answer.out
     assert "Traceback" not in answer.err
