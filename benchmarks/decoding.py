@@ -1,7 +1,7 @@
 """Decoding beside the bare base: tokens a second of one reply, greedy, with a cache.
 
 The goal is to be better than an unmerged LoRA of equal size; the recorder may cost one in twenty. A mixture decodes as
-in a chat: its first reply without compiled functions, which are made then, the others with them.
+in a chat: its first reply without compiled kernels, which are made then, the others with them.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ def decode(model: Any, ids: torch.Tensor, tokens: int, recorded: bool = False) -
     return run
 
 
-def before_functions(run: Callable[[], float]) -> Callable[[], float]:
-    """The same without compiled functions."""
+def before_kernels(run: Callable[[], float]) -> Callable[[], float]:
+    """The same without compiled kernels."""
 
     def first() -> float:
-        kept = dict(decode_kernel.FUNCTIONS)
-        decode_kernel.FUNCTIONS.clear()
+        kept = dict(decode_kernel.KERNELS)
+        decode_kernel.KERNELS.clear()
         seconds = run()
-        decode_kernel.FUNCTIONS.update(kept)
+        decode_kernel.KERNELS.update(kept)
         return seconds
 
     return first
 
 
 def seconds_to_make(model: Any) -> float:
-    """How long it takes until the functions that a first reply had use for are there."""
+    """How long it takes until the kernels that a first reply could have used are there."""
     begun = time.perf_counter()
-    thread = aot_compile.prepare(model)
+    thread = aot_compile.prepare_kernels(model)
     if thread is not None:
         thread.join()
     return time.perf_counter() - begun
@@ -81,8 +81,8 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
         silent = decode(model, ids, options.tokens)
         recorded = decode(model, ids, options.tokens, recorded=True)
         silent()
-        made = f"functions there after {seconds_to_make(model):.0f} s"
-        work = {"base": bare, "silent": silent, "recorded": recorded, "first": before_functions(silent)}
+        made = f"kernels there after {seconds_to_make(model):.0f} s"
+        work = {"base": bare, "silent": silent, "recorded": recorded, "first": before_kernels(silent)}
         seconds = in_turns(work, options.rounds)
         about = f"{speed(seconds['silent'])}, base {speed(seconds['base'])}; {made}"
         yield ratio(f"{router} / base", seconds["base"], seconds["silent"], ">= 0.65", about)

@@ -18,7 +18,7 @@ from common import Figure, awake, base, figure, in_turns, main, ratio, with_expe
 from step_time import step
 
 from mole import MoleConfig, auxiliary_loss
-from mole.mixture import shared_input
+from mole.mixture import fused_adapters
 
 SERIES = {
     "E": [(experts, 8) for experts in (1, 2, 4, 8, 16, 32, 64)],
@@ -74,20 +74,20 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
 
 def taken_over(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> Figure:
     """All experts computed over the chosen ones alone, both by order; and which of them is taken by itself."""
-    own = shared_input.pays
+    own = fused_adapters.grouped_is_faster
     took: set[bool] = set()
 
     def by_order(grouped: bool) -> Callable[[], float]:
         def run() -> float:
-            def pays(*given: Any) -> bool:
+            def by_hand(*given: Any) -> bool:
                 took.add(own(*given))
                 return grouped
 
-            shared_input.pays = pays
+            fused_adapters.grouped_is_faster = by_hand
             try:
                 return step(model, ids, loss_of_layers)()
             finally:
-                shared_input.pays = own
+                fused_adapters.grouped_is_faster = own
 
         return run
 

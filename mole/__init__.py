@@ -16,26 +16,12 @@ from wrapt import register_post_import_hook
 from mole.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from mole.mixture.model import MoleConfig
-    from mole.mixture.routers import Routing, build_router
-    from mole.mixture.routing_log import auxiliary_loss
-    from mole.mixture.steering import steer
-    from mole.mixture.trace import record_routing
+    from mole.mixture import MoleConfig, Routing, auxiliary_loss, build_router, record_routing, steer
 
 __all__ = ["MoleConfig", "Routing", "auxiliary_loss", "build_router", "record_routing", "steer"]
 __version__ = "0.1.0"
 
-__getattr__ = lazy_exports(
-    __name__,
-    {
-        "MoleConfig": "mole.mixture.model",
-        "Routing": "mole.mixture.routers",
-        "auxiliary_loss": "mole.mixture.routing_log",
-        "build_router": "mole.mixture.routers",
-        "record_routing": "mole.mixture.trace",
-        "steer": "mole.mixture.steering",
-    },
-)
+__getattr__ = lazy_exports(__name__, dict.fromkeys(__all__, "mole.mixture"))
 
 register_post_import_hook(lambda _: importlib.import_module("mole.mixture.model"), "peft")
 

@@ -149,7 +149,7 @@ class Engine:
     ) -> Iterator[PartialReply]:  # fmt: skip
         with IMPORTING:
             from mole.chat.generate import ChatSettings, stream
-            from mole.mixture.aot_compile import prepare
+            from mole.mixture.aot_compile import prepare_kernels
 
         chat_settings = ChatSettings(**settings)
         with self.cache.use(target, ModelConfig(device=device)) as loaded:
@@ -169,7 +169,7 @@ class Engine:
                     step.text, record, count, seconds, step.finished, tokens, step.trace, step.prompt_tokens,
                     loaded.notice,
                 )  # fmt: skip
-            prepare(loaded.model)
+            prepare_kernels(loaded.model)
 
     def _watch_gpu(self) -> None:
         """Release the GPU's memory as soon as a run starts to train there, even while no one chats."""

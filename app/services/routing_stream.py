@@ -196,7 +196,7 @@ def routing_shape(folder: Path | None, layers: int, experts: int, steering: Stee
     counts = allocation.experts_by_layer(layers)
     router = values.get("router")
     values = {**values, **(steering.settings if steering else {})}
-    among = [steering.among(count) if steering else range(count) for count in counts]
+    among = [steering.allowed_experts(count) if steering else range(count) for count in counts]
     return {
         "counts": counts,
         "even": [1 / max(len(allowed), 1) for allowed in among],

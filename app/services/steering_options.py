@@ -7,7 +7,7 @@ from typing import Any
 
 from mole.config import ROUTERS, AdapterConfig, spec_of
 from mole.core.errors import MoleError
-from mole.mixture.steering import Steering, describe, plain, steerable
+from mole.mixture.steering import Steering, describe_steering, setting_text, steerable
 
 STEP = 0.005
 
@@ -54,7 +54,12 @@ def option_field(adapter: AdapterConfig, name: str, experts: int) -> dict[str, A
     """A router setting as the view takes it: label, help, bounds, the trained value, and that value in words."""
     item = next(item for item in fields(adapter.params) if item.name == name)
     spec, value = spec_of(item), getattr(adapter.params, name)
-    known = {"name": name, "label": name.replace("_", " ").capitalize(), "help": spec.help, "words": plain(value)}
+    known = {
+        "name": name,
+        "label": name.replace("_", " ").capitalize(),
+        "help": spec.help,
+        "words": setting_text(value),
+    }
     if isinstance(value, bool):
         return {**known, "kind": "bool", "trained": value}
     if isinstance(value, int):
@@ -74,4 +79,4 @@ def chosen_steering(value: dict[str, Any] | None) -> Steering:
 
 def steering_text(steering: Steering, target: str) -> str:
     """What a reply changes, in words: `"top p 0.75 → 0.5 · expert 2 muted"`; empty for nothing."""
-    return describe(steering, trained_settings(target)) if steering else ""
+    return describe_steering(steering, trained_settings(target)) if steering else ""

@@ -1,6 +1,6 @@
 """Detects unhealthy routing: alarms from the statistics of the last logged steps, each with a setting to try.
 
-The statistics are those of the last `WINDOW` logged steps (`mole.mixture.routing_log.layer_statistics`): `load`
+The statistics are those of the last `WINDOW` logged steps (`mole.mixture.routing_statistics.layer_statistics`): `load`
 [layer][expert], sums to 1 per layer; `entropy` [layer], 0…1; `active` [layer], mean number of experts per token. An
 alarm requires its condition to hold in every one of these steps, so that a single bad batch raises none. Does not
 import torch.

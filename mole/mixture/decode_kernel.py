@@ -1,8 +1,8 @@
-"""One token on a CPU: an input group, base layers and adapters, as one compiled function, where this process has one.
+"""Decode kernels: one token on a CPU, with base layers, routers and experts computed by one compiled function.
 
-So little is computed for one token that starting the operations takes most of the time, some sixty of them a layer. A
-compiled function starts once. It takes the weights as inputs, so that one serves every layer of every model whose
-adapters are of one `Recipe`. `aot_compile` makes the functions; nothing here does, and nothing waits for one.
+One token is so little work that launching the operations, some sixty for each layer, takes most of the time. A kernel
+is launched once. It takes the weights as inputs, so one kernel serves every layer of every model whose adapters have
+the same `KernelSpec`. This module calls the kernels of this process and never waits for one; `aot_compile` makes them.
 """
 
 from __future__ import annotations
@@ -10,30 +10,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mole.mixture.grouped import pays
-from mole.mixture.routers import Routing
+from mole.mixture.grouped import grouped_is_faster
+from mole.mixture.routers import Router, Routing
 
-if TYPE_CHECKING:
-    from mole.mixture.shared_input import Stack
-
-FUNCTIONS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {}
-"""The functions of this process by their recipe: a token `(1, 1, in)` and the weights → outputs and routing."""
+KERNELS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {}
+"""The kernels of this process by the text of their spec. A kernel maps a token `(1, 1, in)` and the weights to the
+outputs `(1, 1, out)` of L layers and the fields of their `Routing` `(1, 1, L, …)`."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All that a function depends on; widths are free.
+class KernelSpec:
+    """All that a kernel depends on. Input and output widths are free.
 
     Attributes:
-        router, params: the method and its settings.
+        router, params: the routing method and its settings.
         experts, rank, scaling: of each adapter.
-        biased: of each layer that reads the same input, whether its base has a bias.
-        shared: names of the routers' linears that are one for all layers.
+        biased: for each layer, whether its base has a bias.
+        shared: names of the routers' linear layers that the layers share.
         dtypes: of the token and of each weight.
     """
 
@@ -48,98 +46,116 @@ class Recipe:
 
     @property
     def text(self) -> str:
-        """The recipe as JSON, always the same for the same recipe."""
+        """The spec as JSON; equal specs have equal texts."""
         return json.dumps(asdict(self), sort_keys=True)
 
 
-class Made(NamedTuple):
-    """What a function gives: each layer's output `(1, 1, out)`, and the routing of `(1, 1, layers, E)`."""
+class KernelOutput(NamedTuple):
+    """What a kernel computes: each layer's output `(1, 1, out)`, base included, and the routing `(1, 1, L, E)`."""
 
     outputs: list[Tensor]
     routing: Routing
 
 
-class OneToken:
-    """What a stack gives to its function: the token and all weights, always in the same order."""
+class DecodableAdapters(Protocol):
+    """What a kernel computes: the adapters of one name in L layers that read the same input.
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-        first, names = stack.router, stack.router.linears
-        alone = [name for name in names if any(getattr(r, name) is not getattr(first, name) for r in stack.routers)]
-        self.shared = tuple(name for name in names if name not in alone)
-        others = [getattr(router, name) for router in stack.routers[1:] for name in alone]
-        ups = [layer.experts[stack.adapter][1] for layer in stack.layers]
-        self.linears = [*(getattr(first, name) for name in names), *others, *stack.downs, *ups, *stack.bases]
-        self._held = [
+    Attributes:
+        routers, downs, ups, bases: of each layer the router, A, B and the base layer.
+        widths: the input width, and each layer's output width.
+    """
+
+    routers: list[Router[Any]]
+    downs: list[nn.Linear]
+    ups: list[nn.Linear]
+    bases: list[nn.Module]
+    widths: tuple[int, ...]
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, which may be changed at any time."""
+
+
+class DecodeCall:
+    """Calls the kernel that fits some adapters, with the token and all weights, always in the same order."""
+
+    def __init__(self, adapters: DecodableAdapters) -> None:
+        self.adapters, self.router = adapters, adapters.routers[0]
+        routers, names = adapters.routers, self.router.linears
+        own = [name for name in names if any(getattr(r, name) is not getattr(self.router, name) for r in routers)]
+        self.shared = tuple(name for name in names if name not in own)
+        others = [getattr(router, name) for router in routers[1:] for name in own]
+        first = [getattr(self.router, name) for name in names]
+        self.modules: list[Any] = [*first, *others, *adapters.downs, *adapters.ups, *adapters.bases]
+        # Parameters are looked up at every call, since training or loading may replace them. Going through the modules'
+        # dictionaries skips `nn.Module.__getattr__`, which would take longer than the kernel.
+        self._parameters = [
             (module._parameters, name)
-            for module in self.linears
+            for module in self.modules
             for name, value in module._parameters.items()
             if value is not None
         ]
-        self._layer, self._router = stack.layers[0], stack.router
-        self._recipe: Recipe | None = None
-        self._noted: tuple[Any, ...] = ()
+        self._checked: tuple[Any, ...] = ()  # the dtypes and settings that `_spec` belongs to
+        self._spec: KernelSpec | None = None
         self._text = ""
 
     def inputs(self, x: Tensor) -> list[Tensor]:
-        """The token and the weights."""
-        return [x, *(held[name] for held, name in self._held)]
+        """The inputs of the kernel: the token `x (1, 1, in)` and the weights."""
+        return [x, *(parameters[name] for parameters, name in self._parameters)]
 
     def settings(self) -> tuple[float, dict[str, Any]]:
-        """What the answer depends on besides weights and dtypes, and what may be changed at any time."""
-        return self._layer.scaling[self.stack.adapter], dict(vars(self._router.params))
+        """What the result depends on besides weights and dtypes; it may be changed at any time."""
+        return self.adapters.scaling, dict(vars(self.router.params))
 
     @property
-    def recipe(self) -> Recipe | None:
-        """Of the function there was use for; None before the first token, or when the settings are others now."""
-        return self._recipe if self._noted[1:] == self.settings() else None
+    def spec(self) -> KernelSpec | None:
+        """The spec of the kernel that the last token could have used; None without one, or if settings have changed."""
+        return self._spec if self._checked[1:] == self.settings() else None
 
-    def note(self, dtypes: list[torch.dtype]) -> None:
-        """Take up the recipe for inputs of these dtypes; none where computing the chosen experts alone is quicker."""
-        first, router, down = self._layer, self._router, self.stack.downs[0].weight
-        self._recipe, self._text = None, ""
-        token = torch.empty(1, 1, self.stack.sizes[0], dtype=dtypes[0])
-        if not all(map(is_plain, self.stack.bases)) or pays(
-            token, down, router.num_experts, router.max_active, self.stack.sizes
-        ):
-            return
-        self._recipe = Recipe(
+    def __call__(self, x: Tensor) -> KernelOutput | None:
+        """Compute the token `x (1, 1, in)`; None if there is no kernel for it."""
+        inputs = self.inputs(x)
+        dtypes = [value.dtype for value in inputs]
+        checked = (dtypes, *self.settings())
+        if checked != self._checked:
+            self._checked = checked
+            self._spec = self._make_spec(dtypes)
+            self._text = "" if self._spec is None else self._spec.text
+        kernel = KERNELS.get(self._text)
+        bases = self.adapters.bases
+        if kernel is None or not all(map(is_plain_linear, bases)) or not all(map(Tensor.is_contiguous, inputs)):
+            return None
+        values = kernel(inputs)
+        return KernelOutput(values[: len(bases)], Routing(*values[len(bases) :]))
+
+    def _make_spec(self, dtypes: list[torch.dtype]) -> KernelSpec | None:
+        """The spec for inputs of these dtypes; None where a kernel cannot be used or would not be the fastest way."""
+        adapters, router, down = self.adapters, self.router, self.adapters.downs[0].weight
+        token = torch.empty(1, 1, adapters.widths[0], dtype=dtypes[0])
+        if not all(map(is_plain_linear, adapters.bases)):
+            return None
+        if grouped_is_faster(token, down, router.num_experts, router.max_active, adapters.widths):
+            return None
+        return KernelSpec(
             router=router.params.name,
             params=asdict(router.params),
             experts=router.num_experts,
-            rank=first.r[self.stack.adapter],
-            scaling=first.scaling[self.stack.adapter],
-            biased=tuple(base.bias is not None for base in self.stack.bases),
+            rank=len(down) // router.num_experts,
+            scaling=adapters.scaling,
+            biased=tuple(base.bias is not None for base in adapters.bases),
             shared=self.shared,
             dtypes=tuple(str(dtype).removeprefix("torch.") for dtype in dtypes),
         )
-        self._text = self._recipe.text
-
-    def __call__(self, x: Tensor) -> Made | None:
-        """What the function makes of the token `x (1, 1, in)`; None where there is no function for it."""
-        if self._layer.training or self._router.allowed is not None or len(self._layer.active_adapters) > 1:
-            return None
-        inputs = self.inputs(x)
-        dtypes = [value.dtype for value in inputs]
-        noted = (dtypes, *self.settings())
-        if noted != self._noted:
-            self._noted = noted
-            self.note(dtypes)
-        function = FUNCTIONS.get(self._text)
-        if function is None or not all(map(is_plain, self.stack.bases)) or not all(map(Tensor.is_contiguous, inputs)):
-            return None
-        made = function(inputs)
-        return Made(made[: self.stack.count], Routing(*made[self.stack.count :]))
 
 
-def is_plain(base: nn.Module) -> bool:
-    """Whether a base layer is a linear and nothing more: not quantised, with no hooks, not called in another way."""
+def is_plain_linear(base: nn.Module) -> bool:
+    """Whether a base layer computes x Wᵀ + b and nothing else: not quantised, no hooks, its own `forward`."""
     hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
     return type(base) is nn.Linear and type(base._parameters["weight"]) is nn.Parameter and not hooked
 
 
-def applies(x: Tensor) -> bool:
-    """Whether `x (…, in)` is one token that a compiled function may take."""
+def is_decode_step(x: Tensor) -> bool:
+    """Whether `x (…, in)` is a single token that a kernel may compute: on a CPU, without gradients or autocast."""
     return (
         x.dim() == 3
         and x.numel() == x.shape[-1]

@@ -1,4 +1,4 @@
-"""The experts of one projection, stacked, and their one product."""
+"""The experts of a projection, stacked into one A and one B, and the fused product that adds their update."""
 
 from __future__ import annotations
 
@@ -11,48 +11,63 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def reset_experts(down: nn.Linear, up: nn.Linear) -> None:
-    """LoRA's start: A Kaiming-uniform (a = √5), B zero, so that a fresh adapter changes nothing."""
+def stacked_experts(in_features: int, out_features: int, num_experts: int, r: int) -> tuple[nn.Linear, nn.Linear]:
+    """Create `A (E·r, in)` and `B (out, E·r)` of `num_experts` LoRA pairs of rank `r`; expert i has rows i·r … of A.
+
+    A is Kaiming-uniform (a = √5) and B zero, as in LoRA, so a fresh adapter does not change the model.
+    """
+    down = nn.Linear(in_features, num_experts * r, bias=False)
+    up = nn.Linear(num_experts * r, out_features, bias=False)
     nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
     nn.init.zeros_(up.weight)
+    return down, up
 
 
 def add_experts(base: Tensor, hidden: Tensor, gates: Tensor, up: Tensor, in_place: bool = False) -> Tensor:
-    """The base's output plus the update of all experts: `base + ((x Aᵀ) ⊙ repeat(s·w, r)) Bᵀ`.
+    """Add the update of all experts to the base layer's output: `base + ((x Aᵀ) ⊙ repeat(s·w, r)) Bᵀ`.
 
-    The gates stand between A and B, so no expert's output is ever formed on its own.
+    The gates are applied between A and B, so the output of a single expert is never formed.
 
     Args:
         base: `(…, out)`.
         hidden: x Aᵀ, `(…, E·r)`, expert i in columns i·r … (i+1)·r − 1.
         gates: s·w, `(…, E)`, s = alpha / r.
         up: B, `(out, E·r)`.
-        in_place: write into `base`, where nobody else looks at it.
+        in_place: write into `base`; nothing else may refer to it.
 
     Returns:
-        `(…, out)` in base's dtype.
+        `(…, out)` in the dtype of `base`.
     """
     gates, up = in_dtype(gates, hidden.dtype), in_dtype(up, hidden.dtype)
     if not torch.is_grad_enabled():
-        return add_update(base, gated(hidden, gates).flatten(0, -2), up, 1.0, in_place)
+        return add_gated(base, gate_hidden(hidden, gates).flatten(0, -2), up, 1.0, in_place)
     if not in_place or base.dtype != hidden.dtype or torch.compiler.is_compiling():
-        return base + F.linear(gated(hidden, gates), up).to(base.dtype)
+        return base + F.linear(gate_hidden(hidden, gates), up).to(base.dtype)
     return cast(Tensor, AddExperts.apply(base, hidden, gates, up))
 
 
-def add_update(base: Tensor, values: Tensor, up: Tensor, scale: float, in_place: bool) -> Tensor:
-    """`base (…, out) + scale · values Bᵀ` of gated `values (N, E·r)`, a row a token, without gradients."""
-    up, rows = in_dtype(up, values.dtype), base.reshape(-1, base.shape[-1])
-    if base.dtype != values.dtype or torch.compiler.is_compiling():
-        return base + (F.linear(values, up) * scale).to(base.dtype).view_as(base)
-    added = rows.addmm_ if in_place else rows.addmm
-    return added(values, up.t(), alpha=scale).view_as(base)
+def add_gated(base: Tensor, gated: Tensor, up: Tensor, scale: float, in_place: bool) -> Tensor:
+    """`base (…, out) + scale · gated Bᵀ`, without gradients.
+
+    Args:
+        base: `(…, out)`.
+        gated: `(x Aᵀ) ⊙ repeat(w, r)`, `(N, E·r)`, one row for each token.
+        up: B, `(out, E·r)`.
+        scale: s.
+        in_place: write into `base`; nothing else may refer to it.
+    """
+    up, rows = in_dtype(up, gated.dtype), base.reshape(-1, base.shape[-1])
+    if base.dtype != gated.dtype or torch.compiler.is_compiling():
+        return base + (F.linear(gated, up) * scale).to(base.dtype).view_as(base)
+    added = rows.addmm_ if in_place else rows.addmm  # product and sum in one operation
+    return added(gated, up.t(), alpha=scale).view_as(base)
 
 
 class AddExperts(torch.autograd.Function):
-    """`base += ((hidden ⊙ repeat(gates, r)) Bᵀ)`, in place: the update of all experts without a tensor of its own.
+    """`base += (hidden ⊙ repeat(gates, r)) Bᵀ` in place, without a tensor for the update.
 
-    The gated activations are formed again in the backward pass, so nothing of size E·r is kept but `hidden`.
+    Autograd would keep the gated activations too. The backward pass recomputes them, so `hidden` is the only saved
+    tensor of size E·r per token.
     """
 
     @staticmethod
@@ -60,36 +75,36 @@ class AddExperts(torch.autograd.Function):
         """`base (…, out)`, `hidden (…, E·r)`, `gates (…, E)`, `up (out, E·r)`, all of one dtype → `base`."""
         ctx.mark_dirty(base)
         ctx.save_for_backward(hidden, gates, up)
-        base.view(-1, base.shape[-1]).addmm_(gated(hidden, gates).flatten(0, -2), up.t())
+        base.view(-1, base.shape[-1]).addmm_(gate_hidden(hidden, gates).flatten(0, -2), up.t())
         return base
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, gates, up = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        back = (flat @ up).view(*hidden.shape[:-1], gates.shape[-1], -1)
-        grad_up = flat.t() @ gated(hidden, gates).flatten(0, -2) if ctx.needs_input_grad[3] else None
-        grad_gates = (back * hidden.view_as(back)).sum(-1)
-        grad_hidden = (back * gates[..., None]).flatten(-2)
+        grad_rows = grad.flatten(0, -2)  # (N, out)
+        grad_gated = (grad_rows @ up).view(*hidden.shape[:-1], gates.shape[-1], -1)  # (…, E, r)
+        grad_up = grad_rows.t() @ gate_hidden(hidden, gates).flatten(0, -2) if ctx.needs_input_grad[3] else None
+        grad_gates = (grad_gated * hidden.view_as(grad_gated)).sum(-1)
+        grad_hidden = (grad_gated * gates[..., None]).flatten(-2)
         return grad, grad_hidden, grad_gates, grad_up
 
 
-def gated(hidden: Tensor, gates: Tensor) -> Tensor:
-    """`hidden (…, E·r)` with expert i's r numbers multiplied by `gates (…, E)`."""
+def gate_hidden(hidden: Tensor, gates: Tensor) -> Tensor:
+    """`hidden ⊙ repeat(gates, r)`: the r columns of expert i in `hidden (…, E·r)` times `gates[…, i]`, `(…, E)`."""
     return (hidden.view(*gates.shape, -1) * gates.unsqueeze(-1)).view_as(hidden)
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, which takes its time even where there is nothing to do: a tenth of decoding."""
+    """`x.to(dtype)`. The call alone, with nothing to convert, takes a tenth of the time of decoding."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`x` with each element zero with probability `p` and the others divided by `1 − p`, in training only.
+    """Dropout: in training, zero each element of `x` with probability `p` and divide the others by `1 − p`.
 
-    On a CPU torch draws a 64-bit number an element, one after the other: a sixth of a training step. Here every such
-    number serves four elements, so `p` is met to the nearest 1/65536.
+    On a CPU torch draws a 64-bit number for each element, one after the other, which takes a sixth of a training step.
+    Here one such number serves four elements, so `p` is met to the nearest 1/65536.
     """
     drop = round(p * 65536)
     if not training or drop == 0:
@@ -97,14 +112,5 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if x.device.type != "cpu":
         return F.dropout(x, p, training=True)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= drop - 32768
+    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= drop - 32768  # int16 is uniform over −32768 … 32767
     return x * kept.to(x.dtype).mul_(65536 / (65536 - drop))
-
-
-def stacked(in_features: int, out_features: int, num_experts: int, r: int) -> tuple[nn.Linear, nn.Linear]:
-    """The pair `A (E·r, in)`, `B (out, E·r)` of `num_experts` experts of rank `r`, at LoRA's start."""
-    down = nn.Linear(in_features, num_experts * r, bias=False)
-    up = nn.Linear(num_experts * r, out_features, bias=False)
-    with torch.no_grad():
-        reset_experts(down, up)
-    return down, up

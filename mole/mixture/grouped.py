@@ -1,4 +1,7 @@
-"""Where E·r is so large that computing all experts loses: only the chosen ones, tokens grouped by expert."""
+"""The grouped product: compute only the experts that each token uses, with the tokens grouped by expert.
+
+It replaces the fused product where E·r is so large that computing all experts takes longer.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,25 @@ from torch import Tensor
 
 from mole.mixture.experts import in_dtype
 
-HAS_PRODUCT = hasattr(F, "grouped_mm")
-"""Older releases of torch have no grouped product; all experts are computed there."""
+HAS_GROUPED_MM = hasattr(F, "grouped_mm")
+"""Older releases of torch have no grouped product; they compute all experts."""
 ALIGNMENT = 16
-"""Bytes that every row given to the grouped product must be a multiple of."""
-FIXED, PER_RANK = 150, 1
-"""What a chosen expert costs, in ranks of computing all: bringing tokens together, and its own r. Measured on two CPU
-cores at ranks 4 to 32 with one to four experts a token, whole training steps; see `benchmarks/growth.py`."""
-FEW, LARGE = 64, 1024
-"""For fewer tokens than `FEW` it is the number of operations that counts, until E·r is `LARGE`."""
+"""The grouped product takes rows of a multiple of this many bytes."""
+FIXED_COST, COST_PER_RANK = 150, 1
+"""Cost of one active expert, in ranks of the fused product: `FIXED_COST` for gathering its tokens, `COST_PER_RANK` for
+each of its own r. Measured with training steps on two CPU cores, at ranks 4 to 32 with one to four active experts; see
+`benchmarks/growth.py`."""
+FEW_TOKENS, LARGE_WIDTH = 64, 1024
+"""With fewer tokens than `FEW_TOKENS` the number of operations decides, unless E·r is at least `LARGE_WIDTH`."""
 
 
-class Slots(NamedTuple):
-    """The pairs of a token and an expert that it uses, sorted by expert.
+class TokenGroups(NamedTuple):
+    """The pairs of a token and an expert it uses, sorted by expert: N tokens, k pairs for each.
 
     Attributes:
-        tokens: `(N·k)` the token of each.
-        ends: `(E)` int32, where each expert's pairs end.
-        weights: `(N·k, 1)` the weight of each.
+        tokens: `(N·k)`, the index of each pair's token.
+        ends: `(E)` int32, the end of each expert's pairs.
+        weights: `(N·k, 1)`, the weight of each pair.
     """
 
     tokens: Tensor
@@ -35,41 +39,57 @@ class Slots(NamedTuple):
     weights: Tensor
 
 
-def pays(x: Tensor, weight: Tensor, experts: int, used: int, sizes: tuple[int, ...]) -> bool:
-    """Whether computing the `used` experts of each token of `x (…, in)` alone is quicker than computing all of them.
+def grouped_is_faster(x: Tensor, down: Tensor, experts: int, max_active: int, widths: tuple[int, ...]) -> bool:
+    """Whether the grouped product is faster than the fused one. It was measured on CPUs; False on other devices.
 
-    `weight` is A `(E·r, in)`, `sizes` are the widths of the projections. It was measured on CPUs and is never so on
-    another device.
+    Args:
+        x: `(…, in)`.
+        down: A, `(E·r, in)`.
+        experts: E.
+        max_active: the largest number of experts that a token uses.
+        widths: input and output widths of the projections.
     """
-    rank = len(weight) // experts
-    if used >= experts or len(weight) <= used * (FIXED + PER_RANK * rank) or not HAS_PRODUCT:
+    rank = len(down) // experts
+    if max_active >= experts or len(down) <= max_active * (FIXED_COST + COST_PER_RANK * rank) or not HAS_GROUPED_MM:
         return False
-    if len(weight) < LARGE and x.numel() < FEW * x.shape[-1]:
+    if len(down) < LARGE_WIDTH and x.numel() < FEW_TOKENS * x.shape[-1]:
         return False
-    aligned = all(size * weight.dtype.itemsize % ALIGNMENT == 0 for size in (rank, *sizes))
-    fits = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    aligned = all(width * down.dtype.itemsize % ALIGNMENT == 0 for width in (rank, *widths))
+    fits = down.device.type == "cpu" and down.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return aligned and fits and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
-def slots_of(weights: Tensor, used: int) -> Slots:
-    """The slots of `weights (N, E)`, of which at most `used` in a row are above 0."""
-    chosen = weights.detach().topk(used, -1).indices
-    experts, order = chosen.flatten().sort(stable=True)
+def group_tokens(weights: Tensor, max_active: int) -> TokenGroups:
+    """Group the tokens of `weights (N, E)` by expert; at most `max_active` weights of a token are above 0.
+
+    Every token gets exactly k = `max_active` pairs, those beyond its active experts with weight 0: the sizes are then
+    known without waiting for the device.
+    """
+    chosen = weights.detach().topk(max_active, -1).indices  # (N, k)
+    experts, order = chosen.flatten().sort(stable=True)  # (N·k)
     bounds = torch.arange(weights.shape[-1], device=weights.device)
     ends = torch.searchsorted(experts, bounds, right=True).to(torch.int32)
-    return Slots(order // used, ends, weights.gather(-1, chosen).flatten()[order, None])
+    return TokenGroups(order // max_active, ends, weights.gather(-1, chosen).flatten()[order, None])
 
 
-def down(x: Tensor, slots: Slots, weight: Tensor) -> Tensor:
-    """`w · A_i x` of every slot: `x (N, in)` and A `(E·r, in)` → `(N·k, r)`."""
-    stacked = weight.view(len(slots.ends), -1, weight.shape[-1])
-    return F.grouped_mm(x[slots.tokens], stacked.transpose(-2, -1), offs=slots.ends) * slots.weights
+def grouped_down(x: Tensor, groups: TokenGroups, down: Tensor) -> Tensor:
+    """`w · A_i x` of every pair: `x (N, in)` and A `(E·r, in)` → `(N·k, r)`."""
+    per_expert = down.view(len(groups.ends), -1, down.shape[-1])  # (E, r, in)
+    return F.grouped_mm(x[groups.tokens], per_expert.transpose(-2, -1), offs=groups.ends) * groups.weights
 
 
-def add_up(base: Tensor, hidden: Tensor, slots: Slots, up: Tensor, in_place: bool) -> Tensor:
-    """`base (…, out)` and every slot's update `B_i h`, of `hidden (N·k, r)` and B `(out, E·r)`."""
-    stacked = in_dtype(up, hidden.dtype).view(len(up), len(slots.ends), -1).permute(1, 2, 0)
-    updates = in_dtype(F.grouped_mm(hidden, stacked, offs=slots.ends), base.dtype)
+def add_grouped(base: Tensor, hidden: Tensor, groups: TokenGroups, up: Tensor, in_place: bool) -> Tensor:
+    """Add every pair's update `B_i h` to its token's output.
+
+    Args:
+        base: `(…, out)`.
+        hidden: `(N·k, r)`, from `grouped_down`.
+        groups: the pairs.
+        up: B, `(out, E·r)`.
+        in_place: write into `base`; nothing else may refer to it.
+    """
+    per_expert = in_dtype(up, hidden.dtype).view(len(up), len(groups.ends), -1).permute(1, 2, 0)  # (E, r, out)
+    updates = in_dtype(F.grouped_mm(hidden, per_expert, offs=groups.ends), base.dtype)
     rows = base.reshape(-1, base.shape[-1])
     added = rows.index_add_ if in_place else rows.index_add
-    return added(0, slots.tokens, updates).view_as(base)
+    return added(0, groups.tokens, updates).view_as(base)

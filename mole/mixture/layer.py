@@ -1,4 +1,4 @@
-"""A projection of the base model with a mixture of LoRA experts beside it."""
+"""The adapted projection: a linear layer of the base model with a mixture of LoRA experts beside it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mole.config import AdapterConfig
 from mole.core.errors import MoleError
-from mole.mixture.experts import add_experts, add_update, stacked
-from mole.mixture.grouped import add_up
+from mole.mixture.experts import stacked_experts
+from mole.mixture.fused_adapters import AdapterOutput
 from mole.mixture.routers import LINEARS, Router, build_router
 from mole.mixture.routing_log import RoutingLog
 from mole.mixture.shared_input import InputGroup
@@ -20,12 +20,18 @@ PREFIX = "mole_studio_"
 
 
 class MoleLinear(nn.Module, BaseTunerLayer):
-    """`y = base(x) + s · Σ_i w_i(x) · B_i A_i x`, one router and E experts for each adapter.
+    """`y = base(x) + s · Σ_i w_i(x) · B_i A_i x`, with one router and E experts for each adapter.
 
     Shape: `x (…, in)` → `(…, out)`, in the base layer's dtype.
 
-    PEFT finds an adapter's weights in the `ModuleDict`s named `mole_studio_…`, the adapter's name second to
-    last in every key. The routers' own linears are held there too; `routers` and `experts` only say how to use them.
+    PEFT finds the weights of an adapter in the `ModuleDict`s named `mole_studio_…`, with the adapter's name second to
+    last in every key. The routers' linear layers are held there too; `routers` and `experts` refer to the same modules.
+
+    Attributes:
+        routers, experts, scaling, dropout, r, num_experts: by adapter; `experts` are the modules of A and B.
+        log: the model's routing log; None until the adapter is injected.
+        name: the projection's full name in the model.
+        group: the projections that read the same input.
     """
 
     mole_studio_A: nn.ModuleDict
@@ -52,9 +58,9 @@ class MoleLinear(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ModuleDict())
 
     def add_adapter(self, adapter_name: str, adapter: AdapterConfig, num_experts: int, inference_mode: bool) -> None:
-        """Give the projection a fresh adapter of `num_experts` experts, which leaves its output unchanged."""
+        """Add an adapter of `num_experts` fresh experts, which leave the output unchanged."""
         router = build_router(adapter.router, self.in_features, num_experts, **vars(adapter.params))
-        down, up = stacked(self.in_features, self.out_features, num_experts, adapter.r)
+        down, up = stacked_experts(self.in_features, self.out_features, num_experts, adapter.r)
         self.routers[adapter_name], self.experts[adapter_name] = router, (down, up)
         self.scaling[adapter_name] = adapter.lora_alpha / adapter.r
         self.dropout[adapter_name] = adapter.lora_dropout
@@ -68,32 +74,31 @@ class MoleLinear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.group.drop(adapter_name)
+        self.group.drop_adapter(adapter_name)
 
     def share_linear(self, adapter_name: str, name: str, module: nn.Linear) -> None:
-        """Use `module` as the router's linear `name`, shared with another projection."""
+        """Use `module`, which another projection has too, as the router's linear layer `name`."""
         setattr(self.routers[adapter_name], name, module)
         getattr(self, PREFIX + name)[adapter_name] = module
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
-        answers = [(name, self.group.answer(self, name, x)) for name in self.active_adapters if name in self.routers]
-        for name, answer in answers:
-            if self.log is not None and answer.routing is not None:
-                self.log.add(self.name, self.routers[name], answer.routing)
-            if answer.finished:
-                return answer.hidden
+        outputs = {name: self.adapter_output(name, x) for name in self.active_adapters if name in self.routers}
+        for output in outputs.values():
+            if output.complete:  # a decode kernel has computed the base layer too
+                return output.hidden
         result = self.base_layer(x, *args, **kwargs)
-        for name, answer in answers:
-            up, owned = self.up(name), self.owns_result
-            if answer.slots is not None:
-                result = add_up(result, answer.hidden, answer.slots, up, owned)
-            elif answer.gates is None:
-                result = add_update(result, answer.hidden, up, self.scaling[name], owned)
-            else:
-                result = add_experts(result, answer.hidden, answer.gates, up, owned)
+        for name, output in outputs.items():
+            result = output.add_to(result, self.up(name), self.scaling[name], in_place=self.owns_result)
         return result
+
+    def adapter_output(self, adapter_name: str, x: Tensor) -> AdapterOutput:
+        """Route `x (…, in)` and apply A, together with the projections that read the same input; log the routing."""
+        output = self.group.output(self, adapter_name, x)
+        if self.log is not None and output.log_entry is not None:
+            self.log.add(self.name, self.routers[adapter_name], output.log_entry)
+        return output
 
     def down(self, adapter_name: str) -> Tensor:
         """A of an adapter, `(E·r, in)`."""
@@ -105,7 +110,8 @@ class MoleLinear(nn.Module, BaseTunerLayer):
 
     @property
     def owns_result(self) -> bool:
-        """Whether nobody else looks at what the base layer gives: a plain linear without hooks."""
+        """Whether nothing else refers to the base layer's output, so that it may be written into: no hooks, not
+        quantised."""
         return type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -125,12 +131,12 @@ class MoleLinear(nn.Module, BaseTunerLayer):
 
 
 def supports(module: nn.Module) -> bool:
-    """Whether a module is a projection that can get experts: a linear, its quantised kin, GPT-2's Conv1D."""
+    """Whether a module can be adapted: a linear layer, also a quantised one, or GPT-2's `Conv1D`."""
     return isinstance(module, nn.Linear) or hasattr(module, "nf") or hasattr(module, "in_features")
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """`(in, out)` of a projection; GPT-2's `Conv1D` stores its weight as `(in, out)`."""
+    """`(in, out)` of a projection. GPT-2's `Conv1D` stores its weight as `(in, out)`."""
     if hasattr(module, "nf"):
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         return weight.shape[0], weight.shape[1]

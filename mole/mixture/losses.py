@@ -1,11 +1,11 @@
-"""Auxiliary losses of the routers: balance, entropy, z-loss. Pure functions of routing tensors.
+"""Auxiliary losses of the routers: balance, entropy, z and CV² loss.
 
-Shapes: a leading `L` (projections, any number of leading dimensions), `N` tokens, `E` experts. `mask (N,)` is
-true for tokens that count; padding is excluded from every mean. A batch of padding alone gives 0.
+All of them, and the statistics of the event log, are functions of means over tokens. So a training pass keeps of each
+projection only sums over its tokens: `token_columns` says what is summed, and `token_means` divides by the number of
+tokens. Sums of micro-batches add up to those of the batch. Padding is left out of every sum; a batch of padding alone
+has no loss.
 
-All of them, and the statistics of the event log, are functions of means over tokens. So a pass in training keeps
-of each projection only sums over its tokens, `(k,)`, which add up over the parts of a batch; `layout` names their
-columns.
+Shapes: L projections, N tokens, E experts, k columns.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mole.mixture.routers import Router, Routing, shannon_entropy
 
 
 class MaskedSum(torch.autograd.Function):
-    """Sum of `values (N, …)` over the tokens where `mask (N,)` is true, all of them without a mask → `(…)`.
+    """Sum of `values (N, …)` over the tokens where `mask (N,)` is true, or over all tokens without a mask → `(…)`.
 
-    The mask is not saved as tensors for the backward are: checkpointing would replace it by that of the pass it takes
-    the log to be in when it computes a layer again, which may be another part of the batch.
+    The mask is kept on `ctx` rather than saved for the backward pass: when checkpointing recomputes a layer, it would
+    replace a saved mask by that of the pass the routing log is in by then, which may be another micro-batch.
     """
 
     @staticmethod
@@ -40,79 +40,32 @@ class MaskedSum(torch.autograd.Function):
 
 
 def masked_sum(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum of `values (N, …)` over the tokens where `mask (N,)` is true → `(…)`."""
+    """Sum of `values (N, …)` over the tokens where `mask (N,)` is true; over all tokens without a mask → `(…)`."""
     return cast(Tensor, MaskedSum.apply(values, mask))
 
 
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of `values (…, N, E)` over the tokens where `mask (N,)` is true → `(…, E)`; 0 if there are none."""
-    if mask is None:
-        return values.mean(-2)
-    return masked_sum(values.movedim(-2, 0), mask) / mask.sum().clamp(min=1)
+# ---------------------------------------------------------------------------------------------------------
+# The losses
 
 
-def balance_loss(used: Tensor, probs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`E · Σ_i f_i · P_i`, f the mean of `used` and P the mean of `probs`, both `(…, N, E)` → `(…)`."""
-    return probs.shape[-1] * (masked_mean(used, mask) * masked_mean(probs, mask)).sum(-1)
+def balance_loss(usage: Tensor, probs: Tensor) -> Tensor:
+    """`E · Σ_i f_i · P_i` with f = `usage` and P = `probs`, means over tokens `(…, E)` → `(…)`.
+
+    See `Router.usage` and `Router.balance_probs` (Switch Transformers, arXiv 2101.03961, eq. 4).
+    """
+    return probs.shape[-1] * (usage * probs).sum(-1)
 
 
-def entropy_loss(entropy: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens of `entropy (…, N)` → `(…)` (DynMoLE, arXiv 2504.00661)."""
-    return masked_mean(entropy[..., None], mask)[..., 0]
-
-
-def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over tokens of `(logsumexp of logits)²`, logits `(…, N, E)` → `(…)` (ST-MoE, arXiv 2202.08906)."""
-    return masked_mean(logits.logsumexp(-1, keepdim=True).square(), mask)[..., 0]
-
-
-def cv_loss(weights: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`CV² = variance / mean²` over experts of their summed weights `(…, N, E)` → `(…)` (LoRAMoE); 0 when E = 1."""
-    importance = masked_mean(weights, mask)
-    mean = importance.mean(-1)
-    variance = importance.var(-1, unbiased=False)
+def cv_loss(weights: Tensor) -> Tensor:
+    """`CV² = variance / mean²` over the experts' mean weights `(…, E)` → `(…)` (LoRAMoE, arXiv 2312.09979)."""
+    mean = weights.mean(-1)
+    variance = weights.var(-1, unbiased=False)
     return variance / torch.where(mean > 0, mean, torch.ones_like(mean)).square()
 
 
-def coefficients(router: Router[Any]) -> dict[str, float]:
-    """The weights of a router's auxiliary losses that are switched on; with one expert there are none."""
-    if router.num_experts == 1:
-        return {}
-    given = {name: getattr(router.params, f"{name}_loss_coef", 0.0) for name in ("balance", "entropy", "z", "cv")}
-    return {name: value for name, value in given.items() if value}
-
-
-def layout(router: Router[Any]) -> dict[str, int]:
-    """What is summed over a router's tokens, and in how many columns."""
-    experts, losses = router.num_experts, coefficients(router)
-    found = {"tokens": 1, "active": 1, "entropy": 1, "weights": experts}
-    if "balance" in losses:
-        found |= {"used": experts, "balanced": experts}
-    return found | {"z": 1} if "z" in losses else found
-
-
-def columns(router: Router[Any], routing: Routing) -> Tensor:
-    """The columns of `layout` for each token of a routing of `(…, E)` → `(…, k)`, with gradients for losses alone."""
-    losses, weights, entropy = coefficients(router), routing.weights, routing.entropy
-    if entropy is None:
-        entropy = shannon_entropy(routing.logits if "entropy" in losses else routing.logits.detach())
-    elif "entropy" not in losses:
-        entropy = entropy.detach()
-    numbers = [torch.ones_like(entropy), (weights > 0).sum(-1).to(entropy.dtype), entropy]
-    found = [torch.stack(numbers, -1), weights if "cv" in losses else weights.detach()]
-    if "balance" in losses:
-        found += [router.usage(routing), router.balance_probs(routing)]
-    if "z" in losses:
-        found.append(z_loss(routing.logits[..., None, :])[..., None])
-    return torch.cat(found, -1)
-
-
-def means_of(router: Router[Any], sums: Tensor) -> dict[str, Tensor]:
-    """The means over tokens of `sums (…, k)`, by the names of `layout`; 0 where no token counts."""
-    widths = layout(router)
-    parts = dict(zip(widths, sums.split(list(widths.values()), -1), strict=True))
-    tokens = parts.pop("tokens").clamp(min=1)
-    return {name: part / tokens for name, part in parts.items()}
+def z_values(logits: Tensor) -> Tensor:
+    """`(logsumexp of logits)²` of each token, whose mean is the z-loss: `(…, E)` → `(…)` (ST-MoE, arXiv 2202.08906)."""
+    return logits.logsumexp(-1).square()
 
 
 def mixture_loss(routers: Sequence[Router[Any]], sums: Sequence[Tensor]) -> Tensor:
@@ -120,9 +73,9 @@ def mixture_loss(routers: Sequence[Router[Any]], sums: Sequence[Tensor]) -> Tens
 
     Args:
         routers: the router of each adapted projection, with its coefficients in `params`.
-        sums: `(k,)` of each, the sums of its `columns` over the tokens that count.
+        sums: `(k,)` of each projection, its `token_columns` summed over the tokens.
     """
-    groups: dict[Any, list[int]] = defaultdict(list)
+    groups: dict[Any, list[int]] = defaultdict(list)  # projections with equal settings are computed together
     for place, (router, own) in enumerate(zip(routers, sums, strict=True)):
         groups[type(router), repr(router.params), router.num_experts, own.dtype, own.device].append(place)
     total = sums[0].new_zeros(())
@@ -133,20 +86,68 @@ def mixture_loss(routers: Sequence[Router[Any]], sums: Sequence[Tensor]) -> Tens
 
 
 def projection_losses(router: Router[Any], sums: Tensor) -> Tensor:
-    """The weighted sum of a router's losses for projections with the sums `(L, k)` → `(L,)`."""
-    batch = {name: mean[..., None, :] for name, mean in means_of(router, sums).items()}  # as one token: its mean
+    """The weighted sum of a router's losses for each of L projections, from their sums `(L, k)` → `(L,)`."""
+    means = token_means(router, sums)
     total = torch.zeros_like(sums[..., 0])
-    for name, weight in coefficients(router).items():
+    for name, weight in loss_coefficients(router).items():
         if name == "balance":
-            loss = balance_loss(batch["used"], batch["balanced"])
+            loss = balance_loss(means["usage"], means["balance_probs"])
         elif name == "cv":
-            loss = cv_loss(batch["weights"])
+            loss = cv_loss(means["weights"])
         else:
-            loss = entropy_loss(batch[name][..., 0])  # a mean over tokens, as z is
+            loss = means[name][..., 0]  # the entropy and z losses are means over tokens
         total = total + weight * loss
     return total
 
 
+def loss_coefficients(router: Router[Any]) -> dict[str, float]:
+    """The coefficients of the auxiliary losses that a router has, by name; a single expert has none."""
+    if router.num_experts == 1:
+        return {}
+    given = {name: getattr(router.params, f"{name}_loss_coef", 0.0) for name in ("balance", "entropy", "z", "cv")}
+    return {name: value for name, value in given.items() if value}
+
+
 def has_losses(router: Router[Any]) -> bool:
-    """Whether a router has any auxiliary loss switched on."""
-    return bool(coefficients(router))
+    """Whether a router has an auxiliary loss."""
+    return bool(loss_coefficients(router))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is summed over tokens
+
+
+def column_widths(router: Router[Any]) -> dict[str, int]:
+    """Names and widths of a router's `token_columns`, in their order."""
+    experts, losses = router.num_experts, loss_coefficients(router)
+    widths = {"tokens": 1, "active": 1, "entropy": 1, "weights": experts}
+    if "balance" in losses:
+        widths |= {"usage": experts, "balance_probs": experts}
+    return widths | {"z": 1} if "z" in losses else widths
+
+
+def token_columns(router: Router[Any], routing: Routing) -> Tensor:
+    """What is summed over the tokens of a routing of `(…, E)` → `(…, k)`, the columns named by `column_widths`.
+
+    Only what a loss needs has a gradient.
+    """
+    losses, weights, entropy = loss_coefficients(router), routing.weights, routing.entropy
+    if entropy is None:
+        entropy = shannon_entropy(routing.logits if "entropy" in losses else routing.logits.detach())
+    elif "entropy" not in losses:
+        entropy = entropy.detach()
+    numbers = [torch.ones_like(entropy), (weights > 0).sum(-1).to(entropy.dtype), entropy]
+    columns = [torch.stack(numbers, -1), weights if "cv" in losses else weights.detach()]
+    if "balance" in losses:
+        columns += [router.usage(routing), router.balance_probs(routing)]
+    if "z" in losses:
+        columns.append(z_values(routing.logits)[..., None])
+    return torch.cat(columns, -1)
+
+
+def token_means(router: Router[Any], sums: Tensor) -> dict[str, Tensor]:
+    """The means over tokens of the columns, from their sums `(…, k)`; 0 if no token counts."""
+    widths = column_widths(router)
+    parts = dict(zip(widths, sums.split(list(widths.values()), -1), strict=True))
+    tokens = parts.pop("tokens").clamp(min=1)
+    return {name: part / tokens for name, part in parts.items()}

@@ -1,7 +1,8 @@
-"""MoLE as a PEFT method: `MoleConfig`, the tuner, and its registration. The only file that knows PEFT's internals.
+"""MoLE as a PEFT method: its configuration, its tuner and their registration with PEFT.
 
-`import mole` registers the type `MOLE_STUDIO`; after it `get_peft_model`, `PeftModel.from_pretrained`,
-`AutoPeftModelForCausalLM`, `save_pretrained` and transformers' `load_adapter` treat a mixture like any adapter.
+After `import mole`, `get_peft_model`, `PeftModel.from_pretrained`, `AutoPeftModelForCausalLM`, `save_pretrained` and
+transformers' `load_adapter` support the adapter type `MOLE_STUDIO`. This is the only module that depends on PEFT's
+internals.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NAME = PREFIX.rstrip("_")
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Extend PEFT's closed enum of adapter types by `name`; PEFT has no public way (0.19 to 0.21)."""
+    """Add a member to `PeftType`. It is a closed enum, and PEFT (0.19 to 0.21) has no public way to extend it."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -41,7 +42,7 @@ PEFT_TYPE = add_peft_type(NAME.upper())
 
 
 def config_fields() -> list[tuple[str, Any, Any]]:
-    """The fields of `MoleConfig`: those of `AdapterConfig`, and every router's own, None meaning its default."""
+    """The fields of `MoleConfig`: those of `AdapterConfig` and of every router; None means the router's default."""
     shared = [item for item in dataclasses.fields(AdapterConfig) if item.name != "params"]
     declared: list[tuple[str, Any, Any]] = []
     for item in shared:
@@ -74,13 +75,13 @@ def _adapter(self: Any) -> AdapterConfig:
     return AdapterConfig.from_flat(values)
 
 
-# Made from the dataclasses in `config.py`, where every setting, its bounds and its help are declared once.
+# Built from the dataclasses in `mole.config`, which declare every setting once, with its bounds and help.
 MoleConfig: Any = dataclasses.make_dataclass(
     "MoleConfig",
     config_fields(),
     bases=(PeftConfig,),
     namespace={
-        "__doc__": "PEFT configuration of a mixture of LoRA experts; the settings of `AdapterConfig` and its router.",
+        "__doc__": "PEFT configuration of a mixture of LoRA experts: settings of `AdapterConfig` and of its router.",
         "__module__": __name__,
         "__post_init__": _post_init,
         "adapter": _adapter,
@@ -90,12 +91,12 @@ MoleConfig: Any = dataclasses.make_dataclass(
 
 
 def mole_config(adapter: AdapterConfig, **peft_settings: Any) -> Any:
-    """The `MoleConfig` of an `AdapterConfig`; `peft_settings` are PEFT's own, e.g. `task_type`."""
+    """Create the `MoleConfig` of an `AdapterConfig`; `peft_settings` are those of PEFT, e.g. `task_type`."""
     return MoleConfig(**adapter.to_flat(), **peft_settings)
 
 
-def depth(model: nn.Module) -> int:
-    """Number of a model's layers, whatever its configuration calls it (GPT-2: `n_layer`); 1 when it has none."""
+def num_layers(model: nn.Module) -> int:
+    """Number of layers of a model, also where its configuration has another name for it (GPT-2: `n_layer`); or 1."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -103,7 +104,7 @@ def depth(model: nn.Module) -> int:
 
 
 def group_siblings(model: nn.Module) -> None:
-    """Let adapted projections that read the same input compute their adapters together."""
+    """Put adapted projections that read the same input into one `InputGroup`, so that they compute together."""
     for parent in model.modules():
         for names in SIBLINGS:
             found = [layer for name in names if isinstance(layer := getattr(parent, name, None), MoleLinear)]
@@ -114,14 +115,14 @@ def group_siblings(model: nn.Module) -> None:
 
 
 class MoleModel(BaseTuner):
-    """Puts a `MoleLinear` around every targeted projection of a model."""
+    """The tuner: it replaces every targeted projection of a model by a `MoleLinear` around it."""
 
     prefix = PREFIX
     tuner_layer_cls = MoleLinear
     target_module_mapping: dict[str, list[str]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)  # PEFT 0.19 calls model.forward, past the hooks of the routing log
+        return self.model(*args, **kwargs)  # PEFT 0.19 calls `model.forward`, which skips the routing log's hooks
 
     def _create_and_replace(
         self,
@@ -134,8 +135,7 @@ class MoleModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         adapter: AdapterConfig = peft_config.adapter()
-        num_layers = depth(self.model)
-        num_experts = adapter.experts_at(layer_index(current_key), num_layers)
+        num_experts = adapter.experts_at(layer_index(current_key), num_layers(self.model))
         if isinstance(target, MoleLinear):
             target.add_adapter(adapter_name, adapter, num_experts, peft_config.inference_mode)
             return
@@ -145,7 +145,7 @@ class MoleModel(BaseTuner):
                 "adapter.target_modules",
                 current_key,
                 f"a linear projection, not a {type(base).__name__}",
-                "Name the projections to adapt, or take all-linear.",
+                "Name the projections to adapt, or use all-linear.",
             )
         layer = MoleLinear(target, *features(base))
         layer.name = current_key
@@ -159,11 +159,11 @@ class MoleModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
         if isinstance(config.target_modules, set):
-            config.target_modules = sorted(config.target_modules)  # a set's order differs from process to process
+            config.target_modules = sorted(config.target_modules)  # the order of a set differs between processes
         limit_packing(model, trains=not config.inference_mode)
         log = install_log(model)
         group_siblings(model)
-        first_of_width: dict[int, MoleLinear] = {}
+        first_of_width: dict[int, MoleLinear] = {}  # LD-MoLE: layers of one input width share the network of λ
         for layer in model.modules():
             if not isinstance(layer, MoleLinear) or adapter_name not in layer.routers:
                 continue

@@ -1,14 +1,14 @@
-"""Under your hand: other router settings, muted and pinned experts, for as long as a `with` block lasts.
+"""Routing overrides: other router settings, muted and pinned experts, during a `with` block.
 
-The adapter is as it was afterwards, and nothing of this is ever saved. A muted expert is treated as if it were not
-there: the softmax, the entropy's normalisation and the method's rule see the remaining experts only. Pinned experts
-are the only ones that stay; the router decides among them.
+Afterwards the adapter is as before, and nothing is ever saved. A muted expert is treated as absent: the softmax, the
+normalisation of the entropy and the method's rule see the remaining experts only. If experts are pinned, the router
+chooses among these alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -27,20 +27,20 @@ STEERABLE: dict[str, tuple[str, ...]] = {
     "topp": ("top_p",),
     "threshold": ("threshold",),
 }
-"""The settings that say how an already trained router selects; all others belong to what was trained."""
+"""By router, the settings that only affect how a trained router selects experts. The others affect what is trained."""
 
 
 @dataclass(frozen=True)
 class Steering:
-    """What a reply changes; empty: nothing.
+    """The routing overrides of a reply; by default there are none.
 
     Attributes:
         settings: router settings by name, e.g. `{"top_p": 0.5}`.
-        muted: experts that are left out, counted from 0.
-        pinned: the only experts that stay, counted from 0; empty for no such choice. A layer that has none of them
-            routes among all it has; one whose experts are all muted adds nothing to its base.
+        muted: experts not to use, counted from 0. A layer whose experts are all muted adds nothing to its base.
+        pinned: the only experts to use, counted from 0; empty for all. A layer that has none of them uses all it has.
 
-    Raises `InputError` for an expert that is both muted and pinned, or no whole number of at least 0.
+    Raises:
+        InputError: an expert is both muted and pinned, or is not a whole number of at least 0.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Steering:
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
         for name in ("muted", "pinned"):
-            object.__setattr__(self, name, experts_of(getattr(self, name), f"steering.{name}"))
+            object.__setattr__(self, name, expert_numbers(getattr(self, name), f"steering.{name}"))
         if both := self.muted & self.pinned:
             raise InputError(f"Expert {min(both)} is both muted and pinned; choose one.", field="steering.pinned")
 
@@ -59,7 +59,11 @@ class Steering:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | None) -> Steering:
-        """Make one from plain values, `{"settings": {…}, "muted": […], "pinned": […]}`. Raises `InputError`."""
+        """Create one from plain values, `{"settings": {…}, "muted": […], "pinned": […]}`; None for no overrides.
+
+        Raises:
+            InputError: a name or value is not valid.
+        """
         known = {item.name for item in dataclasses.fields(cls)}
         if not isinstance(values or {}, Mapping):
             raise InputError(f"steering is {brief(values)}; it must be a mapping of {', '.join(sorted(known))}.")
@@ -71,17 +75,21 @@ class Steering:
         return cls(**(values or {}))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; `from_dict` gives an equal steering back."""
+        """Plain values, from which `from_dict` creates an equal steering."""
         return {"settings": dict(self.settings), "muted": sorted(self.muted), "pinned": sorted(self.pinned)}
 
-    def among(self, experts: int) -> list[int]:
-        """Those of a layer's experts that stay."""
-        chosen = self.pinned & set(range(experts)) or set(range(experts))
-        return sorted(chosen - self.muted)
+    def allowed_experts(self, num_experts: int) -> list[int]:
+        """The experts that a layer with `num_experts` experts may use, in order."""
+        pinned = self.pinned & set(range(num_experts)) or set(range(num_experts))
+        return sorted(pinned - self.muted)
 
 
-def experts_of(values: Iterable[Any], name: str) -> frozenset[int]:
-    """Expert numbers as a set. Raises `InputError`."""
+def expert_numbers(values: Iterable[Any], name: str) -> frozenset[int]:
+    """Check expert numbers, and return them as a set.
+
+    Raises:
+        InputError: `values` is not a list of whole numbers of at least 0; `name` names it in the message.
+    """
     try:
         experts = frozenset(coerce(int, value, name) for value in values)
     except TypeError:
@@ -92,16 +100,21 @@ def experts_of(values: Iterable[Any], name: str) -> frozenset[int]:
 
 
 AS_TRAINED = Steering()
-"""Nothing is different."""
+"""No overrides."""
 
 
 def steerable(router: str) -> tuple[str, ...]:
-    """The settings of a router that may be changed at inference; none for a router (`"none"`) that is not ours."""
+    """The settings of a router that may be overridden; none if it is not a router of this library (`"none"`)."""
     return STEERABLE.get(router, ())
 
 
-def changed(params: RouterParams, settings: Mapping[str, Any]) -> RouterParams:
-    """A router's settings with some of them changed. Raises `InputError` or `ConfigError`."""
+def override_params(params: RouterParams, settings: Mapping[str, Any]) -> RouterParams:
+    """A copy of a router's settings with `settings` overridden.
+
+    Raises:
+        InputError: a setting may not be overridden for this router.
+        ConfigError: a value is outside its bounds.
+    """
     allowed = steerable(params.name)
     for name in settings:
         if name not in allowed:
@@ -113,13 +126,18 @@ def changed(params: RouterParams, settings: Mapping[str, Any]) -> RouterParams:
     return dataclasses.replace(params, **settings)
 
 
-def check(steering: Steering, router: str, experts: int) -> None:
-    """Hold a steering against a router with at most `experts` experts a layer. Raises `InputError`, `ConfigError`."""
+def check_steering(steering: Steering, router: str, experts: int) -> None:
+    """Check that a steering fits a router with at most `experts` experts in a layer.
+
+    Raises:
+        InputError: there is no router, a setting may not be overridden, or an expert does not exist.
+        ConfigError: the value of a setting is outside its bounds.
+    """
     if not steering:
         return
     if router not in ROUTERS:
-        raise InputError("There is no router to steer: this is no mixture of experts.", field="steering")
-    changed(params_class(router)(), steering.settings)
+        raise InputError("There is no router to steer: the model has no mixture of experts.", field="steering")
+    override_params(params_class(router)(), steering.settings)
     for name in ("muted", "pinned"):
         if (last := max(getattr(steering, name), default=-1)) >= experts:
             raise InputError(
@@ -129,51 +147,59 @@ def check(steering: Steering, router: str, experts: int) -> None:
 
 @contextmanager
 def steer(model: nn.Module, steering: Steering) -> Iterator[None]:
-    """Let the model's active adapter route as `steering` says inside the `with` block.
+    """Apply `steering` to the model's active adapter inside the `with` block.
 
-    Raises `InputError` or `ConfigError`, before anything is changed, for what this adapter does not have.
+    Raises:
+        InputError, ConfigError: the steering does not fit the adapter (see `check_steering`); nothing was changed.
     """
     import torch
 
-    from mole.mixture.trace import adapted_projections
+    from mole.mixture.trace import active_routers
 
-    routers = [router for _, router in adapted_projections(model)]
-    most = max((router.num_experts for router in routers), default=0)
-    check(steering, routers[0].params.name if routers else "none", most)
+    routers = [router for _, router in active_routers(model)]
+    max_experts = max((router.num_experts for router in routers), default=0)
+    check_steering(steering, routers[0].params.name if routers else "none", max_experts)
     if not steering:
         yield
         return
     before = [(router, router.params, router.allowed) for router in routers]
     try:
         for router in routers:
-            left = steering.among(router.num_experts)
+            experts = steering.allowed_experts(router.num_experts)
             device = next((weight.device for weight in router.parameters()), None)
-            router.params = changed(router.params, steering.settings)
-            router.allowed = (
-                torch.tensor(left, dtype=torch.long, device=device) if len(left) < router.num_experts else None
-            )
+            router.params = override_params(router.params, steering.settings)
+            router.allowed = None
+            if len(experts) < router.num_experts:
+                router.allowed = torch.tensor(experts, dtype=torch.long, device=device)
         yield
     finally:
         for router, params, allowed in before:
             router.params, router.allowed = params, allowed
 
 
-def describe(steering: Steering, trained: Mapping[str, Any]) -> str:
-    """What is changed in words, experts counted from 1: `"top p 0.75 → 0.5 · expert 2 muted"`; empty for nothing.
+def describe_steering(steering: Steering, trained: Mapping[str, Any]) -> str:
+    """The overrides as text, experts counted from 1: `"top p 0.75 → 0.5 · expert 2 muted"`; empty for none.
 
-    `trained` are the adapter's own settings, as in `adapter_config.json`.
+    Args:
+        steering: the overrides.
+        trained: the adapter's own settings, as in `adapter_config.json`.
     """
-    parts = [f"{name.replace('_', ' ')} {plain(trained.get(name))} → {plain(value)}"
+    parts = [f"{name.replace('_', ' ')} {setting_text(trained.get(name))} → {setting_text(value)}"
              for name, value in steering.settings.items() if value != trained.get(name)]  # fmt: skip
-    for name, what in (("muted", "muted"), ("pinned", "only")):
-        if experts := sorted(expert + 1 for expert in getattr(steering, name)):
-            numbers = f"expert{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts))}"
-            parts.append(f"only {numbers}" if what == "only" else f"{numbers} {what}")
+    if steering.muted:
+        parts.append(f"{experts_text(steering.muted)} muted")
+    if steering.pinned:
+        parts.append(f"only {experts_text(steering.pinned)}")
     return " · ".join(parts)
 
 
-def plain(value: Any) -> str:
-    """A setting's value in words."""
+def experts_text(experts: Collection[int]) -> str:
+    """Experts as text, counted from 1: `"experts 2, 5"`."""
+    return f"expert{'s' if len(experts) > 1 else ''} {', '.join(str(expert + 1) for expert in sorted(experts))}"
+
+
+def setting_text(value: Any) -> str:
+    """The value of a setting as text."""
     if value is None:
         return "1/E"  # AdaMoLE's default, the only setting that may be empty
     if isinstance(value, bool):

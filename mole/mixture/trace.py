@@ -1,4 +1,4 @@
-"""The recorder: the routing of every token, layer and expert, while somebody listens."""
+"""Recording: the routing of every token, layer and expert during a `with` block."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from mole.mixture.routers import Router, Routing, entropies_of
-from mole.mixture.routing_log import Record, find_log, layer_index
+from mole.mixture.routing_log import RecordedRouting, find_log, layer_index
 
 
 class RoutingDelta(NamedTuple):
-    """The routing of some tokens, a value for every layer.
+    """The routing of some tokens, as means over the projections of each layer.
 
     Attributes:
-        weights: `(tokens, layers, E)`, mean over the layer's projections, 0 for experts a layer does not have.
-        entropy: `(tokens, layers)`, mean over the layer's projections.
-        active: `(tokens, layers)`, mean number of experts with a weight above 0.
-        threshold: `(tokens, layers)`, mean of AdaMoLE's τ(x) over the layer's projections; None for other methods.
-        projections: `(tokens, modules, E)`, the weights of every projection on its own.
+        weights: `(tokens, layers, E)`; 0 for experts that a layer does not have.
+        entropy: `(tokens, layers)`.
+        active: `(tokens, layers)`, number of experts with a weight above 0.
+        threshold: `(tokens, layers)`, AdaMoLE's τ(x); None for other methods.
+        projections: `(tokens, modules, E)`, the weights of each projection, not averaged.
     """
 
     weights: Tensor
@@ -34,22 +34,22 @@ class RoutingDelta(NamedTuple):
 
 
 class Trace:
-    """The routing of every token of the first batch row, over all forward passes while it listened.
+    """The routing of every token of the first batch row, in all forward passes that were recorded.
 
-    A pass is put together once, after it, and kept on the model's device as one `(tokens, modules, E + 1 or 2)`
-    tensor: the weights, the entropy, and the threshold where the method has one. So nothing waits for the device until
-    somebody asks, and then it is one copy for all projections.
+    After each pass its routing is assembled into one tensor `(tokens, modules, E + 1 or 2)` on the model's device: the
+    weights, the entropy, and the threshold if the method has one. Nothing synchronises with the device until values are
+    read, which then takes a single copy.
 
     Attributes:
-        router: the method's name, `"none"` for a model without adapter.
+        router: name of the method; `"none"` for a model without an adapter.
         modules: full names of the adapted projections.
-        experts: the largest number of experts.
+        experts: the largest number of experts, E.
         layers: number of layers with adapted projections.
-        layer_of: for every projection the place of its layer, from 0.
+        layer_of: for each projection the position of its layer among these, from 0.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        adapted = adapted_projections(model)
+        adapted = active_routers(model)
         self.router = adapted[0][1].params.name if adapted else "none"
         self.modules = [name for name, _ in adapted]
         self.experts = max((router.num_experts for _, router in adapted), default=0)
@@ -59,42 +59,44 @@ class Trace:
         self.layer_of = [layers.index(number) for number in numbers]
         self._index = torch.tensor(self.layer_of, dtype=torch.long)
         self._sizes = torch.bincount(self._index, minlength=self.layers)
-        self._place = {name: place for place, name in enumerate(self.modules)}
+        self._position = {name: position for position, name in enumerate(self.modules)}
         self._passes: list[Tensor] = []
-        self._ends: list[int] = []
-        """How many tokens there are up to and with each pass."""
+        self._ends: list[int] = []  # number of tokens up to the end of each pass
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def extend(self, records: list[Record]) -> None:
-        """Add a forward pass: the first batch row's tokens, kept on the model's device."""
+    def extend(self, records: list[RecordedRouting]) -> None:
+        """Add a forward pass: the tokens of the first batch row, kept on the model's device."""
         if not records:
             return
-        wholes = {id(record.routing): record.routing for record in records}
-        widths = [routing.weights.shape[-2] for routing in wholes.values()]
-        first = dict(zip(wholes, accumulate(widths, initial=0), strict=False))
-        placed = sorted((self._place[record.name], first[id(record.routing)] + record.place) for record in records)
-        order = [column for _, column in placed]
+        # Projections that were computed together share a routing (…, L, E); each shared routing is taken once, and the
+        # columns are brought into the order of `modules` afterwards, if they are not in it already.
+        shared = {id(record.routing): record.routing for record in records}
+        counts = [routing.weights.shape[-2] for routing in shared.values()]
+        first = dict(zip(shared, accumulate(counts, initial=0), strict=False))
+        columns = sorted((self._position[record.name], first[id(record.routing)] + record.column) for record in records)
+        order = [column for _, column in columns]
         with torch.no_grad():
-            added = torch.cat([rows(part, self.experts) for part in alike([*wholes.values()])], 1)
-            if order != list(range(sum(widths))):
+            runs = groupby(shared.values(), key=lambda routing: routing.weights.shape[-1])  # of the same E: mostly one
+            added = torch.cat([token_rows(list(run), self.experts) for _, run in runs], 1)
+            if order != list(range(sum(counts))):
                 added = added[:, order]
         self._passes.append(added)
         self._ends.append(len(self) + added.shape[0])
 
     @property
     def weights(self) -> Tensor:
-        """`(tokens, modules, E)` of everything recorded, on the CPU."""
+        """`(tokens, modules, E)`, the weights of everything recorded, on the CPU."""
         return self._from(0)[..., : self.experts]
 
     @property
     def entropy(self) -> Tensor:
-        """`(tokens, modules)` of everything recorded, on the CPU."""
+        """`(tokens, modules)`, the entropy of everything recorded, on the CPU."""
         return self._from(0)[..., self.experts]
 
     def _from(self, start: int) -> Tensor:
-        """`(tokens, modules, E + 1 or 2)` of the tokens from `start` on, in float32 on the CPU."""
+        """The columns `(tokens, modules, E + 1 or 2)` of the tokens from `start` on, in float32 on the CPU."""
         first = bisect_right(self._ends, start)
         if first == len(self._passes):
             return torch.zeros(0, len(self.modules), self.experts + 1)
@@ -103,7 +105,7 @@ class Trace:
         return (torch.cat(kept) if len(kept) > 1 else kept[0])[start - before :].float().cpu()
 
     def since(self, start: int) -> RoutingDelta:
-        """The routing of the tokens from `start` on, by layer."""
+        """The routing of the tokens from `start` on, averaged over each layer."""
         values = self._from(start)
         weights = values[..., : self.experts]
         active = (weights > 0).sum(-1, keepdim=True)
@@ -122,7 +124,12 @@ class Trace:
         return sums / self._sizes[:, None]
 
     def to_dict(self, tokens: list[str], prompt_tokens: int) -> dict[str, Any]:
-        """The trace as JSON-ready values: the format `mole chat --trace` writes."""
+        """The trace in the format of `mole chat --trace`.
+
+        Args:
+            tokens: the text of each token.
+            prompt_tokens: how many of them are the prompt.
+        """
         delta = self.since(0)
         return {
             "router": self.router,
@@ -139,23 +146,23 @@ class Trace:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[Trace]:
-    """Record what the routers do in every forward pass or `generate` inside the `with` block.
+    """Record the routing of every forward pass or `generate` inside the `with` block.
 
-    Recording changes nothing of what the model computes. A model without an adapter of ours gives an empty trace.
+    Recording does not change what the model computes. A model without a MoLE adapter gives an empty trace.
     """
     trace, log = Trace(model), find_log(model)
     if log is None:
         yield trace
         return
-    log.traces.append(trace)
+    log.listeners.append(trace)
     try:
         yield trace
     finally:
-        log.traces.remove(trace)
+        log.listeners.remove(trace)
 
 
-def adapted_projections(model: nn.Module) -> list[tuple[str, Router[Any]]]:
-    """The names and active routers of the adapted projections, in the model's order; none while they are disabled."""
+def active_routers(model: nn.Module) -> list[tuple[str, Router[Any]]]:
+    """Name and active router of each adapted projection, in the model's order; empty while adapters are disabled."""
     found = []
     for module in model.modules():
         routers, active = getattr(module, "routers", None), getattr(module, "active_adapters", [])
@@ -166,14 +173,11 @@ def adapted_projections(model: nn.Module) -> list[tuple[str, Router[Any]]]:
     return found
 
 
-def alike(routings: list[Routing]) -> Iterator[list[Routing]]:
-    """Runs of routings among as many experts, which can be put beside each other: most often all of them."""
-    for _, run in groupby(routings, key=lambda routing: routing.weights.shape[-1]):
-        yield list(run)
+def token_rows(routings: list[Routing], experts: int) -> Tensor:
+    """The columns of a `Trace` for the first batch row of routings `(…, L, E)` → `(tokens, Σ L, experts + 1 or 2)`.
 
-
-def rows(routings: list[Routing], experts: int) -> Tensor:
-    """The first batch row of routings `(…, L, E)` → `(tokens, Σ L, experts + 1 or 2)`; absent experts get 0."""
+    Experts from E on, which these projections do not have, get 0.
+    """
     weights = first_row(torch.cat([routing.weights for routing in routings], -2), 3)
     columns = [nn.functional.pad(weights, (0, experts - weights.shape[-1]))]
     columns.append(first_row(entropies_of(routings), 2)[..., None])
@@ -184,5 +188,5 @@ def rows(routings: list[Routing], experts: int) -> Tensor:
 
 
 def first_row(values: Tensor, dims: int) -> Tensor:
-    """The first batch row of `values`, which has `dims` dimensions without a batch."""
+    """The first batch row of `values`, if it has more than `dims` dimensions, which it has without a batch."""
     return values[0] if values.dim() > dims else values

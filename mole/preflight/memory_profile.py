@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mole.config import AdapterConfig
-from mole.mixture.model import depth, mole_config
+from mole.mixture.model import mole_config, num_layers
 from mole.mixture.routing_log import auxiliary_loss
 from mole.models.logits import summed_loss_at
 
@@ -133,7 +133,7 @@ def layer_count(config: Any) -> int:
     """Number of layers of a transformers config."""
     holder: Any = nn.Module()
     holder.config = config
-    return depth(holder)
+    return num_layers(holder)
 
 
 def with_layers(config: Any, layers: int) -> Any:

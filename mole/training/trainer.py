@@ -19,7 +19,8 @@ from mole.core import checkpoint
 from mole.core.errors import CheckpointError, TrainingError
 from mole.data import Collator, Datasets, build_datasets, chat_template, split_by_length
 from mole.mixture.model import mole_config
-from mole.mixture.routing_log import auxiliary_loss, layer_statistics, one_batch
+from mole.mixture.routing_log import auxiliary_loss, one_batch
+from mole.mixture.routing_statistics import layer_statistics
 from mole.models.adapter_files import WEIGHTS
 from mole.models.loading import TEMPLATE_FILE, Base, load_base, on_its_gpu
 from mole.models.logits import summed_loss_at

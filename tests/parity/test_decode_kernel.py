@@ -1,4 +1,4 @@
-"""Decoding with compiled functions: the numbers of the slow formulas, and never those of other settings."""
+"""Decoding with compiled kernels: the numbers of the slow formulas, and never those of other settings."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from torch import Tensor, nn
 
 from mole.config import ROUTERS, AdapterConfig, params_class
 from mole.mixture import aot_compile
-from mole.mixture.decode_kernel import FUNCTIONS, Recipe
+from mole.mixture.decode_kernel import KERNELS, KernelSpec
 
 Way = Callable[[Any, Tensor], list[str]]
 
 
 @pytest.fixture(autouse=True)
-def no_functions() -> Iterator[None]:
-    FUNCTIONS.clear()
+def no_kernels() -> Iterator[None]:
+    KERNELS.clear()
     yield
-    FUNCTIONS.clear()
+    KERNELS.clear()
 
 
 @pytest.fixture
-def functions(functions_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where compiled functions are kept."""
+def kernels(functions_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where compiled kernels are kept."""
     monkeypatch.setenv("MOLE_HOME", str(functions_home))
     return functions_home / "compiled"
 
@@ -48,44 +48,44 @@ def tokens(dtype: torch.dtype, inputs: int) -> list[Tensor]:
     return [*drawn, torch.zeros(1, 1, inputs, dtype=dtype), drawn[0] * 1e4]
 
 
-def wanted(model: Any, x: Tensor) -> list[Recipe]:
-    """The recipes of the functions that the model has use for when it computes `x`."""
+def wanted(model: Any, x: Tensor) -> list[KernelSpec]:
+    """The specs of the kernels that the model could use to compute `x`."""
     with torch.no_grad():
         model(x)
-    return aot_compile.recipes(model)
+    return aot_compile.kernel_specs(model)
 
 
 def exported(model: Any, x: Tensor) -> list[str]:
-    """Let the model compute with functions, as for `x`, that are graphs of single operations → their recipes."""
-    recipes = wanted(model, x)
-    for recipe in recipes:
-        FUNCTIONS[recipe.text] = aot_compile.export(recipe).module()
-        aot_compile.check(recipe, FUNCTIONS[recipe.text])
-    return [recipe.text for recipe in recipes]
+    """Give the model its kernels for `x`, as exported graphs, not compiled → their specs."""
+    specs = wanted(model, x)
+    for spec in specs:
+        KERNELS[spec.text] = aot_compile.export_kernel(spec).module()
+        aot_compile.check_kernel(spec, KERNELS[spec.text])
+    return [spec.text for spec in specs]
 
 
 def compiled(model: Any, x: Tensor) -> list[str]:
-    """Let the model compute with functions, as for `x`, as they are used → their recipes."""
-    recipes = wanted(model, x)
-    for recipe in recipes:
-        if not aot_compile.file_of(recipe).exists():
-            aot_compile.make(recipe, aot_compile.file_of(recipe))
-        assert aot_compile.load(recipe)
-    return [recipe.text for recipe in recipes]
+    """Give the model its kernels for `x`, compiled and loaded from their files → their specs."""
+    specs = wanted(model, x)
+    for spec in specs:
+        if not aot_compile.kernel_path(spec).exists():
+            aot_compile.compile_kernel(spec, aot_compile.kernel_path(spec))
+        assert aot_compile.load_kernel(spec)
+    return [spec.text for spec in specs]
 
 
 def counted(texts: list[str]) -> list[str]:
-    """A list that grows by a function's recipe whenever it is called."""
+    """A list that grows by a kernel's spec whenever it is called."""
     calls: list[str] = []
     for text in texts:
-        function = FUNCTIONS[text]
-        FUNCTIONS[text] = lambda inputs, text=text, function=function: calls.append(text) or function(inputs)
+        kernel = KERNELS[text]
+        KERNELS[text] = lambda inputs, text=text, kernel=kernel: calls.append(text) or kernel(inputs)
     return calls
 
 
 @pytest.mark.parametrize("way", [exported, pytest.param(compiled, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_function_equals_a_loop_over_experts(router: str, way: Way, functions: Path) -> None:
+def test_a_kernel_equals_a_loop_over_experts(router: str, way: Way, kernels: Path) -> None:
     net, layer = adapted(router)
     net.eval()
     calls = counted(way(net, tokens(torch.float64, INPUTS)[0]))
@@ -103,7 +103,7 @@ def test_a_function_equals_a_loop_over_experts(router: str, way: Way, functions:
     ("router", "dtype", "tolerance"),
     [("dynmole", torch.float32, 1e-5), ("sparsegen", torch.float32, 1e-5), ("adamole", torch.bfloat16, 1e-2)],
 )
-def test_siblings_are_served_by_one_call(router: str, dtype: torch.dtype, tolerance: float, functions: Path) -> None:
+def test_siblings_are_served_by_one_call(router: str, dtype: torch.dtype, tolerance: float, kernels: Path) -> None:
     model, alone = pair(router, dtype)
     calls = counted(compiled(model.eval(), torch.zeros(1, 1, model.q_proj.in_features, dtype=dtype)))
     slow = alone.eval().double()
@@ -114,7 +114,7 @@ def test_siblings_are_served_by_one_call(router: str, dtype: torch.dtype, tolera
         assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
-def test_only_a_single_token_without_gradients_takes_it(functions: Path) -> None:
+def test_only_a_single_token_without_gradients_takes_it(kernels: Path) -> None:
     model = pair("dynmole", torch.float32)[0].eval()
     x = tokens(torch.float32, model.q_proj.in_features)[0]
     calls = counted(compiled(model, x))
@@ -129,28 +129,28 @@ def test_only_a_single_token_without_gradients_takes_it(functions: Path) -> None
     assert not calls
 
 
-def test_whatever_is_changed_is_heeded_at_once(functions: Path) -> None:
+def test_whatever_is_changed_is_heeded_at_once(kernels: Path) -> None:
     model = pair("dynmole", torch.float32)[0].eval()
     x = tokens(torch.float32, model.q_proj.in_features)[0]
     calls = counted(compiled(model, x))
     layers = (model.q_proj, model.k_proj, model.v_proj)
 
     def answer() -> tuple[Tensor, Tensor]:
-        """With functions, and without."""
+        """With kernels, and without."""
         with torch.no_grad():
-            first, kept = model(x), dict(FUNCTIONS)
-            FUNCTIONS.clear()
+            first, kept = model(x), dict(KERNELS)
+            KERNELS.clear()
             second = model(x)
-        FUNCTIONS.update(kept)
+        KERNELS.update(kept)
         return first, second
 
     before = answer()[0]
-    for layer in layers:  # weights: by the function, from the new ones
+    for layer in layers:  # weights: by the kernel, from the new ones
         layer.mole_studio_B["default"].weight.data = layer.mole_studio_B["default"].weight.data * 2
     other, same = answer()
     torch.testing.assert_close(other, same)
     assert len(calls) == 2 and not torch.allclose(other, before)
-    for layer in layers:  # settings, scale, steering, dtype: not by a function made for others
+    for layer in layers:  # settings, scale, steering, dtype: not by a kernel made for others
         layer.routers["default"].params.entropy_threshold = 0.0
     assert torch.equal(*answer())
     for layer in layers:
@@ -164,7 +164,7 @@ def test_whatever_is_changed_is_heeded_at_once(functions: Path) -> None:
     assert torch.equal(*answer()) and len(calls) == 2
 
 
-def test_what_is_done_to_a_base_layer_is_heeded_at_once(functions: Path) -> None:
+def test_what_is_done_to_a_base_layer_is_heeded_at_once(kernels: Path) -> None:
     model = pair("dynmole", torch.float32)[0].eval()
     x = tokens(torch.float32, model.q_proj.in_features)[0]
     calls = counted(compiled(model, x))
@@ -187,19 +187,19 @@ def test_what_is_done_to_a_base_layer_is_heeded_at_once(functions: Path) -> None
         model.k_proj.base_layer = nn.Linear(base.in_features, base.out_features, bias=False)
         other = model(x)
         assert len(calls) == 2
-        FUNCTIONS.clear()
+        KERNELS.clear()
         assert torch.equal(other, model(x)) and not torch.allclose(other, before)
 
 
-def test_a_base_that_is_no_plain_linear_asks_for_no_function() -> None:
+def test_a_base_that_is_no_plain_linear_asks_for_no_kernel() -> None:
     model = pair("dynmole", torch.float32)[0].eval()
     model.v_proj.base_layer.__class__ = type("Quantised", (nn.Linear,), {})
     with torch.no_grad():
         model(tokens(torch.float32, model.q_proj.in_features)[0])
-    assert not aot_compile.recipes(model)
+    assert not aot_compile.kernel_specs(model)
 
 
-def test_two_adapters_at_once_are_added_up(functions: Path) -> None:
+def test_two_adapters_at_once_are_added_up(kernels: Path) -> None:
     model = pair("dynmole", torch.float32)[0].eval()
     x = tokens(torch.float32, model.q_proj.in_features)[0]
     calls = counted(compiled(model, x))
@@ -218,7 +218,7 @@ def test_two_adapters_at_once_are_added_up(functions: Path) -> None:
     torch.testing.assert_close(parts[0] + parts[1] - bare, parts[2])
 
 
-def test_settings_that_were_tried_for_one_reply_ask_for_no_function() -> None:
+def test_settings_that_were_tried_for_one_reply_ask_for_no_kernel() -> None:
     model = pair("dynmole", torch.float32)[0].eval()
     routers = [layer.routers["default"] for layer in (model.q_proj, model.k_proj, model.v_proj)]
     trained = [router.params for router in routers]
@@ -226,25 +226,25 @@ def test_settings_that_were_tried_for_one_reply_ask_for_no_function() -> None:
         router.params = dataclasses.replace(router.params, entropy_threshold=0.5)
     with torch.no_grad():
         model(tokens(torch.float32, model.q_proj.in_features)[0])
-    assert len(aot_compile.recipes(model)) == 1
+    assert len(aot_compile.kernel_specs(model)) == 1
     for router, params in zip(routers, trained, strict=True):
         router.params = params
-    assert not aot_compile.recipes(model)
+    assert not aot_compile.kernel_specs(model)
 
 
-def test_a_file_that_is_not_the_function_is_thrown_away(functions: Path) -> None:
+def test_a_file_that_is_not_the_kernel_is_deleted(kernels: Path) -> None:
     model = pair("dynmole", torch.float32)[0].eval()
     x = tokens(torch.float32, model.q_proj.in_features)[0]
     compiled(model, x)
-    right = aot_compile.file_of(aot_compile.recipes(model)[0])
+    right = aot_compile.kernel_path(aot_compile.kernel_specs(model)[0])
     for layer in (model.q_proj, model.k_proj, model.v_proj):
         layer.routers["default"].params.entropy_threshold = 0.0
     with torch.no_grad():
         model(x)
-    (recipe,) = aot_compile.recipes(model)
-    path = aot_compile.file_of(recipe)
+    (spec,) = aot_compile.kernel_specs(model)
+    path = aot_compile.kernel_path(spec)
     shutil.copyfile(right, path)
-    assert not aot_compile.load(recipe) and not path.exists()
+    assert not aot_compile.load_kernel(spec) and not path.exists()
     path.write_bytes(right.read_bytes()[:-1000])
-    assert not aot_compile.load(recipe) and not path.exists()
-    assert recipe.text not in FUNCTIONS and right.exists()
+    assert not aot_compile.load_kernel(spec) and not path.exists()
+    assert spec.text not in KERNELS and right.exists()

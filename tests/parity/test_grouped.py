@@ -11,7 +11,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from mole import MoleConfig
-from mole.mixture import grouped, shared_input
+from mole.mixture import fused_adapters, grouped
 
 WIDTH, EXPERTS, RANK = 16, 128, 8
 
@@ -51,22 +51,22 @@ def outcome(model: Any, x: Tensor) -> list[Tensor]:
 
 
 @pytest.fixture
-def slots(monkeypatch: pytest.MonkeyPatch) -> list[grouped.Slots]:
-    """The slots that were computed."""
-    made: list[grouped.Slots] = []
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[grouped.TokenGroups]:
+    """The groups that were computed."""
+    made: list[grouped.TokenGroups] = []
 
-    def noted(weights: Tensor, used: int) -> grouped.Slots:
-        made.append(grouped.slots_of(weights, used))
+    def noted(weights: Tensor, max_active: int) -> grouped.TokenGroups:
+        made.append(grouped.group_tokens(weights, max_active))
         return made[-1]
 
-    monkeypatch.setattr(shared_input, "slots_of", noted)
+    monkeypatch.setattr(fused_adapters, "group_tokens", noted)
     return made
 
 
 @pytest.fixture
 def all_experts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Calling it lets all experts be computed from then on."""
-    return lambda: monkeypatch.setattr(shared_input, "pays", lambda *given: False)
+    return lambda: monkeypatch.setattr(fused_adapters, "grouped_is_faster", lambda *given: False)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
@@ -75,20 +75,20 @@ def test_outputs_and_gradients_are_those_of_all_experts(
     dtype: torch.dtype,
     tolerance: float,
     tokens: tuple[int, ...],
-    slots: list[grouped.Slots],
+    groups: list[grouped.TokenGroups],
     all_experts: Callable[[], None],
 ) -> None:
     model, x = adapted().to(dtype), torch.randn(*tokens, WIDTH).to(dtype)
     found = outcome(model, x)
-    assert len(slots) == 4, "every projection had its own experts computed, and no other"
+    assert len(groups) == 4, "every projection had its own experts computed, and no other"
     all_experts()
     for one, other in zip(found, outcome(model, x), strict=True):
         scale = other.float().abs().max().item()
         torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=tolerance * max(scale, 1))
-    assert len(slots) == 4
+    assert len(groups) == 4
 
 
-def test_the_update_is_the_sum_over_the_chosen_experts(slots: list[grouped.Slots]) -> None:
+def test_the_update_is_the_sum_over_the_chosen_experts(groups: list[grouped.TokenGroups]) -> None:
     model, x = adapted(), torch.randn(7, WIDTH)
     layer = model.o_proj
     with torch.no_grad():
@@ -100,33 +100,35 @@ def test_the_update_is_the_sum_over_the_chosen_experts(slots: list[grouped.Slots
             assert (own > 0).sum() == 2
             update = sum(own[i] * (up[:, i] @ (down[i] @ x[token].double())) for i in range(EXPERTS) if own[i] > 0)
             torch.testing.assert_close(found[token].double(), layer.scaling["default"] * update, rtol=1e-5, atol=1e-5)
-    assert len(slots) == 1
+    assert len(groups) == 1
 
 
-def test_when_all_tokens_choose_the_same_experts(slots: list[grouped.Slots], all_experts: Callable[[], None]) -> None:
+def test_when_all_tokens_choose_the_same_experts(
+    groups: list[grouped.TokenGroups], all_experts: Callable[[], None]
+) -> None:
     model, x = adapted(), torch.randn(1, WIDTH).expand(50, -1).contiguous()
     found = outcome(model, x)
-    assert slots[0].ends.unique().numel() == 3, "before the first, between, and after the second"
+    assert groups[0].ends.unique().numel() == 3, "before the first, between, and after the second"
     all_experts()
     for one, other in zip(found, outcome(model, x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_draws_the_same(slots: list[grouped.Slots], all_experts: Callable[[], None]) -> None:
+def test_dropout_draws_the_same(groups: list[grouped.TokenGroups], all_experts: Callable[[], None]) -> None:
     model, x = adapted(lora_dropout=0.3).train(), torch.randn(9, WIDTH)
     found = outcome(model, x)
-    assert slots
+    assert groups
     all_experts()
     for one, other in zip(found, outcome(model, x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_with_muted_experts(slots: list[grouped.Slots], all_experts: Callable[[], None]) -> None:
+def test_with_muted_experts(groups: list[grouped.TokenGroups], all_experts: Callable[[], None]) -> None:
     model, x = adapted(), torch.randn(9, WIDTH)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         getattr(model, name).routers["default"].allowed = torch.tensor([3])
     found = outcome(model, x)
-    assert slots
+    assert groups
     all_experts()
     for one, other in zip(found, outcome(model, x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -145,8 +147,8 @@ def test_with_muted_experts(slots: list[grouped.Slots], all_experts: Callable[[]
     ids=str,
 )
 def test_all_are_computed_where_that_is_better_or_there_is_no_other_way(
-    given: dict[str, Any], slots: list[grouped.Slots]
+    given: dict[str, Any], groups: list[grouped.TokenGroups]
 ) -> None:
     dtype = given.pop("dtype", torch.float32)  # five tokens: 64 experts are still better computed all
     adapted(**given).to(dtype)(torch.randn(5, WIDTH, dtype=dtype))
-    assert not slots
+    assert not groups

@@ -30,7 +30,7 @@ from mole.mixture.routers.base import apply_linear
 
 
 def test_every_registered_router_has_a_class_a_reference_and_a_case_here() -> None:
-    assert set(routers.ROUTERS) == set(ROUTERS) == set(reference.ROUTERS) == {name for name, _ in CASES}
+    assert set(routers.ROUTER_CLASSES) == set(ROUTERS) == set(reference.ROUTERS) == {name for name, _ in CASES}
 
 
 def test_the_fields_of_a_router_are_the_arguments_of_its_reference() -> None:

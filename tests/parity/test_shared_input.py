@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mole import MoleConfig
 from mole.config import ROUTERS
-from mole.mixture.shared_input import InputGroup, JoinedProduct
+from mole.mixture.fused_adapters import ConcatenatedLinear
+from mole.mixture.shared_input import InputGroup
 
 INPUTS = 12
 
@@ -46,7 +47,7 @@ def pair(router: str, dtype: torch.dtype = torch.float64, **settings: Any) -> tu
 
 def kept(model: Attention) -> bool:
     group = model.q_proj.group
-    return bool(group._answers) or group._call is not None
+    return bool(group._outputs) or group._call is not None
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -79,9 +80,9 @@ def test_the_one_product_has_the_gradients_of_its_parts_and_keeps_nothing_but_wh
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        made = JoinedProduct.apply(*given)
+        made = ConcatenatedLinear.apply(*given)
     torch.testing.assert_close(made, torch.cat([nn.functional.linear(given[0], weight) for weight in given[1:]], -1))
-    assert torch.autograd.gradcheck(JoinedProduct.apply, given)
+    assert torch.autograd.gradcheck(ConcatenatedLinear.apply, given)
     assert {tensor.data_ptr() for tensor in kept} == {tensor.data_ptr() for tensor in given}
 
 

@@ -64,7 +64,7 @@ def test_any_choice_of_muted_and_pinned_experts(
 ) -> None:
     name, params = case
     steering = Steering(muted=frozenset(muted - pinned), pinned=frozenset(pinned))
-    left = steering.among(experts)
+    left = steering.allowed_experts(experts)
     assert set(left) == (({*pinned} & {*range(experts)}) or {*range(experts)}) - (muted - pinned)
     router = make(name, experts, seed=seed, **params)
     if left:

@@ -20,8 +20,7 @@ from mole import runs
 from mole.chat.generate import ChatSettings, TokenSampler
 from mole.config import ROUTERS, RunConfig, preset_path
 from mole.core.errors import InputError, MoleError
-from mole.mixture.steering import Steering, changed, describe
-from mole.mixture.steering import check as check_steering
+from mole.mixture.steering import Steering, check_steering, describe_steering, override_params
 from mole.models import catalog, sizes
 from mole.models.sources import resolve
 from mole.runs import grid
@@ -153,9 +152,9 @@ def test_any_steering_is_followed_or_refused(values: Any, router: str) -> None:
     if isinstance(made, Steering):
         for_the_page(sorted(made.muted))
         if not isinstance(answer(lambda: check_steering(made, router, 4)), InputError) and router in ROUTERS and made:
-            assert changed(ROUTERS[router](), made.settings)
+            assert override_params(ROUTERS[router](), made.settings)
             assert Steering.from_dict(made.to_dict()) == made
-        words = answer(lambda: describe(made, RunConfig().to_dict()["adapter"]))
+        words = answer(lambda: describe_steering(made, RunConfig().to_dict()["adapter"]))
         assert isinstance(words, str)
 
 

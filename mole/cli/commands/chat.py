@@ -23,7 +23,7 @@ def chat_command(options: argparse.Namespace) -> None:
         raise InputError("--trace needs --prompt: it writes the routing of one reply.", field="trace")
     check_writable(options.trace, "--trace")
     from mole.chat.generate import ChatSettings
-    from mole.mixture.aot_compile import prepare
+    from mole.mixture.aot_compile import prepare_kernels
 
     settings = ChatSettings(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     loaded = load_with_notice(options.target)
@@ -42,7 +42,7 @@ def chat_command(options: argparse.Namespace) -> None:
         if question.strip():
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": print_reply(loaded, messages, settings)})
-            prepare(loaded.model)
+            prepare_kernels(loaded.model)
 
 
 def print_reply(loaded: Loaded, messages: list[dict[str, str]], settings: Any, trace_file: str | None = None) -> str:

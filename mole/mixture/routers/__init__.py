@@ -21,11 +21,11 @@ from mole.mixture.routers.topk import TopKRouter
 from mole.mixture.routers.topp import TopPRouter
 
 __all__ = [
-    "LINEARS", "ROUTERS", "Choice", "Router", "Routing", "build_router", "entropies_of", "entropy_of",
+    "LINEARS", "ROUTER_CLASSES", "Choice", "Router", "Routing", "build_router", "entropies_of", "entropy_of",
     "shannon_entropy",
 ]  # fmt: skip
 
-ROUTERS: dict[str, type[Router[Any]]] = {
+ROUTER_CLASSES: dict[str, type[Router[Any]]] = {
     "dynmole": DynMoLERouter,
     "adamole": AdaMoLERouter,
     "topk": TopKRouter,
@@ -36,7 +36,7 @@ ROUTERS: dict[str, type[Router[Any]]] = {
     "lora": LoraRouter,
 }
 
-LINEARS = tuple(sorted({name for router in ROUTERS.values() for name in router.linears}))
+LINEARS = tuple(sorted({name for router in ROUTER_CLASSES.values() for name in router.linears}))
 """Names of the linear layers of all routers."""
 
 
@@ -44,7 +44,7 @@ def build_router(name: str, in_features: int, num_experts: int, **params: Any) -
     """Create the router `name`, a module that maps `x (…, in_features)` to a `Routing` of `(…, num_experts)`.
 
     Args:
-        name: one of `ROUTERS`.
+        name: one of `ROUTER_CLASSES`.
         in_features: width of the input.
         num_experts: number of experts, at least 1.
         params: the method's settings; its defaults for those not given.
@@ -56,4 +56,4 @@ def build_router(name: str, in_features: int, num_experts: int, **params: Any) -
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ConfigError("adapter.num_experts", num_experts, "a whole number of at least 1")
     settings = build_settings(params_class(name), params, "adapter")
-    return ROUTERS[name](in_features, num_experts, settings)
+    return ROUTER_CLASSES[name](in_features, num_experts, settings)

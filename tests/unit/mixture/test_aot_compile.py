@@ -1,4 +1,4 @@
-"""Compiled functions as a chat gets them: in the background after its first reply, kept for the next, done without."""
+"""Compiled kernels as a chat gets them: in the background after its first reply, kept for the next, done without."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from adapting import TOKENS, adapt
 
 from app.services.engine import Engine
-from mole.mixture.aot_compile import prepare
-from mole.mixture.decode_kernel import FUNCTIONS
+from mole.mixture.aot_compile import prepare_kernels
+from mole.mixture.decode_kernel import KERNELS
 
 HELLO = [{"role": "user", "content": "Which of these words is the longest?"}]
 
@@ -23,9 +23,9 @@ def switched_on(monkeypatch: pytest.MonkeyPatch, auto_dtype: Callable[[str], Non
     auto_dtype("float32")  # in bfloat16 rounding decides on the text of a random model
     monkeypatch.setenv("MOLE_COMPILE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    FUNCTIONS.clear()
+    KERNELS.clear()
     yield
-    FUNCTIONS.clear()
+    KERNELS.clear()
 
 
 def reply(engine: Engine, target: Path) -> Any:
@@ -34,10 +34,10 @@ def reply(engine: Engine, target: Path) -> Any:
 
 
 def wait_for(count: int, seconds: float = 240) -> None:
-    """Until so many functions are there."""
+    """Until there are so many kernels."""
     deadline = time.monotonic() + seconds
-    while len(FUNCTIONS) < count:
-        assert time.monotonic() < deadline, f"only {len(FUNCTIONS)} functions"
+    while len(KERNELS) < count:
+        assert time.monotonic() < deadline, f"only {len(KERNELS)} kernels"
         time.sleep(0.2)
 
 
@@ -45,7 +45,7 @@ def wait_for(count: int, seconds: float = 240) -> None:
 def test_the_first_reply_waits_for_nothing_and_later_ones_say_the_same(home: Path, tiny_adapter: Path) -> None:
     engine = Engine()
     first = reply(engine, tiny_adapter)
-    assert not FUNCTIONS
+    assert not KERNELS
     wait_for(3)  # q, k and v; gate and up; one alone
     second = reply(engine, tiny_adapter)
     assert second.text == first.text
@@ -56,7 +56,7 @@ def test_the_first_reply_waits_for_nothing_and_later_ones_say_the_same(home: Pat
     made = {path: path.stat().st_mtime_ns for path in files}
     assert len(files) == 3
 
-    FUNCTIONS.clear()  # another start of the studio
+    KERNELS.clear()  # another start of the studio
     begun = time.monotonic()
     reply(Engine(), tiny_adapter)
     wait_for(3, seconds=20)
@@ -83,10 +83,10 @@ def test_decoding_has_the_same_logits_to_the_rounding_of_its_dtype(
     """With a router that uses all experts: where one is chosen or not, rounding may choose another."""
     model = adapt(tiny_model().to(dtype), "dense")
     before = decoded(model)
-    thread = prepare(model)
+    thread = prepare_kernels(model)
     assert thread is not None
     thread.join()
-    assert len(FUNCTIONS) == 3
+    assert len(KERNELS) == 3
     after = decoded(model)
     assert before.dtype == dtype and (after - before).abs().max() <= tolerance * before.abs().max()
 
@@ -104,7 +104,7 @@ def test_without_a_compiler_replies_go_on_as_before(
     size = log.stat().st_size
     assert reply(engine, tiny_adapter).text == first.text
     time.sleep(3)
-    assert log.stat().st_size == size and not FUNCTIONS  # it is not tried again
+    assert log.stat().st_size == size and not KERNELS  # it is not tried again
 
 
 def test_it_can_be_switched_off(home: Path, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,7 +310,7 @@ def test_a_bfloat16_base_keeps_a_float32_router_and_experts(tiny_model: Make) ->
     assert {w.dtype for n, w in model.named_parameters() if "mole_studio_" in n} == {torch.float32}
     seen: list[torch.dtype] = []
     with record_routing(model):
-        find_log(model).add = lambda name, router, routing: seen.append(routing.whole.weights.dtype)
+        find_log(model).add = lambda name, router, entry: seen.append(entry.routing.weights.dtype)
         assert model(TOKENS).logits.dtype == torch.bfloat16
     assert set(seen) == {torch.float32} and len(seen) == len(layers_of(model))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mole import auxiliary_loss, record_routing
 from mole.config import ROUTERS
-from mole.mixture.routing_log import find_log, layer_index, layer_statistics, one_batch
+from mole.mixture.routing_log import find_log, layer_index, one_batch
+from mole.mixture.routing_statistics import layer_statistics
 
 Make = Callable[..., Any]
 Batch = dict[str, Tensor]

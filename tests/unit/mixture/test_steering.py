@@ -13,7 +13,7 @@ from adapting import adapt, layers_of, logits
 from mole import record_routing
 from mole.config import ROUTERS
 from mole.core.errors import ConfigError, InputError
-from mole.mixture.steering import STEERABLE, Steering, describe, steer, steerable
+from mole.mixture.steering import STEERABLE, Steering, describe_steering, steer, steerable
 
 OTHER = {
     "dynmole": {"entropy_threshold": 0.2, "top_p": 0.3, "keep_top_k": 1, "inclusive_top_p": True},
@@ -169,8 +169,8 @@ def test_a_base_model_has_nothing_to_steer(tiny_model: Callable[..., Any]) -> No
 def test_the_change_in_words_counts_experts_from_one() -> None:
     trained = {"top_p": 0.75, "inclusive_top_p": False, "keep_top_k": 2, "max_threshold": None}
     steering = Steering({"top_p": 0.5, "inclusive_top_p": True, "keep_top_k": 2}, frozenset({1}), frozenset({0, 3}))
-    assert describe(steering, trained) == (
+    assert describe_steering(steering, trained) == (
         "top p 0.75 → 0.5 · inclusive top p off → on · expert 2 muted · only experts 1, 4"
     )
-    assert describe(Steering({"max_threshold": 0.05}), trained) == "max threshold 1/E → 0.05"
-    assert describe(Steering(), trained) == ""
+    assert describe_steering(Steering({"max_threshold": 0.05}), trained) == "max threshold 1/E → 0.05"
+    assert describe_steering(Steering(), trained) == ""

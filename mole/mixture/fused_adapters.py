@@ -1,0 +1,299 @@
+"""The adapters of layers that read the same input, computed together: one routing and one product for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mole.mixture.decode_kernel import DecodeCall, KernelOutput, is_decode_step
+from mole.mixture.experts import add_experts, add_gated, dropout, in_dtype
+from mole.mixture.grouped import TokenGroups, add_grouped, group_tokens, grouped_down, grouped_is_faster
+from mole.mixture.routers import Router, Routing
+from mole.mixture.routing_log import LogEntry, RoutingLog
+
+FEW_TOKENS = 16
+"""Up to this many tokens, concatenating the weights for one product takes longer than several products."""
+
+
+class AdaptedLayer(Protocol):
+    """What this module reads of an adapted projection, `mole.mixture.layer.MoleLinear`; dictionaries are by adapter."""
+
+    base_layer: nn.Module
+    in_features: int
+    out_features: int
+    training: bool
+    routers: dict[str, Router[Any]]
+    experts: dict[str, tuple[nn.Linear, nn.Linear]]
+    scaling: dict[str, float]
+    dropout: dict[str, float]
+    log: RoutingLog | None
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters in use."""
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the layer computes its base alone."""
+
+
+class AdapterOutput(NamedTuple):
+    """What an adapter computed for one layer: all but the product with B, or the layer's complete output.
+
+    Attributes:
+        hidden: with `gates`, x Aᵀ `(…, E·r)`; with `groups`, s·w·A_i x of each pair `(N·k, r)`; with neither of them,
+            `(x Aᵀ) ⊙ repeat(w, r)`, `(N, E·r)`, or the complete output.
+        gates: s·w, `(…, E)`.
+        groups: the tokens of each expert.
+        complete: whether `hidden` is the layer's output `(…, out)`, base included.
+        log_entry: for the routing log; None without a log.
+    """
+
+    hidden: Tensor
+    gates: Tensor | None = None
+    groups: TokenGroups | None = None
+    complete: bool = False
+    log_entry: LogEntry | None = None
+
+    def add_to(self, base: Tensor, up: Tensor, scaling: float, in_place: bool) -> Tensor:
+        """Add the adapter's update to the base layer's output: `base (…, out) + s · Σ_i w_i · B_i A_i x`.
+
+        Args:
+            base: `(…, out)`.
+            up: B, `(out, E·r)`.
+            scaling: s.
+            in_place: write into `base`; nothing else may refer to it.
+        """
+        if self.groups is not None:
+            return add_grouped(base, self.hidden, self.groups, up, in_place)
+        if self.gates is not None:
+            return add_experts(base, self.hidden, self.gates, up, in_place)
+        return add_gated(base, self.hidden, up, scaling, in_place)
+
+
+class FusedAdapters:
+    """The adapters of one name in L layers that read the same input, with the same settings, computed as one.
+
+    The layers are routed together, as tokens `(…, L)`: L gates are one product, and the routing rule runs once. There
+    are three ways to compute the experts; `outputs` chooses one for each call:
+
+    1. **Decode kernel**: a single token on a CPU without gradients. One compiled function computes the base layers, the
+       routers and the experts of all L layers. See `decode_kernel`.
+    2. **Grouped product**: the experts that each token uses, where E·r is so large that all of them take longer. See
+       `grouped`.
+    3. **Fused product**: all experts, `((x Aᵀ) ⊙ repeat(w, r)) Bᵀ`. For L layers x Aᵀ and the logits are one product
+       with the concatenated weights. See `experts`.
+
+    B is applied by the layer itself, to the base layer's output (`AdapterOutput.add_to`).
+    """
+
+    def __init__(self, layers: Sequence[AdaptedLayer], adapter: str) -> None:
+        self.layers, self.adapter, self.count = list(layers), adapter, len(layers)
+        self.routers = [layer.routers[adapter] for layer in layers]
+        self.downs = [layer.experts[adapter][0] for layer in layers]
+        self.ups = [layer.experts[adapter][1] for layer in layers]
+        self.bases = [layer.base_layer for layer in layers]
+        self.widths = (layers[0].in_features, *(layer.out_features for layer in layers))
+        self.router = self.routers[0]  # its rule routes all layers
+        self.input_linears = [
+            one_if_shared([getattr(router, name) for router in self.routers]) for name in self.router.input_linears
+        ]
+        self.flat_input_linears = [linear for linears in self.input_linears for linear in linears]
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, the same in all layers."""
+        return self.layers[0].scaling[self.adapter]
+
+    @cached_property
+    def decode_call(self) -> DecodeCall:
+        """Calls the decode kernel for these adapters."""
+        return DecodeCall(self)
+
+    def is_of(self, layers: Sequence[AdaptedLayer]) -> bool:
+        """Whether the adapters and base layers of `layers` are still those this was built from."""
+        return [layer.routers[self.adapter] for layer in layers] == self.routers and [
+            layer._modules["base_layer"]  # type: ignore[attr-defined]  # skips `nn.Module.__getattr__`, which is slow
+            for layer in layers
+        ] == self.bases
+
+    def outputs(self, x: Tensor, log: RoutingLog | None) -> list[AdapterOutput]:
+        """Compute the adapters for the input `x (…, in)` → one output for each layer.
+
+        Args:
+            x: `(…, in)`.
+            log: gets the routing; None if nothing is to be logged.
+        """
+        kernel_output = self.decode(x)
+        if kernel_output is not None:  # 1. decode kernel
+            entries = self.log_entries(log, kernel_output.routing, training=False)
+            complete = zip(kernel_output.outputs, entries, strict=True)
+            return [AdapterOutput(output, complete=True, log_entry=entry) for output, entry in complete]
+        first = self.layers[0]
+        rate = first.dropout[self.adapter] if first.training else 0.0
+        downs = [module.weight for module in self.downs]  # L of (E·r, in)
+        grouped = grouped_is_faster(x, downs[0], self.router.num_experts, self.router.max_active, self.widths)
+        # Routers read x without dropout: with dropout, A and the routers have different inputs and are two products.
+        hidden, routing = self.project_and_route(x, downs, separately=grouped or rate > 0)
+        entries = self.log_entries(log, routing, first.training)
+        if not hidden:
+            x = dropout(in_dtype(x, downs[0].dtype), rate, first.training)
+        if grouped:  # 2. grouped product
+            return self.grouped_outputs(x, downs, routing.weights * self.scaling, entries)
+        return self.fused_outputs(hidden or [F.linear(x, down) for down in downs], routing.weights, entries)  # 3.
+
+    def decode(self, x: Tensor) -> KernelOutput | None:
+        """The outputs for a single token from a decode kernel; None where none is applicable or available."""
+        layer = self.layers[0]
+        if not is_decode_step(x) or layer.training or self.router.allowed is not None or len(layer.active_adapters) > 1:
+            return None
+        return self.decode_call(x)
+
+    def log_entries(self, log: RoutingLog | None, routing: Routing, training: bool) -> Sequence[LogEntry | None]:
+        """What each layer hands to the log about a `routing (…, L, E)`."""
+        return [None] * self.count if log is None else log.entries(self.router, routing, training)
+
+    def fused_outputs(
+        self, hidden: Sequence[Tensor], weights: Tensor, entries: Sequence[LogEntry | None]
+    ) -> list[AdapterOutput]:
+        """The outputs by the fused product, of x Aᵀ as from `project_and_route` and `weights (…, L, E)`."""
+        if torch.is_grad_enabled():
+            # x Aᵀ and the gates stay apart: `AddExperts` saves both and recomputes their product.
+            gates = in_dtype(weights * self.scaling, hidden[0].dtype).unbind(-2)  # L of (…, E)
+            return [AdapterOutput(h, g, log_entry=entry) for h, g, entry in zip(hidden, gates, entries, strict=True)]
+        # Without gradients one multiplication gates all layers. The product with B scales by s at no cost.
+        gated = self.gate_together(hidden, weights)  # L of (N, E·r)
+        return [AdapterOutput(rows, log_entry=entry) for rows, entry in zip(gated, entries, strict=True)]
+
+    def grouped_outputs(
+        self, x: Tensor, downs: Sequence[Tensor], gates: Tensor, entries: Sequence[LogEntry | None]
+    ) -> list[AdapterOutput]:
+        """The outputs by grouped products, of `x (…, in)` and the gates s·w, `(…, L, E)`."""
+        rows = x.reshape(-1, x.shape[-1])  # (N, in)
+        outputs = []
+        for down, own, entry in zip(downs, gates.unbind(-2), entries, strict=True):
+            weights = in_dtype(own, down.dtype).reshape(-1, own.shape[-1])  # (N, E)
+            groups = group_tokens(weights, self.router.max_active)
+            outputs.append(AdapterOutput(grouped_down(rows, groups, down), groups=groups, log_entry=entry))
+        return outputs
+
+    def gate_together(self, hidden: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor]:
+        """`(x Aᵀ) ⊙ repeat(w, r)`, `(N, E·r)`, of each layer, by one multiplication.
+
+        Args:
+            hidden: x Aᵀ: L of `(…, E·r)`, or one `(…, L·E·r)`.
+            weights: `(…, L, E)`.
+        """
+        weights = in_dtype(weights, hidden[0].dtype)
+        together = hidden[0] if len(hidden) == 1 else torch.cat([*hidden], -1)  # (…, L·E·r)
+        width = together.shape[-1] // self.count
+        return (together.view(*weights.shape, -1) * weights.unsqueeze(-1)).view(-1, self.count, width).unbind(1)
+
+    def project_and_route(
+        self, x: Tensor, downs: Sequence[Tensor], separately: bool
+    ) -> tuple[Sequence[Tensor], Routing]:
+        """Route `x (…, in)`, and compute x Aᵀ if the same product gives both.
+
+        Args:
+            x: `(…, in)`, without dropout.
+            downs: A of each layer, `(E·r, in)`.
+            separately: compute the routing only.
+
+        Returns:
+            x Aᵀ, as L of `(…, E·r)` or without gradients one `(…, L·E·r)`, or nothing; and the routing `(…, L, E)`, in
+            float32, or float64 for float64 inputs.
+        """
+        device = x.device.type
+        hidden: Sequence[Tensor] = []
+        autocast = torch.is_autocast_enabled(device)
+        # Routers compute in float32 at least, so in half precision A and the gates are different products.
+        one_product = not (separately or autocast) and x.dtype == downs[0].dtype and x.dtype.itemsize >= 4
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            if one_product and (torch.is_grad_enabled() or x.numel() > FEW_TOKENS * x.shape[-1]):
+                *hidden, scores = self.hidden_and_scores(x, downs)
+            else:
+                scores = self.scores(x)
+            if self.input_linears:
+                split = split_scores(scores, self.input_linears)
+                return hidden, self.router.routing_of(*split, defer_entropy=True)
+            # Without a gate (lora) there are no scores to tell the number of tokens and layers.
+            return hidden, self.router(x[..., None, :].expand(*x.shape[:-1], self.count, -1))
+
+    def hidden_and_scores(self, x: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """One product of `x (…, in)` with every A and input linear: x Aᵀ as in `project_and_route`, then the scores."""
+        weights = [*downs, *(in_dtype(linear.weight, x.dtype) for linear in self.flat_input_linears)]
+        if torch.compiler.is_compiling():  # the compiler decides itself what to keep for the backward pass
+            product = F.linear(x, concatenated(weights, x.dtype))
+        else:
+            product = cast(Tensor, ConcatenatedLinear.apply(x, *weights))
+        width = len(downs[0])
+        columns = [width] * self.count if torch.is_grad_enabled() else [width * self.count]
+        return product.split([*columns, product.shape[-1] - sum(columns)], -1)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The outputs of all input linears, without biases, `(…, Σ n)`, in float32 or float64."""
+        x = in_dtype(x, torch.promote_types(x.dtype, torch.float32))
+        if not self.flat_input_linears:
+            return x[..., :0]
+        return F.linear(x, concatenated([linear.weight for linear in self.flat_input_linears], x.dtype))
+
+
+class ConcatenatedLinear(torch.autograd.Function):
+    """`x [W_1; W_2; …]ᵀ`, `(…, Σ n_i)`, of `x (…, in)` and weights `(n_i, in)`, by one product.
+
+    The backward pass concatenates the weights again instead of saving the result: for short batches that would be most
+    of what an adapter keeps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, concatenated(weights, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        grad_x = grad @ concatenated(weights, x.dtype) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):
+            return (grad_x, *[None] * len(weights))
+        grad_weights = grad.flatten(0, -2).t() @ x.flatten(0, -2)  # (Σ n_i, in)
+        return grad_x, *grad_weights.split([len(weight) for weight in weights])
+
+
+def concatenated(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Concatenate weights `(n_i, in)` → `(Σ n_i, in)`."""
+    return in_dtype(torch.cat(list(weights)) if len(weights) > 1 else weights[0], dtype)
+
+
+def one_if_shared(modules: Sequence[nn.Linear]) -> list[nn.Linear]:
+    """The modules, or a single one if all of them are the same (LD-MoLE's networks are shared by layers)."""
+    return [modules[0]] if all(module is modules[0] for module in modules) else list(modules)
+
+
+def split_scores(scores: Tensor, linears: Sequence[Sequence[nn.Linear]]) -> list[Tensor]:
+    """Split the products of a token with all input linears into their outputs, and add the biases.
+
+    Args:
+        scores: `(…, Σ n)`.
+        linears: for each name in `Router.input_linears` its L modules, or the one that all layers share.
+
+    Returns:
+        For each name `(…, L, n)`, or `(…, 1, n)` if shared.
+    """
+    if len(linears) == 1 and linears[0][0].bias is None:  # most methods: a gate and nothing else
+        return [scores.view(*scores.shape[:-1], len(linears[0]), -1)]
+    widths = [sum(len(linear.weight) for linear in same) for same in linears]
+    outputs = []
+    for same, columns in zip(linears, scores.split(widths, -1), strict=True):
+        output = columns.unflatten(-1, (len(same), -1))
+        biases = [linear.bias.to(scores.dtype) for linear in same if linear.bias is not None]
+        outputs.append(output + torch.stack(biases) if biases else output)
+    return outputs
