@@ -22,7 +22,7 @@ from mole.data import FILE_FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "MoLE Studio"
-CLAIM = "Train a mixture of LoRA experts, and watch which experts answer."
+CLAIM = "Train a mixture of LoRA experts, and see which experts handle each token."
 DELETE_CACHE = (24 * 3600, 24 * 3600)
 """Gradio's own copies of uploads are looked at, and deleted, after a day; ours in `$MOLE_HOME/uploads` stay."""
 
@@ -160,6 +160,6 @@ def forbid_on_space() -> None:
 def how_to_duplicate() -> str:
     """What a visitor of a Space does to train."""
     return (
-        f"Duplicate it to train on hardware of your own: https://huggingface.co/spaces/{space_id()}?duplicate=true, "
+        f"Duplicate it to train on your own hardware: https://huggingface.co/spaces/{space_id()}?duplicate=true, "
         "or install MoLE Studio and run `mole studio`."
     )

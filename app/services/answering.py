@@ -24,7 +24,7 @@ MAX_COLUMNS = 4
 UPDATE_SECONDS = 0.08
 """Minimum time between two updates of the page: more of them cannot be read, and the browser would fall behind."""
 WAIT_SECONDS = 0.5
-NOTE = "Under your hand: "
+NOTE = "Routing overrides: "
 """How the note above a reply with routing overrides begins."""
 
 
@@ -159,5 +159,5 @@ def reply_status(reply: PartialReply, training: str) -> str:
     slow = f" · slower while the run {training} trains" if training else ""
     note = f"\n\n{escaped(reply.notice)}" if reply.finished and reply.notice else ""
     if reply.count:
-        return f"{reply.count} tokens · {reply.count / max(reply.seconds, 1e-3):.1f} a second{slow}{note}"
-    return f"The model ended its reply at once.{note}" if reply.finished else "Reading the prompt …"
+        return f"{reply.count} tokens · {reply.count / max(reply.seconds, 1e-3):.1f} tokens/s{slow}{note}"
+    return f"The model ended its reply immediately.{note}" if reply.finished else "Reading the prompt …"

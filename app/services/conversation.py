@@ -55,7 +55,7 @@ def history_of(turns: list[Turn]) -> list[dict[str, Any]]:
     for turn in turns:
         history.append({"role": "user", "content": escape_markup(turn.user)})
         if turn.note:
-            detail = "For this reply only; the adapter stays as it was trained."
+            detail = "For this reply only; the adapter itself does not change."
             history.append({"role": "assistant", "content": detail, "metadata": {"title": turn.note, "status": "done"}})
         if turn.answer is not None:
             history.append({"role": "assistant", "content": escape_markup(turn.answer)})

@@ -55,19 +55,19 @@ def device_hint(status: DeviceStatus) -> DeviceHint:
     if status.device == "cpu":
         return DeviceHint(f"The run {run} is training on this machine: replies are slow until it has ended.")
     return DeviceHint(
-        f"The run {run} is training on the GPU. {memory_text(status)} Where shall this reply be computed?", choose=True
+        f"The run {run} is training on the GPU. {memory_text(status)} Where should this reply be computed?", choose=True
     )
 
 
 def memory_text(status: DeviceStatus) -> str:
     """Whether the model fits on the GPU next to the run."""
     if status.free is None or not status.need:
-        return "Whether this model fits beside it cannot be told."
+        return "Whether this model fits next to it is unknown."
     required = status.need * HEADROOM
     amounts = f"this model needs about {bytes_text(required)}, {bytes_text(status.free)} are free"
     if status.free >= required:
-        return f"Now it would fit beside it ({amounts}), but the training may need more later."
-    return f"It does not fit beside it ({amounts})."
+        return f"It fits next to it now ({amounts}), but the run may need more memory later."
+    return f"It does not fit next to it ({amounts})."
 
 
 def chat_device() -> str:

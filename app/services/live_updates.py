@@ -101,7 +101,7 @@ def live_status(run: Run) -> dict[str, Any]:
     """A run's status with the texts of the live view."""
     status, _, last = run.summary()
     status["seconds"] = max(0.0, last["time"] - status["created"]) if status["state"] == "finished" else 0
-    status["note"] = "The data is ready; training begins." if last["type"] == "data" else ""
+    status["note"] = "The data is loaded; training starts." if last["type"] == "data" else ""
     status["about"] = f"{status['router']} · {status['model']}"
     return status
 
@@ -115,8 +115,8 @@ def failure_details(run: Run, status: dict[str, Any]) -> dict[str, Any] | None:
         cause, advice = text_in(last, "error"), text_in(last, "advice")
     else:
         cause = run.exit_reason()
-        advice = "Press Resume to go on from the last checkpoint. If it happens again, try a smaller batch."
-    return {"cause": cause or "It failed without saying why.", "advice": advice or "", "log": log_end(run)}
+        advice = "Press Resume to continue from the last checkpoint. If it happens again, try a smaller batch."
+    return {"cause": cause or "It failed without an error message.", "advice": advice or "", "log": log_end(run)}
 
 
 def log_end(run: Run) -> str:

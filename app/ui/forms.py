@@ -125,7 +125,7 @@ class RunForm:
         """The run's name, which belongs to no section."""
         self.shared["name"] = gr.Textbox(
             label="Run name",
-            info="Empty takes one by itself.",
+            info="Leave empty to generate one.",
             placeholder="my-first-mixture",
             elem_id=element_id("name"),
         )

@@ -39,7 +39,7 @@ def chat(browser: Browser, theme: str, name: str) -> None:
     page = opened(browser, "chat", theme)
     page.locator("#message textarea").fill(QUESTION)
     page.keyboard.press("Enter")
-    page.get_by_text("a second").wait_for(timeout=120_000)
+    page.get_by_text("tokens/s").wait_for(timeout=120_000)
     page.wait_for_timeout(6000)
     page.locator("#routing-view .strip span", has_text="London").last.hover()
     page.wait_for_timeout(500)

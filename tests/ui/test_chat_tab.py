@@ -92,7 +92,7 @@ def ask(page: Page, text: str) -> None:
 def answered(page: Page) -> None:
     """Wait for the end of the reply that was asked for."""
     quiet(page)
-    expect(page.locator("#chat-status")).to_contain_text("a second")
+    expect(page.locator("#chat-status")).to_contain_text("tokens/s")
     expect(page.locator("#chat-stop")).to_be_hidden()
 
 
@@ -116,7 +116,7 @@ def test_a_muted_expert_has_no_part_in_the_reply_and_the_line_above_says_so(chat
     page.keyboard.press("Space")
     expect(page.locator("#steering-view .said")).to_have_text("1 change for the next reply.")
     ask(page, "hello again")
-    expect(replies(page).last).to_contain_text("Under your hand: expert 2 muted")
+    expect(replies(page).last).to_contain_text("Routing overrides: expert 2 muted")
     page.get_by_role("button", name="Whole reply", exact=True).click()
     expect(page.locator("#routing-view .experts")).to_contain_text("2 · 0 %")
     assert replies(page).last.inner_text() != trained
@@ -126,7 +126,7 @@ def test_a_muted_expert_has_no_part_in_the_reply_and_the_line_above_says_so(chat
         page.keyboard.press("ArrowLeft")
     expect(page.locator("#steering-view .setting").nth(1)).to_contain_text("0.735 (trained 0.75)")
     ask(page, "once more")
-    expect(replies(page).last).to_contain_text("Under your hand: top p 0.75 → 0.735")
+    expect(replies(page).last).to_contain_text("Routing overrides: top p 0.75 → 0.735")
     assert replies(page).last.inner_text().count("muted") == 0
 
 
@@ -161,7 +161,7 @@ def test_a_reply_is_stopped_and_the_next_one_comes(
     page.keyboard.press("Enter")
     page.fill("#message textarea", "go on for ever")
     page.keyboard.press("Enter")
-    expect(page.locator("#chat-status")).to_contain_text("a second")
+    expect(page.locator("#chat-status")).to_contain_text("tokens/s")
     page.locator("#chat-stop").evaluate("button => button.click()")
     quiet(page)
     expect(page.locator("#chat-stop")).to_be_hidden()

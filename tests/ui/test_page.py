@@ -93,7 +93,7 @@ def test_the_command_line_follows_the_form(shared_studio: Studio, page: Page) ->
     page.fill("#field-adapter-topk-top_k input", "3")
     page.fill("#field-training-max_steps input", "7")
     page.keyboard.press("Tab")
-    page.get_by_role("button", name="The same on the command line").click()
+    page.get_by_role("button", name="As a command").click()
     command = page.locator("#command textarea")
     for part in ("mole train", "--router topk", "--set adapter.top_k=3", "--steps 7"):
         expect(command).to_have_value(re.compile(re.escape(part)))

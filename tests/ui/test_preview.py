@@ -55,7 +55,7 @@ def test_a_bad_data_set_is_shown_row_by_row(
     assert learnt.replace("␣", " ") == f"0 {HOSTILE}<|im_end|>"
     assert "".join(chips.all_text_contents()).startswith("<|im_start|>user⏎")
     assert page.locator(f"{VIEW} img, {VIEW} b").count() == 0 and "taken" not in page.title()
-    expect(page.locator(f"{VIEW} .spoken")).to_contain_text("Learnt: 0 <img")
+    expect(page.locator(f"{VIEW} .spoken")).to_contain_text("Carries loss: 0 <img")
     expect(page.locator(f"{VIEW} .previous")).to_be_disabled()
     for _ in range(4):
         page.click(f"{VIEW} .next")

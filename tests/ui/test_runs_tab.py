@@ -104,7 +104,7 @@ def test_a_groups_runs_stand_together_and_fold(studio: Studio, page: Page) -> No
     group.locator("summary b").click()
     expect(row(page, "grid-s0")).to_be_hidden()
     group.get_by_label("Compare all runs of grid").check()
-    expect(page.locator("#run-list .marked")).to_contain_text("2 runs marked to compare")
+    expect(page.locator("#run-list .marked")).to_contain_text("2 runs marked for comparison")
 
 
 def test_the_chosen_run_is_in_the_address_for_a_reload_another_browser_and_back(
@@ -139,7 +139,7 @@ def test_the_list_is_used_with_the_keyboard_alone(studio: Studio, page: Page) ->
     page.keyboard.press("ArrowDown")
     expect(row(page, "beta")).to_be_focused()
     page.keyboard.press("Space")
-    expect(page.locator("#run-list .marked")).to_contain_text("2 runs marked to compare")
+    expect(page.locator("#run-list .marked")).to_contain_text("2 runs marked for comparison")
     assert "run=alpha" in page.url, "Space marks, it does not open"
     page.keyboard.press("Enter")
     expect(page.locator("#runs-run .name")).to_have_text("beta")

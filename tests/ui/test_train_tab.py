@@ -90,7 +90,7 @@ def test_a_preset_fills_the_form_and_names_its_paper(shared: Studio, page: Page)
     expect(page.locator("#preset-summary a")).to_have_attribute("href", "https://arxiv.org/abs/2402.08562")
     page.click("#more button.label-wrap")
     expect(page.locator("#field-training-warmup_steps input")).to_have_value("100")
-    page.get_by_role("button", name="The same on the command line").click()
+    page.get_by_role("button", name="As a command").click()
     for part in ("--experts 2,4,6,8", "--router topk", "--set training.num_train_epochs=2"):
         expect(page.locator("#command textarea")).to_have_value(re.compile(re.escape(part)))
     choose(page, "preset", "The defaults")

@@ -48,14 +48,14 @@ def build_evaluation(name: gr.State, target: gr.Dropdown) -> EvaluationPanel:
                 choices=choices,
                 value=choices[0][1] if choices else "",
                 allow_custom_value=True,
-                label="Rows to evaluate on",
+                label="Evaluation data",
                 info="A JSON, JSONL, CSV or Parquet file, or a hub id.",
                 elem_id="evaluate-data",
                 scale=3,
             )
             limit = gr.Number(
-                label="Rows at most",
-                info="0: all.",
+                label="Maximum rows",
+                info="0 for all.",
                 precision=0,
                 value=0,
                 elem_id="evaluate-limit",

@@ -45,8 +45,8 @@ def build_grid() -> GridPanel:
     """Create the panel in the current layout block; call `wire_grid` once the form is complete."""
     with gr.Accordion("Try several at once", open=False, elem_classes="accordion-card", elem_id="grid"):
         gr.Markdown(
-            "Every combination of these becomes a run, with all else as in the form; they are queued as one group, "
-            "to be compared in the Runs tab.",
+            "Queues one run for each combination, with all other settings as in the form. The runs form a group that "
+            "can be compared in the Runs tab.",
             elem_classes="quiet",
         )
         with gr.Row():
@@ -54,29 +54,27 @@ def build_grid() -> GridPanel:
                 choices=[(params.title, name) for name, params in ROUTERS.items()],
                 multiselect=True,
                 label="Routers",
-                info="None: the one in the form.",
+                info="Leave empty for the one in the form.",
                 elem_id="grid-routers",
             )
-            seeds = gr.Textbox(
-                label="Seeds", info="With commas between them.", placeholder="0,1,2", elem_id="grid-seeds"
-            )
+            seeds = gr.Textbox(label="Seeds", info="Separated by commas.", placeholder="0,1,2", elem_id="grid-seeds")
         with gr.Row():
             field = gr.Dropdown(
                 choices=[("None", ""), *grid_fields()],
                 value="",
-                label="One more setting",
-                info="Any of them.",
+                label="Another setting",
+                info="Optional.",
                 elem_id="grid-field",
             )
             values = gr.Textbox(
                 label="Its values",
-                info="With commas between them; a list in brackets.",
+                info="Separated by commas; lists in brackets.",
                 placeholder="8,[2,4,6,8]",
                 elem_id="grid-values",
             )
         with gr.Row(elem_classes="start-row"):
             group = gr.Textbox(
-                label="Name of the group", info="Empty takes one by itself.", placeholder="sweep", elem_id="grid-group"
+                label="Group name", info="Leave empty to generate one.", placeholder="sweep", elem_id="grid-group"
             )
             start = gr.Button("Queue runs", interactive=False, elem_id="grid-start")
         note = problem_view(elem_id="grid-problem")
@@ -165,5 +163,5 @@ def grid_summary(configs: list[RunConfig]) -> str:
     shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]} … {names[-1]}"
     devices = sorted({runs.device_of(config) for config in configs})
     steps = sum(config.training.max_steps for config in configs)
-    lengths = f", {steps} steps in all" if all(config.training.max_steps for config in configs) else ""
+    lengths = f", {steps} steps in total" if all(config.training.max_steps for config in configs) else ""
     return f"{shown}: one after another on {', '.join(devices)}{lengths}."

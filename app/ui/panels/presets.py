@@ -17,7 +17,7 @@ from mole.analysis.tables import escaped
 from mole.config import Preset, RunConfig, all_presets, delete_preset, find_preset, save_preset
 from mole.core.errors import InputError, MoleError
 
-DEFAULTS = Preset("", "The defaults", "DynMoLE with 8 experts of rank 8, 32 steps: what every setting is without you.")
+DEFAULTS = Preset("", "The defaults", "Every setting at its default: DynMoLE with 8 experts of rank 8, 32 steps.")
 DOWNLOAD_YAML = """(text) => {
   if (!text) return;
   const link = document.createElement("a");
@@ -48,17 +48,17 @@ def build_presets() -> PresetPanel:
         choices=preset_choices(),
         value=DEFAULTS.name,
         label="Preset",
-        info="Fills in everything below; your model and data stay, unless the preset is for a certain model.",
+        info="Sets all fields below. Model and data stay, unless the preset is for a specific model.",
         elem_id="preset",
     )
     summary = gr.Markdown(preset_summary(DEFAULTS), elem_classes="quiet", elem_id="preset-summary")
     with gr.Row(elem_classes="buttons"):
         load = gr.UploadButton("Load run.yaml", size="sm", file_types=[".yaml", ".yml"], elem_id="preset-load")
         save = gr.Button("Save run.yaml", size="sm", elem_id="preset-save")
-        keep = gr.Button("Keep as preset …", size="sm", elem_id="preset-keep")
+        keep = gr.Button("Save as preset …", size="sm", elem_id="preset-keep")
         delete = gr.Button("Delete preset", size="sm", visible=False, elem_id="preset-delete")
     with gr.Row(visible=False, elem_classes="start-row", elem_id="preset-keeping") as keeping:
-        name = gr.Textbox(label="Name of the preset", placeholder="my-way", elem_id="preset-name")
+        name = gr.Textbox(label="Preset name", placeholder="my-preset", elem_id="preset-name")
     return PresetPanel(chosen, summary, load, save, keep, delete, name, keeping)
 
 
@@ -127,12 +127,12 @@ def wire_saving(panel: PresetPanel, form: RunForm, note: gr.HTML) -> None:
         settings.forbid_on_space()
         run_or_warn(lambda: delete_preset(name))
         chosen = gr.Dropdown(choices=preset_choices(), value=DEFAULTS.name)
-        return [chosen, "The preset is deleted; the form is as it was.", gr.Button(visible=False)]
+        return [chosen, "The preset is deleted; the form is unchanged.", gr.Button(visible=False)]
 
     shown = [panel.chosen, panel.summary, panel.delete]
     panel.keep.click(lambda: gr.Row(visible=True), None, panel.keeping, queue=False, **QUIET)
     with panel.keeping:
-        confirm = gr.Button("Keep", size="md", elem_id="preset-keep-yes")
+        confirm = gr.Button("Save", size="md", elem_id="preset-keep-yes")
     gr.on([confirm.click, panel.name.submit], keep, [panel.name, *form.inputs], [note, *shown, panel.keeping], **QUIET)
     panel.delete.click(delete, panel.chosen, shown, **QUIET)
 

@@ -156,7 +156,7 @@ def detected_in(path: str, mapping: dict[str, str], shape: str | None) -> Detect
 def column_updates(path: str | None, text: str | None, shape: str | None) -> list[Any]:
     """The file's columns and how they are read, for `ColumnPanel.outputs`."""
     if not path or not is_local_file(path):
-        words = f"{path} is no file here: the hub is asked for it when the run starts." if path else ""
+        words = f"{path} is not a local file; it is loaded from the hub when the run starts." if path else ""
         return [status_value(words), gr.skip(), gr.Dropdown(list(SHAPES), value=None), *slot_updates(NO_COLUMNS)]
     try:
         detected = detected_in(path, parse_mapping(text), shape)

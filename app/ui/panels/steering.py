@@ -1,4 +1,4 @@
-"""Under your hand: what can be changed in the routing of the next reply, for the adapter that is chosen."""
+"""Routing overrides: what can be changed in the routing of the next reply, for the chosen adapter."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class SteeringPanel:
 
 
 def build_steering() -> SteeringPanel:
-    """Make the panel where we stand in the layout; hidden as long as there is nothing to steer."""
+    """Create the panel in the current layout block; hidden while there is nothing to override."""
     with gr.Accordion(
-        "Under your hand", open=False, visible=False, elem_classes="accordion-card", elem_id="steering"
+        "Routing overrides", open=False, visible=False, elem_classes="accordion-card", elem_id="steering"
     ) as box:
         view = steering_view(value=None, elem_id="steering-view")
     return SteeringPanel(box, view)

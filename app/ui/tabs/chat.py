@@ -24,9 +24,9 @@ from mole.analysis.tables import escaped
 from mole.core import limits
 from mole.core.errors import MoleError
 
-PLACEHOLDER = "### Ask something\nChoose an example, or write your own. The routing beside it moves with every token."
-TARGETS = "A run, checkpoint, base, or a folder."
-OTHER = "Answers the same message, with the same seed, when you send one or write the last one anew."
+PLACEHOLDER = "### Ask something\nChoose an example or write a message. The routing view follows every token."
+TARGETS = "A run, checkpoint, base model or folder."
+OTHER = "Answers the same message with the same seed, when you send or regenerate one."
 NO_ROUTING: dict[str, Any] = {"meta": None}
 
 
@@ -171,21 +171,19 @@ def build_column(number: int) -> ColumnView:
 def build_options() -> tuple[list[Any], gr.Button]:
     """System prompt, length, temperature, top-p and seed, in the order `stream_replies` takes them; Unload's button."""
     with gr.Accordion("Options", open=False, elem_classes="accordion-card", elem_id="chat-options"):
-        system = gr.Textbox(label="System prompt", info="Empty: the model's own.", lines=2)
+        system = gr.Textbox(label="System prompt", info="Leave empty for the model's default.", lines=2)
         with gr.Row():
             length = gr.Slider(
-                1, limits.NEW_TOKENS, value=128, step=1, label="Longest reply", info="In tokens.", buttons=[]
+                1, limits.NEW_TOKENS, value=128, step=1, label="Maximum length", info="In tokens.", buttons=[]
             )
             temperature = gr.Slider(
-                0, 2, value=0.0, step=0.05, label="Temperature", info="0 takes the likeliest token.", buttons=[]
+                0, 2, value=0.0, step=0.05, label="Temperature", info="0 takes the most likely token.", buttons=[]
             )
         with gr.Row():
-            top_p = gr.Slider(
-                0.05, 1, value=1.0, step=0.05, label="Top p", info="Of the tokens drawn among.", buttons=[]
-            )
-            seed = gr.Number(0, precision=0, label="Seed", info="The same seed draws the same reply.")
+            top_p = gr.Slider(0.05, 1, value=1.0, step=0.05, label="Top p", info="Nucleus sampling cutoff.", buttons=[])
+            seed = gr.Number(0, precision=0, label="Seed", info="The same seed gives the same reply.")
         with gr.Row(elem_classes="buttons"):
-            free = gr.Button("Unload the models", size="md", elem_id="chat-unload")
+            free = gr.Button("Unload models", size="md", elem_id="chat-unload")
     return [system, length, temperature, top_p, seed], free
 
 
@@ -322,7 +320,7 @@ def new_conversation() -> list[Any]:
 def unload_models() -> str:
     """Release the memory of all models."""
     ENGINE.unload()
-    return "The models are unloaded; the next reply loads what it needs."
+    return "All models are unloaded; the next reply loads its model again."
 
 
 def stop_reply(request: gr.Request) -> None:

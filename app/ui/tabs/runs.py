@@ -135,7 +135,7 @@ def build_actions(live: LivePanel) -> RunActions:
         delete = button("Delete …", "delete")
     download = gr.DownloadButton("Download", visible="hidden", elem_id="runs-download")
     with gr.Row(visible=False, elem_classes="buttons", elem_id="runs-confirm") as confirm:
-        gr.Markdown("Delete the run with its checkpoints and adapter, for good?", elem_classes="quiet")
+        gr.Markdown("Delete the run with its checkpoints and adapter permanently?", elem_classes="quiet")
         yes = gr.Button("Delete", variant="stop", size="md", elem_id="runs-delete-yes")
         no = gr.Button("Keep", size="md")
     with gr.Row(visible=False, elem_classes="start-row", elem_id="runs-checkpoints") as checkpoints:

@@ -82,7 +82,7 @@ def build_train_tab() -> TrainTab:
         gr.Markdown(text, elem_classes="notice", elem_id="space-notice")
     with gr.Row(elem_classes="two-columns"):
         with gr.Column(scale=11, min_width=320):
-            with card("Begin with"):
+            with card("Start from"):
                 presets = build_presets()
             with card("Model and data"):
                 build_sources(form)
@@ -128,7 +128,7 @@ def build_start(form: RunForm, locked: bool) -> StartPanel:
             button = gr.Button("Start training", variant="primary", interactive=not locked, elem_id="start")
         note = problem_view(elem_id="problem")
         status = gr.Markdown(elem_classes="quiet", elem_id="start-status")
-        with gr.Accordion("The same on the command line", open=False, elem_classes="accordion-card"):
+        with gr.Accordion("As a command", open=False, elem_classes="accordion-card"):
             command = gr.Textbox(
                 value=train_command(form.config([made.value for made in form.inputs])),
                 show_label=False,

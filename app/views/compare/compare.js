@@ -188,7 +188,7 @@ function paintRoutings() {
     drawHeatmap(canvases[i], data, mark);
     const mean = (values) => values.reduce((sum, v) => sum + v, 0) / values.length;
     const text = mark ? heatmapText(data, { ...mark, expert: Math.min(mark.expert, data.experts) }).replace("weight", "share")
-      : `Mean entropy ${number(mean(run.routing.entropy))}, ${number(mean(run.routing.active), 1)} of ${number(mean(run.routing.counts), 1)} experts active a token.`;
+      : `Mean entropy ${number(mean(run.routing.entropy))}, ${number(mean(run.routing.active), 1)} of ${number(mean(run.routing.counts), 1)} experts active per token.`;
     canvases[i].nextElementSibling.textContent = text;
     canvases[i].setAttribute("aria-label", `Heatmap of the load of ${data.experts} experts in ${data.layers} layers of ${run.name}. ${text}`);
   });
@@ -212,7 +212,7 @@ function paintByLayer(runs, experts) {
   plot($(".entropy"), 170, line((routing) => routing.entropy), { ...axis, y: [Math.max(0, entropy[0]), 1 + 0.16 * (1 - Math.max(0, entropy[0]))], bases: [{ y: 1, text: "even over all experts" }] });
   plot($(".active"), 170, line((routing) => routing.active), { ...axis, y: [0, experts[0] * 1.16], bases: experts.slice(0, 4).map((count) => ({ y: count, text: `all ${count}` })) });
   $(".entropy").setAttribute("aria-label", `Entropy of the router by layer, ${names}; 1 is even over all experts`);
-  $(".active").setAttribute("aria-label", `Active experts a token by layer, ${names}`);
+  $(".active").setAttribute("aria-label", `Active experts per token by layer, ${names}`);
 }
 
 // One scale for all heatmaps, with a tick where the experts of each would share evenly.

@@ -26,7 +26,7 @@ function receive(value) {
 function write() {
   const { data } = view;
   const share = Math.round((100 * data.learnt_tokens) / Math.max(data.tokens, 1));
-  $(".about").textContent = `${data.complete ? "" : `The first ${plural(data.looked_at, "row")} of a larger file. `}${data.source} as ${data.shape}, tokenised for ${data.model}: ${plural(data.tokens, "token")} to read, ${share} % of them learnt.`;
+  $(".about").textContent = `${data.complete ? "" : `The first ${plural(data.looked_at, "row")} of a larger file. `}${data.source} as ${data.shape}, tokenised for ${data.model}: ${plural(data.tokens, "token")}, ${share} % of them carry loss.`;
   const tiles = { used: data.used, held: data.held_out, truncated: data.truncated, rejected: data.rejected };
   for (const [name, count] of Object.entries(tiles)) $(`[data-tile="${name}"]`).textContent = grouped(count);
   for (const kind of ["truncated", "rejected"]) $(`[data-kind="${kind}"]`).classList.toggle("warn", data[kind] > 0);
@@ -47,7 +47,7 @@ function turn(step) {
   view.at = Math.max(0, Math.min(data.rows.length - 1, view.at + step));
   const row = data.rows[view.at];
   const learnt = [...row.flags].filter((flag) => flag & 1).length;
-  $(".which").textContent = `Row ${grouped(row.number)}${row.held_out ? ", held out" : ""} · ${plural(row.texts.length, "token")}, ${grouped(learnt)} learnt · ${view.at + 1} of ${data.rows.length} shown`;
+  $(".which").textContent = `Row ${grouped(row.number)}${row.held_out ? ", held out" : ""} · ${plural(row.texts.length, "token")}, ${grouped(learnt)} carry loss · ${view.at + 1} of ${data.rows.length} shown`;
   $(".previous").disabled = view.at === 0;
   $(".next").disabled = view.at === data.rows.length - 1;
   $(".tokens").scrollTop = 0;
@@ -87,7 +87,7 @@ function visible(text) {
 function spoken(row) {
   const parts = [];
   row.texts.forEach((text, i) => {
-    const kind = row.flags[i] & 1 ? "Learnt" : "Read";
+    const kind = row.flags[i] & 1 ? "Carries loss" : "Read only";
     if (!parts.length || parts[parts.length - 1].kind !== kind) parts.push({ kind, text: "" });
     parts[parts.length - 1].text += text;
   });

@@ -2,7 +2,7 @@
 // where its tokens start. Weights, entropy and active experts arrive as bytes (0…255 for 0…1) in base64. Whatever was missed
 // (the tab was hidden, the component was mounted anew) is fetched by its position; what single projections did stays on the
 // server until a layer is opened.
-const INVITATION = "Send a message: for every token of the reply, this shows which experts were at work, in which layer, and how sure the router was.";
+const INVITATION = "Send a message: for every token of the reply, this view shows which experts are active in each layer, and the entropy of the router.";
 const CLOSER_KEPT = 64;
 const all = (selector) => element.querySelectorAll(selector);
 const compact = $(".routing").classList.contains("compact");

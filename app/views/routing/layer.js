@@ -21,7 +21,7 @@ function paintLayer() {
   $(".layer").hidden = false;
   $(".layer .all").hidden = !view.projection;
   put(".layer-title", `Layer ${view.open + 1}: ${isWhole() ? "whole reply" : tokenName(shown())}`);
-  if (look === null) put(".layer-title", `Layer ${view.open + 1}: the projections of this reply are not kept any more`);
+  if (look === null) put(".layer-title", `Layer ${view.open + 1}: the projections of this reply are no longer kept`);
   if (!look) return;
   const names = [...look.rows.keys()].filter((name) => look.rows.get(name)[view.open] !== undefined);
   buildLayer(names, view.meta.counts[view.open]);

@@ -7,7 +7,7 @@ const MULTIPLES = {
   grad_norm: (v) => number(v, 2),
 };
 const HINT = "Point at a curve, or press ← → on the large one, to read a step; click to see its routing below.";
-const MARK_WORDS = { checkpoint: "checkpoint saved", resumed: "resumed here", stopped: "stopped here", failed: "failed here", interrupted: "broke off here" };
+const MARK_WORDS = { checkpoint: "checkpoint saved", resumed: "resumed here", stopped: "stopped here", failed: "failed here", interrupted: "interrupted here" };
 
 function cell(row, column) {
   return row ? row[view.columns.indexOf(column)] : null;

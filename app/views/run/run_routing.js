@@ -116,7 +116,7 @@ function loadText(data) {
   const layers = Array.from({ length: data.layers }, (_, layer) => layer);
   const mean = (pick) => layers.reduce((sum, layer) => sum + pick(layer), 0) / data.layers;
   const dead = layers.reduce((sum, layer) => sum + data.dead[layer], 0);
-  return `Step ${scrub.shown.step}: mean entropy ${number(mean(data.entropy))}, ${number(mean(data.active), 1)} of ${number(mean((l) => data.counts[l]), 1)} experts active a token, ${dead ? `${dead} unused` : "none unused"}.`;
+  return `Step ${scrub.shown.step}: mean entropy ${number(mean(data.entropy))}, ${number(mean(data.active), 1)} of ${number(mean((l) => data.counts[l]), 1)} experts active per token, ${dead ? `${dead} unused` : "none unused"}.`;
 }
 
 // Two rows of bars under the heatmap, a bar a layer: mean entropy (0…1, with DynMoLE's threshold), and active experts.
@@ -127,7 +127,7 @@ function drawProfile(canvas, data) {
   const size = (width - GUTTER) / data.layers;
   const rows = [
     { name: "Entropy", top: 1, value: data.entropy, line: data.threshold, format: (v) => number(v) },
-    { name: "Active experts a token", top: most, value: data.active, line: null, format: (v) => number(v, 1) },
+    { name: "Active experts per token", top: most, value: data.active, line: null, format: (v) => number(v, 1) },
   ];
   context.font = `11px ${look.font}`;
   rows.forEach(({ name, top, value, line }, i) => {
@@ -167,7 +167,7 @@ function drawProfile(canvas, data) {
 
 function writeAlarms() {
   const key = JSON.stringify(view.alarms);
-  const verdict = view.alarms.length ? "" : view.watched ? "no alarms" : "watched once ten steps are logged";
+  const verdict = view.alarms.length ? "" : view.watched ? "no alarms" : "checked once ten steps are logged";
   put(".verdict", verdict);
   if (view.alarmed === key) return;
   view.alarmed = key;

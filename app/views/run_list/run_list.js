@@ -196,7 +196,7 @@ function writeMarked() {
   const count = view.marked.size;
   $(".marked").hidden = count === 0;
   $(".marked input").checked = count > 0;
-  put($(".marked span"), count === 1 ? "1 run marked to compare; mark another" : `${count} runs marked to compare`);
+  put($(".marked span"), count === 1 ? "1 run marked for comparison; mark another" : `${count} runs marked for comparison`);
   $(".see").hidden = count < 2;
 }
 

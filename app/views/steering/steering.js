@@ -102,7 +102,7 @@ function show() {
   const count = Object.keys(value.settings).length + value.muted.length + value.pinned.length;
   const left = value.experts - value.muted.length;
   $(".said").textContent = left === 0 && value.experts
-    ? "All experts are muted: the base model answers alone."
+    ? "All experts are muted: only the base model is used."
     : count ? `${count} change${count > 1 ? "s" : ""} for the next reply.` : "";
   $(".reset").disabled = !count;
 }

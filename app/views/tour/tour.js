@@ -2,13 +2,13 @@
 const KEY = "mole-studio-tour-seen";
 const STEPS = [
   { title: "Several small experts, and a router that picks among them for every token.",
-    text: "Here you train such a mixture on your own data, and watch it at work. Three stops, half a minute.", next: "Show me around" },
-  { tab: "Chat", mark: "#routing-view", title: "Chat: see who answers",
-    text: "A demo adapter is chosen already. Take an example: with every token the heatmap shows which experts answered, in which layer, and how sure the router was." },
-  { tab: "Train", mark: "#start", title: "Train: leave everything as it is, or change it",
-    text: "Model, data and method are filled in; presets give each paper's settings. Start returns at once: the run goes on in the background, also when this page is closed." },
-  { tab: "Runs", mark: "#run-list", title: "Runs: what trains, what has trained",
-    text: "Loss and routing as they go, stop and resume, evaluate, compare, and open any checkpoint in Chat.", next: "Done" },
+    text: "Train such a mixture on your own data, and watch it work. Three steps, half a minute.", next: "Show me around" },
+  { tab: "Chat", mark: "#routing-view", title: "Chat: see which experts are active",
+    text: "A demo adapter is selected. Choose an example: for every token, the heatmap shows which experts are active in each layer, and the entropy of the router." },
+  { tab: "Train", mark: "#start", title: "Train: use the defaults, or change them",
+    text: "Model, data and method are filled in; presets give each paper's settings. The run trains in the background, even when this page is closed." },
+  { tab: "Runs", mark: "#run-list", title: "Runs: all runs, past and present",
+    text: "Follow loss and routing live, stop and resume, evaluate, compare, and open any checkpoint in Chat.", next: "Done" },
 ];
 const card = $(".tour");
 let at = 0;

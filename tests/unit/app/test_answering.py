@@ -33,7 +33,7 @@ def test_a_steered_reply_is_held_against_the_last_one_of_the_same_model(tiny_ada
     meta = last_of(steered, "view")["meta"]
     assert (meta["against"], meta["against_label"]) == (records[target][0], "as trained")
     (turn,) = turns_of(last_of(steered, "history"))
-    assert turn.note == "Under your hand: top p 0.75 → 0.5 · expert 2 muted"
+    assert turn.note == "Routing overrides: top p 0.75 → 0.5 · expert 2 muted"
     assert last_of(steered, "records")[target] == [meta["id"], "top p 0.75 → 0.5 · expert 2 muted"]
 
 

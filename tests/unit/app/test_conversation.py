@@ -18,7 +18,12 @@ from app.services.conversation import (
     turns_of,
 )
 
-TURNS = [Turn("one", "eins"), Turn("two", "zwei", "Under your hand: expert 2 muted"), Turn("three", None), Turn("four")]
+TURNS = [
+    Turn("one", "eins"),
+    Turn("two", "zwei", "Routing overrides: expert 2 muted"),
+    Turn("three", None),
+    Turn("four"),
+]
 
 
 def test_turns_there_and_back_with_their_notes() -> None:

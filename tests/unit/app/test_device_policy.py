@@ -33,10 +33,10 @@ def test_on_a_cpu_there_is_no_choice_but_patience() -> None:
 @pytest.mark.parametrize(
     ("need", "free", "words"),
     [
-        (2 * GB, 3 * GB, "Now it would fit beside it (this model needs about 2.5 GB, 3.0 GB are free)"),
-        (2 * GB, 2 * GB, "It does not fit beside it (this model needs about 2.5 GB, 2.0 GB are free)"),
-        (2 * GB, None, "Whether this model fits beside it cannot be told."),
-        (0, 3 * GB, "Whether this model fits beside it cannot be told."),
+        (2 * GB, 3 * GB, "It fits next to it now (this model needs about 2.5 GB, 3.0 GB are free)"),
+        (2 * GB, 2 * GB, "It does not fit next to it (this model needs about 2.5 GB, 2.0 GB are free)"),
+        (2 * GB, None, "Whether this model fits next to it is unknown."),
+        (0, 3 * GB, "Whether this model fits next to it is unknown."),
     ],
 )
 def test_on_a_gpu_it_says_what_fits_and_the_person_chooses(need: int, free: int | None, words: str) -> None:
