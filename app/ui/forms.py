@@ -22,8 +22,8 @@ from mole.config import ROUTERS, SECTIONS, AdapterConfig, RunConfig, spec_of, un
 from mole.core.errors import DataError, ModelError, MoleError
 
 LABEL_WORDS = {
-    "coef": "weight", "cv": "CV", "dtype": "number format", "eval": "held-out", "lora": "LoRA", "max": "largest",
-    "num": "number of", "z": "Z",
+    "coef": "weight", "cv": "CV", "dtype": "number format", "eval": "held-out", "grad": "gradient", "lora": "LoRA",
+    "lr": "LR", "max": "maximum", "num": "number of", "z": "Z",
 }  # fmt: skip
 """The parts of a setting's name in labels, where they differ."""
 
@@ -34,7 +34,7 @@ def label_of(item: dataclasses.Field[Any]) -> str:
     if spec.label:
         return spec.label
     text = " ".join(LABEL_WORDS.get(word, word) for word in item.name.split("_"))
-    return text if text.startswith(("LoRA", "CV")) else text[:1].upper() + text[1:]
+    return text if text.startswith(("LoRA", "CV", "LR")) else text[:1].upper() + text[1:]
 
 
 def help_of(item: dataclasses.Field[Any]) -> str:
