@@ -153,7 +153,7 @@ def test_damaged_bytes_of_weights_are_refused_or_load_whole(shared: Path, tiny_a
 # Settings
 
 
-@attack(100)
+@attack(60)
 @given(data=st.data())
 def test_hostile_settings_are_refused_or_load_whole(shared: Path, tiny_adapter: Path, data: Any) -> None:
     shutil.copytree(tiny_adapter, shared, dirs_exist_ok=True)

@@ -200,7 +200,7 @@ def test_a_preset_over_or_under_damaged_settings_is_taken_or_refused(name: str, 
 axis = st.tuples(dotted, st.one_of(text, st.lists(st.one_of(st.integers(), text), max_size=3).map(str)))
 
 
-@attack(150)
+@attack(60)
 @given(st.one_of(st.sampled_from(VALID), config), st.lists(axis, max_size=3), st.one_of(st.just("group"), text))
 def test_any_grid_is_expanded_whole_or_refused(values: Any, given_axes: list[tuple[str, str]], group: str) -> None:
     def expand() -> list[RunConfig]:

@@ -123,7 +123,7 @@ def look_at_page(run: Run) -> None:
 events = st.sampled_from(EVENTS).flatmap(mutated)
 
 
-@attack(110)
+@attack(60)
 @given(events)
 def test_events_of_wrong_kinds_are_read_past(pair: list[Run], found: list[Any]) -> None:
     write(pair[0], map(as_json, found))
@@ -138,7 +138,7 @@ def test_a_training_of_odd_numbers_is_drawn_without_them(pair: list[Run], step: 
     look(pair)
 
 
-@attack(60)
+@attack(40)
 @given(st.sampled_from(EVENTS).flatmap(lambda known: damaged("\n".join(map(json.dumps, known)).encode())))
 def test_events_of_damaged_bytes_are_read_past(pair: list[Run], content: bytes) -> None:
     pair[0].events_path.write_bytes(content)
@@ -159,7 +159,7 @@ def test_lines_without_end_and_depth_are_read_past(pair: list[Run]) -> None:
     assert pair[0].step == 12
 
 
-@attack(60)
+@attack(40)
 @given(mutated(EVALUATION), mutated(CHECK), st.one_of(st.none(), damaged(json.dumps(EVALUATION).encode())))
 def test_records_of_wrong_kinds_are_read_past(pair: list[Run], record: Any, check: Any, content: bytes | None) -> None:
     write(pair[0], map(as_json, EVENTS[0]))
@@ -205,7 +205,7 @@ def test_a_damaged_run_yaml_is_said_in_one_line(
         pair[0].config_path.write_bytes(whole)
 
 
-@attack(40)
+@attack(20)
 @given(events)
 def test_the_commands_about_a_run_of_damaged_events_answer(
     pair: list[Run], capsys: pytest.CaptureFixture[str], found: list[Any]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from forks import ROOT, Make, Whole, finish, processes_of, session_of, wait_for
+from serving import free_port
 from test_killed import check_finished, check_killed
 
 from mole import runs
@@ -27,9 +27,7 @@ def studio(home: Path) -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
     """A real studio, in a process group of its own, and a client of it."""
     from gradio_client import Client
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = int(found.getsockname()[1])
+    port = free_port()
     with (home / "studio.log").open("ab") as log:
         command = [sys.executable, "-m", "mole.cli", "studio", "--port", str(port)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
@@ -79,7 +77,9 @@ def test_a_run_outlives_its_studio_and_obeys_the_next_one(home: Path, make_tiny:
     assert trainer(run) == begun
     wait_for(lambda: processes_of(home) == session_of(begun))  # the studio is gone, the run is all that is left
 
+    os.kill(begun, signal.SIGSTOP)  # it need not train while the next studio starts
     with studio(home) as (second, client):
+        os.kill(begun, signal.SIGCONT)
         assert client.predict("survivor", api_name="/show_run")["state"] == "running"
         client.predict("survivor", api_name="/stop_run")
         wait_for(lambda: not session_of(begun))
