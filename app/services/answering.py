@@ -12,7 +12,7 @@ from app.services import device_policy
 from app.services.chat_targets import check_target, target_label
 from app.services.conversation import Turn, align_turns, history_of, model_messages, turns_of
 from app.services.engine import ENGINE, PartialReply
-from app.services.steering_options import steering_text
+from app.services.steering_options import overrides_text
 from mole import runs
 from mole.analysis.tables import escaped
 from mole.core.errors import MoleError
@@ -107,7 +107,7 @@ def answer_columns(columns: list[ChatColumn], request: ReplyRequest, last: dict[
 
 def pending_turn(column: ChatColumn) -> Turn:
     """The last turn without an answer, with a note of the overrides."""
-    overrides = steering_text(column.steering, column.target)
+    overrides = overrides_text(column.steering, column.target)
     return Turn(column.turns[-1].user, note=overrides and NOTE + overrides)
 
 

@@ -77,6 +77,6 @@ def chosen_steering(value: dict[str, Any] | None) -> Steering:
     )
 
 
-def steering_text(steering: Steering, target: str) -> str:
+def overrides_text(steering: Steering, target: str) -> str:
     """What a reply changes, in words: `"top p 0.75 → 0.5 · expert 2 muted"`; empty for nothing."""
     return describe_steering(steering, trained_settings(target)) if steering else ""

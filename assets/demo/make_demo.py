@@ -20,7 +20,7 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.core.errors import RunError
-from mole.evaluation.evaluate import evaluate
+from mole.evaluation import evaluate_file
 from mole.models.adapter_files import WEIGHTS
 from mole.runs.targets import load_target
 from mole.training import worker
@@ -40,8 +40,8 @@ def main() -> None:
     meta = {"config": config.to_dict(), "data": data["fingerprint"]}
     checkpoint.write_folder(HERE / "adapter", lambda folder: halved(run.adapter_dir, folder), step=run.step, meta=meta)
     results = {
-        "demo": evaluate(load_target(str(HERE)), HELD_OUT, progress=True),
-        "base": evaluate(load_target(f"base:{config.model.name}"), HELD_OUT, progress=True),
+        "demo": evaluate_file(load_target(str(HERE)), HELD_OUT, progress=True),
+        "base": evaluate_file(load_target(f"base:{config.model.name}"), HELD_OUT, progress=True),
     }
     record = {
         "made_with": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
