@@ -1,4 +1,4 @@
-"""Encoded rows into padded tensors, and a batch into parts of similar length with less padding."""
+"""Padding encoded rows into tensors, and splitting a batch by length to save padding. No torch until it is called."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Collator:
-    """Rows of ids and labels → right-padded tensors `input_ids`, `attention_mask`, `labels` (batch, longest)."""
+    """Pads rows on the right → tensors `input_ids`, `attention_mask` and `labels`, each (rows, longest)."""
 
     pad_token_id: int
 
@@ -37,10 +37,10 @@ MAX_PART_ROWS = 256
 
 
 def split_by_length(batch: dict[str, torch.Tensor], overhead: int) -> list[dict[str, torch.Tensor]]:
-    """A right-padded batch `(rows, longest)` in parts of like length, each as wide as its longest row.
+    """Split a right-padded batch (rows, longest) into parts of similar length, each as wide as its longest row.
 
-    The parts have the same tokens and less padding. They are such that the tokens with padding, and `overhead` tokens'
-    worth of work for every part, are fewest.
+    The parts minimise the number of tokens with padding, plus `overhead` tokens for each part (the fixed cost of a
+    forward pass, in tokens).
     """
     lengths = batch["attention_mask"].sum(-1)
     order = lengths.argsort(stable=True)
@@ -55,9 +55,10 @@ def split_by_length(batch: dict[str, torch.Tensor], overhead: int) -> list[dict[
 
 
 def optimal_cuts(lengths: Sequence[int], overhead: int) -> list[int]:
-    """Where ascending lengths are best cut: the end of every part, the cheapest sum of `rows · longest + overhead`.
+    """The ends of the parts of ascending `lengths` that minimise Σ (rows · longest + overhead) over the parts.
 
-    No part has more than `LARGEST_PART` rows, so that finding them takes no time.
+    Dynamic programming: `best[end]` is the cost of the first `end` rows. Parts have at most `MAX_PART_ROWS` rows,
+    which bounds the work.
     """
     best, begins = [0], [0]
     for end, longest in enumerate(lengths, start=1):

@@ -1,4 +1,4 @@
-"""Which column of a file is what: told by name, guessed from usual names, or mapped by hand. No torch."""
+"""Detecting which column of a file is what: by name, by common synonyms, or by the user's mapping. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mole.data.examples import OPTIONAL_FIELDS, SHAPES, check_mapping, join_name
 from mole.data.readers import read_records
 
 SAMPLED_ROWS = 20
-"""Rows whose columns are looked at."""
+"""Number of rows read to find the columns."""
 COMMON_NAMES = {
     "messages": ("conversations", "conversation", "chat", "dialogue", "dialog", "turns"),
     "prompt": ("question", "q", "query", "instruction", "input", "user", "problem", "request", "source"),
@@ -22,16 +22,17 @@ COMMON_NAMES = {
     "answer": ("answerkey", "label", "correct", "gold", "target"),
     "text": ("content", "body", "document", "article"),
 }
-"""Other names that columns of a field often have."""
+"""Synonyms under which the columns of a field are often found, in lower case."""
 
 
 @dataclass(frozen=True)
 class DetectedColumns:
-    """A file's columns and what they are read as.
+    """The columns of a file, and the shape and fields they are read as.
 
     Attributes:
-        shape: the shape that the columns have under the mapping; None when they have none.
-        fields: each field of the shape with the column that gives it, or None.
+        columns: the names in the file.
+        shape: the shape of the columns under the mapping; None if they fit none.
+        fields: for each field of the shape its column, or None if it is missing.
     """
 
     columns: tuple[str, ...]
@@ -40,7 +41,7 @@ class DetectedColumns:
 
 
 def read_columns(path: str) -> tuple[str, ...]:
-    """The columns of a file's or data set's first rows. Raises `DataError` when it cannot be read."""
+    """The columns of the first rows of a file or data set. Raises `DataError` when it cannot be read."""
     records = read_records(path, SAMPLED_ROWS, peek=True)
     return tuple(dict.fromkeys(str(key) for _, row in records.rows if isinstance(row, dict) for key in row))
 
@@ -48,9 +49,9 @@ def read_columns(path: str) -> tuple[str, ...]:
 def detect_columns(
     columns: Sequence[str], mapping: Mapping[str, str], path: str, shape: str | None = None
 ) -> DetectedColumns:
-    """What the columns are read as; `shape` is taken when their names and the mapping tell none.
+    """The shape and fields of columns under a mapping; `shape` is the fallback when they fit none.
 
-    Raises `DataError` for a mapping to a column that is not there.
+    Raises `DataError` for a mapping to a column that is missing.
     """
     mapping = check_mapping(mapping, list(columns), path)
     taken = {*mapping.values()}
@@ -66,12 +67,12 @@ def detect_columns(
 
 
 def optional_fields(shape: str) -> list[tuple[str, ...]]:
-    """The fields that a shape may have beside those it needs."""
+    """The optional fields of a shape, as groups like those of `SHAPES`."""
     return [OPTIONAL_FIELDS] if shape == "instruction/input/output" else []
 
 
 def guess_mapping(columns: Sequence[str], shape: str | None = None) -> dict[str, str]:
-    """The mapping for columns whose own names fit no shape (or not this one): by usual names; empty without a guess."""
+    """A mapping by common names for columns that fit no shape (or not the given one); empty if there is no guess."""
     for name in [shape] if shape else [name for name in SHAPES if name != "instruction/input/output"]:
         mapping = guess_mapping_for(columns, name)
         if mapping or shape:
@@ -80,7 +81,7 @@ def guess_mapping(columns: Sequence[str], shape: str | None = None) -> dict[str,
 
 
 def guess_mapping_for(columns: Sequence[str], shape: str) -> dict[str, str]:
-    """The columns of one shape's fields; empty when one that it needs cannot be guessed."""
+    """A column for each required field of a shape; empty if one cannot be guessed."""
     mapping: dict[str, str] = {}
     for group in SHAPES[shape]:
         column = next((name for name in group if name in columns), None)
@@ -93,17 +94,17 @@ def guess_mapping_for(columns: Sequence[str], shape: str) -> dict[str, str]:
 
 
 def match_column(field: str, columns: Sequence[str]) -> str | None:
-    """The first column that is called like the field, or as such columns usually are."""
+    """The first column named like the field or one of its synonyms, ignoring case, spaces and underscores."""
     wanted = (field, *COMMON_NAMES.get(field, ()))
     plain = {column.lower().replace(" ", "").replace("_", ""): column for column in reversed(columns)}
     return next((plain[name] for name in wanted if name in plain), None)
 
 
 def describe_columns(found: DetectedColumns) -> str:
-    """The columns and what they are read as, in a sentence or two."""
+    """A sentence or two on the columns and what they are read as."""
     columns = join_names(list(found.columns), 12)
     if found.shape is None:
-        return f"Columns: {columns}. They fit no known shape: say below which is which."
+        return f"Columns: {columns}. They fit no known shape; map them to fields below."
     missing = [name for name, column in found.fields.items() if column is None and name not in OPTIONAL_FIELDS]
     if missing:
         return f"Columns: {columns}. For {found.shape} choose a column for: {', '.join(missing)}."
@@ -113,7 +114,7 @@ def describe_columns(found: DetectedColumns) -> str:
 
 
 def mapping_for_shape(columns: Sequence[str], shape: str) -> dict[str, str]:
-    """The mapping that makes a file be read as this shape: as guessed, and said where the names tell another one."""
+    """The mapping with which a file is read as `shape`, even if its own column names fit another shape."""
     mapping = guess_mapping(columns, shape)
     if shape_of({*columns, *mapping}, {*mapping}) != shape:
         mapping = guess_mapping_for(columns, shape)

@@ -15,7 +15,19 @@ from mole.data.examples import ExampleSet, RejectedRow, no_usable_rows, read_exa
 
 @dataclass
 class DataReport:
-    """What became of the data: counts of rows and tokens, and the first reasons for rejecting rows."""
+    """Counts of rows and tokens, and the first reasons for rejecting rows.
+
+    Attributes:
+        rows: training rows.
+        eval_rows: held-out rows.
+        rejected: rows that cannot be used, of both files.
+        truncated: rows cut to `max_length`.
+        shape: the shape of the training file's rows.
+        fingerprint: sha256 of the content of the file or files.
+        tokens: tokens of the training rows.
+        answer_tokens: tokens of the training rows with loss.
+        rejections: the first ten reasons, e.g. `row 7: completion is null`; those of a held-out file say so.
+    """
 
     rows: int
     eval_rows: int
@@ -26,7 +38,6 @@ class DataReport:
     tokens: int
     answer_tokens: int
     rejections: list[str] = field(default_factory=list)
-    """The first ten, as `row 7: completion is null`; those of a held-out file say so."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -35,7 +46,7 @@ class DataReport:
 
 @dataclass
 class Datasets:
-    """Rows of `{"input_ids": [int], "labels": [int]}` to learn from and those held out (possibly none)."""
+    """Training rows and held-out rows (possibly none), each `{"input_ids": [int], "labels": [int]}`."""
 
     train: list[dict[str, list[int]]]
     eval: list[dict[str, list[int]]]
@@ -45,7 +56,7 @@ class Datasets:
 def build_datasets(config: DataConfig, tokenizer: Any, seed: int) -> Datasets:
     """Read, encode and split the data of a run; a pure function of the files, the tokenizer and `seed`.
 
-    Held out is the file `config.eval_path`, else `config.eval_fraction` of the rows, at random but never all of them.
+    The held-out rows are those of `config.eval_path`, or a random `config.eval_fraction` of the rows (never all).
     Raises `DataError` as `read_examples` does, and when no row can be encoded.
     """
     source = read_examples(config.path, config.columns)
@@ -76,7 +87,7 @@ def build_datasets(config: DataConfig, tokenizer: Any, seed: int) -> Datasets:
 def encode_rows(
     source: ExampleSet, tokenizer: Any, max_length: int, field: str
 ) -> tuple[list[dict[str, list[int]]], list[RejectedRow], int]:
-    """The rows as ids and labels, all that were rejected, and how many were truncated. Raises `DataError` for none."""
+    """Encoded rows, all rejected rows, and the number of truncated rows. Raises `DataError` when no row is left."""
     rows, rejected, truncated = [], list(source.rejected), 0
     encoded = encode_examples(source.examples, tokenizer, max_length)
     for example, item in zip(source.examples, encoded, strict=True):
@@ -92,7 +103,10 @@ def encode_rows(
 
 
 def split_rows(rows: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Rows to learn from and a random `fraction` held out, both in their order: at least one of each if it can be."""
+    """Split off a random `fraction` → (training rows, held-out rows), both in order and with at least one row each.
+
+    Nothing is held out when `fraction` is 0 or there is only one row.
+    """
     count = min(max(round(len(rows) * fraction), 1), len(rows) - 1) if fraction else 0
     held = set(random.Random(seed).sample(range(len(rows)), count))
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

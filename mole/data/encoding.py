@@ -1,7 +1,7 @@
-"""From a data file to batches: the chat template, tokens and labels, the held-out split, padding.
+"""Encoding examples: chat template, token ids, and labels that are -100 where no loss is taken. No torch.
 
-What generation sees is what training saw: the token ids of `render_prompt` are the beginning of every example, and the
-answer is tokenised on its own behind them.
+Prompt and answer are tokenized separately and concatenated, so that generation sees exactly the token ids of training:
+those of `render_prompt`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mole.core.text import one_line
 from mole.data.examples import Example, Message
 
 IGNORE_INDEX = -100
-"""The label of tokens that carry no loss."""
+"""Label of tokens without loss, as in `torch.nn.functional.cross_entropy`."""
 
 DEFAULT_CHAT_TEMPLATE = """\
 {{- bos_token if bos_token is defined and bos_token else '' -}}
@@ -29,12 +29,12 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '### Assistant:\\n' -}}{%- endif -%}
 """
-"""The chat template of a base model that has none: `### User:` and `### Assistant:` above the messages, the
-tokenizer's end-of-text token after each answer."""
+"""Chat template for base models without one: `### User:` and `### Assistant:` headings, and the tokenizer's
+end-of-text token after each answer."""
 
 
 def chat_template(tokenizer: Any) -> str:
-    """The tokenizer's own chat template, or `PLAIN_TEMPLATE` when it has none."""
+    """The tokenizer's chat template, or `DEFAULT_CHAT_TEMPLATE` if it has none."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default") or next(iter(template.values()), None)
@@ -42,16 +42,16 @@ def chat_template(tokenizer: Any) -> str:
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: Any) -> str:
-    """The text before the assistant's next answer; tokenise it with `add_special_tokens=False`.
+    """The text before the assistant's next answer; tokenize it with `add_special_tokens=False`.
 
-    Templates of thinking models are asked for an answer without thoughts, as the training data holds none. Raises
-    `DataError` when the template refuses the messages.
+    Thinking is disabled in templates that support it, because the training data has none. Raises `DataError` when the
+    template rejects the messages.
     """
     return render_chat(messages, tokenizer, add_generation_prompt=True)
 
 
 def render_chat(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool) -> str:
-    """The conversation in the template's text. Raises `DataError` when the template refuses it."""
+    """The conversation rendered by the chat template. Raises `DataError` when the template rejects it."""
     try:
         return tokenizer.apply_chat_template(
             list(messages),
@@ -60,40 +60,51 @@ def render_chat(messages: Sequence[Message], tokenizer: Any, *, add_generation_p
             add_generation_prompt=add_generation_prompt,
             enable_thinking=False,
         )
-    except Exception as error:  # a template is a program, if one in a sandbox, and may fail in any way
-        raise DataError(f"the chat template refuses the messages: {one_line(error)}") from None
+    except Exception as error:  # a template is a (sandboxed) program and can raise anything
+        raise DataError(f"the chat template rejects the messages: {one_line(error)}") from None
 
 
 class EncodedExample(NamedTuple):
-    """One example as tokens; `labels` are the ids where there is something to learn, -100 elsewhere."""
+    """One example as tokens.
+
+    Attributes:
+        input_ids: token ids of prompt and answer.
+        labels: the token id where there is loss, `IGNORE_INDEX` elsewhere; as long as `input_ids`.
+        dropped: tokens removed at the start of the prompt.
+        cut: tokens removed at the end of the answer.
+    """
 
     input_ids: list[int]
     labels: list[int]
     dropped: int = 0
-    """Tokens of the prompt that were cut off at its beginning."""
     cut: int = 0
-    """Tokens of the answer that were cut off at its end."""
 
     @property
     def truncated(self) -> bool:
+        """Whether tokens were removed."""
         return bool(self.dropped or self.cut)
 
 
 class RenderedExample(NamedTuple):
-    """An example as text in two parts, tokenised apart."""
+    """An example as text in two parts that are tokenized separately.
+
+    Attributes:
+        prompt: everything before the last answer.
+        answer: the last answer and the text that ends its turn.
+        answer_spans: character ranges (start, end) of earlier answers in `prompt`.
+    """
 
     prompt: str
     answer: str
-    learnt: list[tuple[int, int]]
-    """Character ranges of earlier answers in the prompt."""
+    answer_spans: list[tuple[int, int]]
 
 
 def encode_example(example: Example, tokenizer: Any, max_length: int) -> EncodedExample:
-    """The example as at most `max_length` token ids and labels.
+    """Encode an example as at most `max_length` token ids and labels.
 
-    Loss is on every answer of the assistant and the token that ends it, in a text row on everything. Too long a prompt
-    loses its oldest tokens; only an answer that leaves no room for one token of prompt is cut, at its end.
-    Raises `DataError` when the template refuses it or nothing is left to learn.
+    Loss is taken on every answer of the assistant and its end-of-turn token; on all tokens of a text row. A prompt
+    that is too long is truncated at its start; the answer is truncated at its end only if it leaves no room for one
+    token of the prompt. Raises `DataError` when the template rejects the example or no token has loss.
     """
     (result,) = encode_examples([example], tokenizer, max_length)
     if isinstance(result, DataError):
@@ -104,7 +115,7 @@ def encode_example(example: Example, tokenizer: Any, max_length: int) -> Encoded
 def encode_examples(
     examples: Iterable[Example], tokenizer: Any, max_length: int
 ) -> Iterator[EncodedExample | DataError]:
-    """`encode` for many at once, which is far faster; in place of an example that cannot be used, its error."""
+    """`encode_example` for many examples in one tokenizer call, which is faster; errors take the place of examples."""
     rendered: list[RenderedExample | DataError] = []
     for example in examples:
         try:
@@ -122,12 +133,12 @@ def encode_examples(
 
 
 def tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each text, nothing added."""
+    """Token ids of each text, without special tokens."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def render_example(example: Example, tokenizer: Any) -> RenderedExample:
-    """The example's text, the last answer apart. Raises `DataError` when the template refuses it or leaves it out."""
+    """The example's text, split before the last answer. Raises `DataError` when the template rejects or omits it."""
     eos = tokenizer.eos_token or ""
     if example.text is not None:
         adds_bos = tokenizer.bos_token is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -135,11 +146,13 @@ def render_example(example: Example, tokenizer: Any) -> RenderedExample:
     prompt = render_prompt(example.prompt, tokenizer)
     whole = render_chat(example.messages, tokenizer, add_generation_prompt=False)
     target = example.target
-    # A template that rewrites the prompt once the answer is there gets the plain answer behind the prompt it was given.
+    # Some templates render the prompt differently once the answer is there (e.g. they drop thoughts). Then the plain
+    # answer follows the prompt as generation will see it.
     answer = whole[len(prompt) :].rstrip() if whole.startswith(prompt) else target
-    bare = target.strip()
+    bare = target.strip()  # templates may trim the answer
     check_template_kept("question", example.prompt[-1]["content"] if example.prompt else "", prompt)
     check_template_kept("answer", bare, answer)
+    # What follows the answer ends the turn; earlier answers get the same ending. Without one, the end-of-text token.
     start = answer.find(bare) if answer.lstrip().startswith(bare) else answer.rfind(bare)
     ending = answer[start + len(bare) :] if start >= 0 else ""
     if start >= 0 and not ending:
@@ -148,21 +161,22 @@ def render_example(example: Example, tokenizer: Any) -> RenderedExample:
 
 
 def check_template_kept(part: str, text: str, rendered: str) -> None:
-    """See that a message is in the template's text, by its last word: templates may trim it, and take thoughts away.
+    """Raise `DataError` when a message is missing from the rendered text: a model would learn from blanks.
 
-    Raises `DataError`: a model trained on such rows would learn from blanks.
+    Only its last word is looked for, because templates may trim the text and remove thoughts at its start.
     """
     words = text.split()
     if words and words[-1] not in rendered:
-        raise DataError(f"the chat template leaves out the {part}")
+        raise DataError(f"the chat template omits the {part}")
 
 
 def earlier_answer_spans(messages: list[Message], prompt: str, ending: str, tokenizer: Any) -> list[tuple[int, int]]:
-    """Where in the prompt's text the answers before the last are, each with the end-of-turn text behind it."""
+    """Character ranges in the prompt of the answers before the last, each with its end-of-turn text."""
     ranges = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
             content = message["content"].strip()
+            # Search only behind the messages before this one, where the same words may occur.
             before = render_prompt(messages[:turn], tokenizer) if turn else ""
             start = prompt.find(content, common_prefix_length(prompt, before))
             if start >= 0:
@@ -172,18 +186,18 @@ def earlier_answer_spans(messages: list[Message], prompt: str, ending: str, toke
 
 
 def common_prefix_length(one: str, other: str) -> int:
-    """How many characters two texts share at their beginning."""
+    """Length of the common prefix of two texts, in characters."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def earlier_answer_mask(item: RenderedExample, prompt: list[int], tokenizer: Any) -> list[bool]:
-    """For each token of the prompt whether it belongs to an earlier answer."""
-    if not item.learnt or not tokenizer.is_fast:  # only fast tokenizers tell where a token's text is
+    """For each token of the prompt, whether it belongs to an earlier answer (any overlap of characters)."""
+    if not item.answer_spans or not tokenizer.is_fast:  # only fast tokenizers return offsets
         return [False] * len(prompt)
     offsets = tokenizer(item.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [
-        any(start < end_of_range and end > start_of_range for start_of_range, end_of_range in item.learnt)
+        any(start < span_end and end > span_start for span_start, span_end in item.answer_spans)
         for start, end in offsets["offset_mapping"]
     ]
 
@@ -191,12 +205,17 @@ def earlier_answer_mask(item: RenderedExample, prompt: list[int], tokenizer: Any
 def join_and_truncate(
     prompt: list[int], learnt: list[bool], answer: list[int], max_length: int
 ) -> EncodedExample | DataError:
-    """Prompt and answer in one, cut to `max_length`; a `DataError` when no token is left to learn."""
+    """Concatenate prompt and answer and truncate to `max_length`; a `DataError` when no token has loss.
+
+    `learnt` marks the prompt tokens of earlier answers, which have loss too.
+    """
+    # Keep the end of the prompt: what the answer leaves of max_length, but at least one token, since the first token
+    # of a sequence is never predicted.
     kept = min(len(prompt), max(max_length - len(answer), 1))
     ids = (prompt[len(prompt) - kept :] + answer)[:max_length]
     labels = [token if wanted else IGNORE_INDEX for token, wanted in zip(prompt, learnt, strict=True)]
     labels = (labels[len(prompt) - kept :] + answer)[:max_length]
-    # The first token is never predicted, having nothing before it.
+    # labels[0] is never used: the model predicts labels[i] from input_ids[:i].
     if all(label == IGNORE_INDEX for label in labels[1:]):
         return DataError("nothing is left to learn from: the answer has no tokens")
     return EncodedExample(ids, labels, len(prompt) - kept, kept + len(answer) - len(ids))

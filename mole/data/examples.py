@@ -1,4 +1,4 @@
-"""What a row means: records of five shapes become `Example`s; a row that fits none is rejected by number and reason."""
+"""Converting rows of five shapes into `Example`s; rows that cannot be used are rejected with number and reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
     "instruction/input/output": (("instruction",), ("output",)),
     "text": (("text",),),
 }
-"""The shapes in the order in which they are looked for; of each group of columns one is needed."""
+"""The shapes in the order in which they are tried; a row needs one column of each group."""
 OPTIONAL_FIELDS = ("input",)
 FIELDS = sorted({name for groups in SHAPES.values() for group in groups for name in group} | {*OPTIONAL_FIELDS})
 ROLES = ("system", "user", "assistant")
@@ -34,10 +34,14 @@ MAX_LABELS = 100
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row made ready: a conversation that ends with the assistant's answer to learn, or plain `text`.
+    """One row: a conversation that ends with the assistant's answer, or plain `text`.
 
-    Multiple choice: `choices` are the strings to score as the assistant's answer; `answer`, one of them, is the right
-    one and the conversation's last message.
+    Attributes:
+        messages: the conversation, `{"role", "content"}` each; empty for a text row.
+        text: the text of a text row, otherwise None.
+        choices: in multiple choice, the strings to score as the assistant's answer.
+        answer: in multiple choice, the correct one of `choices`, which is also the last message.
+        row: number of the row in its file, from 1 (in JSONL, its line).
     """
 
     messages: tuple[Message, ...] = ()
@@ -53,7 +57,7 @@ class Example:
 
     @property
     def target(self) -> str:
-        """The answer to learn: the last message's content, or the text."""
+        """The text to learn: the content of the last message, or `text`."""
         return self.messages[-1]["content"] if self.messages else self.text or ""
 
     def with_target(self, answer: str) -> Example:
@@ -63,7 +67,7 @@ class Example:
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that cannot be used: its number from 1 (in JSONL its line) and why."""
+    """A row that cannot be used: its number from 1 (in JSONL, its line) and the reason."""
 
     row: int
     reason: str
@@ -74,16 +78,21 @@ class RejectedRow:
 
 @dataclass
 class ExampleSet:
-    """What a file or hub data set gave: usable examples in their order, and the rows it could not use."""
+    """The usable examples of a file or hub data set, in order, and the rejected rows.
+
+    Attributes:
+        shape: the shape of the rows, a key of `SHAPES`.
+        source: the path or hub id.
+        fingerprint: sha256 of the content that was read.
+        complete: whether these are all rows of the source.
+    """
 
     examples: list[Example]
     rejected: list[RejectedRow]
     shape: str
     source: str
     fingerprint: str = field(repr=False)
-    """sha256 of the content, or of what was read of it."""
     complete: bool = True
-    """Whether these are all the rows there are."""
 
 
 def read_examples(
@@ -98,13 +107,13 @@ def read_examples(
 
     Args:
         path: the file, or the hub id when there is no such file.
-        columns: `{field: column}` where the source's own column names differ.
+        columns: `{field: column}` where the source's column names differ.
         limit: read only the first rows.
         field: the setting that errors name.
         peek: read no more of a file than `limit` rows need.
 
-    Raises `DataError`: no such file, malformed content (with its line), no known shape (with the columns found), a
-    mapped column that is not there, no row that can be used (with the first reasons).
+    Raises `DataError` for a missing file, malformed content (with its line), no known shape (with the columns found),
+    a mapped column that is missing, or no usable row (with the first reasons).
     """
     records = read_records(path, limit, field, peek=peek)
     found = list(dict.fromkeys(key for _, value in records.rows if isinstance(value, dict) for key in value))
@@ -113,13 +122,13 @@ def read_examples(
     if shape is None:
         known = "; ".join(" + ".join("/".join(group) for group in groups) for groups in SHAPES.values())
         raise DataError(
-            f"{path}: its columns ({join_names(found)}) fit no known shape; there is: {known}. "
-            "Name yours with data.columns, e.g. data.columns.prompt=question.",
+            f"{path}: its columns ({join_names(found)}) fit no known shape; the shapes are: {known}. "
+            "Map your columns with data.columns, e.g. data.columns.prompt=question.",
             field="data.columns",
         )
     examples, rejected = [], []
     records.rows.reverse()
-    while records.rows:  # each gives its memory back as soon as it is an example: there may be millions
+    while records.rows:  # pop each record, so that millions of them are not kept beside the examples
         number, value = records.rows.pop()
         try:
             examples.append(to_example(rename_columns(value, mapping), shape, number))
@@ -133,35 +142,35 @@ def read_examples(
 
 
 def no_usable_rows(path: str, rejected: list[RejectedRow], field: str) -> DataError:
-    """The error for data of which no row could be used: how many, and the first reasons."""
+    """The error for data without a usable row: the number of rejected rows, and the first reasons."""
     reasons = "; ".join(map(str, rejected[:3]))
-    text = f"{path}: no row can be used, {len(rejected)} rejected: {reasons}."
+    text = f"{path}: no usable row, {len(rejected)} rejected: {reasons}."
     return DataError(text, field=field, rejected=rejected)
 
 
 def check_mapping(columns: Mapping[str, str], found: list[str], path: str) -> dict[str, str]:
-    """`columns` when its fields are known and its columns are there. Raises `DataError`."""
+    """`columns` as a dict. Raises `DataError` for an unknown field, or a column that is not in the file."""
     for name, column in columns.items():
         setting = f"data.columns.{name}"
         if name not in FIELDS:
-            raise DataError(f"{setting} is not a field of an example; there is: {', '.join(FIELDS)}.", field=setting)
+            raise DataError(
+                f"{setting} is not a field of an example; the fields are: {', '.join(FIELDS)}.", field=setting
+            )
         if column not in found:
             there = join_names(found)
-            raise DataError(f"{setting} is {column!r}, a column that {path} has not; it has: {there}.", field=setting)
+            raise DataError(f"{setting} is {column!r}, but {path} has no such column; it has: {there}.", field=setting)
     return dict(columns)
 
 
 def join_names(names: list[str], most: int = 20) -> str:
-    """Column names on one line, not more than `most` of them."""
+    """Column names on one line, at most `most` of them."""
     shown = [" ".join(name.split()) for name in names[:most]]
     return ", ".join(shown + ["…"] * (len(names) > most)) or "none"
 
 
 def rename_columns(value: Any, mapping: Mapping[str, str]) -> Any:
-    """A record with the mapped columns under their fields' names; anything but a record as it is."""
-    if not isinstance(value, dict):
-        return value
-    if not mapping:
+    """A record with the mapped columns renamed to their fields; values that are not records stay as they are."""
+    if not isinstance(value, dict) or not mapping:
         return value
     taken = {*mapping.values()}
     rest = {key: entry for key, entry in value.items() if key not in taken}
@@ -169,7 +178,7 @@ def rename_columns(value: Any, mapping: Mapping[str, str]) -> Any:
 
 
 def shape_of(names: set[str], mapped: set[str]) -> str | None:
-    """The first shape whose columns are there, those mapped by hand being among them; None without one."""
+    """The first shape whose columns are in `names` and that uses all `mapped` fields; None if there is none."""
     for shape, groups in SHAPES.items():
         used = {name for group in groups for name in group}.union(OPTIONAL_FIELDS, ANSWER_COLUMNS)
         if mapped <= used and all(names.intersection(group) for group in groups):
@@ -178,7 +187,7 @@ def shape_of(names: set[str], mapped: set[str]) -> str | None:
 
 
 def to_example(value: Any, shape: str, row: int) -> Example:
-    """The example in one record of the given shape. Raises `DataError` with the reason alone."""
+    """The example in one record of the given shape. Raises `DataError` whose message is the reason only."""
     if isinstance(value, DataError):
         raise value
     if not isinstance(value, dict):
@@ -204,13 +213,13 @@ def to_example(value: Any, shape: str, row: int) -> Example:
 
 
 def chat_example(prompt: str, answer: str, row: int, choices: tuple[str, ...] | None = None) -> Example:
-    """The example of one question and its answer."""
+    """An example of one question and its answer."""
     messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
     return Example(messages=messages, choices=choices, answer=answer if choices else None, row=row)
 
 
 def question_text(value: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The first of the named columns, and `input` below it. Raises `DataError` when both are empty."""
+    """The first of the named columns that is set, followed by `input`. Raises `DataError` when both are empty."""
     name = next((name for name in names if value.get(name) is not None), next(iter(names)))
     extra = text_value(value, "input") if value.get("input") not in (None, "") else ""
     if extra and value.get(name) in (None, ""):
@@ -219,7 +228,7 @@ def question_text(value: Mapping[str, Any], names: Iterable[str]) -> str:
 
 
 def parse_messages(messages: Any) -> tuple[Message, ...]:
-    """The messages up to the assistant's last. Raises `DataError` for a bad message, or when there is no answer."""
+    """The messages up to the assistant's last one. Raises `DataError` for an invalid message or a missing answer."""
     if not isinstance(messages, list):
         raise DataError(f"messages is {json_type(messages)}, not a list")
     result: list[Message] = []
@@ -234,16 +243,16 @@ def parse_messages(messages: Any) -> tuple[Message, ...]:
     while result and result[-1]["role"] != "assistant":
         result.pop()
     if not result:
-        raise DataError("messages holds no answer of the assistant to learn from")
+        raise DataError("messages contains no answer of the assistant to learn from")
     if len(result) == 1:
-        raise DataError("messages holds nothing before the assistant's answer")
+        raise DataError("messages contains nothing before the assistant's answer")
     return tuple(result)
 
 
 def parse_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], str]:
-    """The texts and the right one, from a list of texts or `{"text": […], "label": […]}`.
+    """The choices and the correct one, from a list of texts or `{"text": […], "label": […]}`.
 
-    The answer may be a label (`A`, `B`, … when there are none), a text, or an index from 0. Raises `DataError`.
+    The answer may be a label (`A`, `B`, … by default), a text, or an index from 0. Raises `DataError`.
     """
     texts, labels = choices, None
     if isinstance(choices, dict):
@@ -252,10 +261,11 @@ def parse_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], str]:
         raise DataError("choices is neither a list of at least two texts nor an object with text and label")
     texts = [text_value({"": text}, "", f"choice {number}") for number, text in enumerate(texts, start=1)]
     if labels is not None and (not isinstance(labels, list) or len(labels) != len(texts)):
-        raise DataError("choices has not as many labels as texts")
+        raise DataError("choices has a different number of labels and texts")
     names = [str(label) for label in labels] if labels else list(ascii_uppercase[: len(texts)])
     given = answer.strip() if isinstance(answer, str) else answer
     wanted = str(given)
+    # The file's own labels go before texts, texts before the default labels A, B, …: a text may be "A" or "1".
     if labels and wanted in names:
         return tuple(texts), texts[names.index(wanted)]
     if given in texts:
@@ -264,15 +274,19 @@ def parse_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], str]:
         return tuple(texts), texts[names.index(wanted)]
     if not isinstance(given, bool) and wanted.isdecimal() and len(wanted) < 10 and int(wanted) < len(texts):
         return tuple(texts), texts[int(wanted)]
-    raise DataError(f"the answer {brief(answer)} is none of the choices, by label, text or index from 0")
+    raise DataError(f"the answer {brief(answer)} is not one of the choices, neither by label, text nor index from 0")
 
 
 def parse_answer_format(labels: str, output: str, answer: Any) -> tuple[tuple[str, ...], str]:
-    """The row's output with each label of `a/b/c` in the answer's place, and as it is. Raises `DataError`."""
+    """The choices and the correct one of a row with an "Answer format: a/b/c" line.
+
+    The choices are the output with the answer replaced by each label. Raises `DataError`.
+    """
     names = [name.strip() for name in labels.split("/") if name.strip()]
     given = str(answer).strip()
     if not 2 <= len(names) <= MAX_LABELS or given not in names:
         raise DataError(f"the answer {brief(answer)} is not in its Answer format, {labels}")
+    # The last occurrence of the answer as a whole word: earlier ones may be in an explanation.
     places = list(re.finditer(rf"(?<!\w){re.escape(given)}(?!\w)", output))
     if not places:
         raise DataError(f"the output does not contain its answer, {brief(given)}")
@@ -281,7 +295,7 @@ def parse_answer_format(labels: str, output: str, answer: Any) -> tuple[tuple[st
 
 
 def first_value(value: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """The first of the named columns that is not empty. Raises `DataError` when all are."""
+    """The value of the first of the named columns that is not null. Raises `DataError` when all are."""
     for name in names:
         if value.get(name) is not None:
             return value[name]
@@ -289,7 +303,7 @@ def first_value(value: Mapping[str, Any], names: Iterable[str]) -> Any:
 
 
 def parse_nested(value: Mapping[str, Any], name: str) -> Any:
-    """A column that holds a list or object, in CSV and the like as JSON text. Raises `DataError`."""
+    """The value of a column with a list or object, which CSV holds as JSON text. Raises `DataError`."""
     entry = value.get(name)
     if isinstance(entry, str):
         try:
@@ -300,7 +314,7 @@ def parse_nested(value: Mapping[str, Any], name: str) -> Any:
 
 
 def text_value(value: Mapping[str, Any], name: str, label: str = "") -> str:
-    """A column's text. Raises `DataError` when it is missing, null, blank or no text."""
+    """The text of a column. Raises `DataError` when it is missing, null, blank or not text."""
     entry, label = value.get(name), label or name
     if entry is None:
         raise DataError(f"{label} is null" if name in value else f"{label} is missing")
@@ -316,6 +330,6 @@ def text_value(value: Mapping[str, Any], name: str, label: str = "") -> str:
 
 
 def json_type(value: Any) -> str:
-    """A JSON value's kind in words."""
+    """The type of a JSON value in words."""
     kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
     return kinds.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")

@@ -1,7 +1,7 @@
-"""Rows out of a file or a hub data set: JSON, JSONL, CSV or Parquet, read into records and nothing judged yet.
+"""Reading JSON, JSONL, CSV and Parquet files and hub data sets into records. No torch.
 
-No torch. Whatever stops the reading as a whole (no such file, malformed JSON, an unreachable hub) is a `DataError`
-of one line; what is wrong with a single row is left to `mole.data.encoding`.
+What stops the reading as a whole (no such file, malformed JSON, an unreachable hub) is a `DataError` of one line;
+single rows are checked in `mole.data.examples`.
 """
 
 from __future__ import annotations
@@ -32,34 +32,41 @@ DATASET_ID = re.compile(
     r"(?P<id>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+(\[[\w:%]*\])?))?"
 )
 HUB_TIMEOUT = 8.0
-"""Seconds given to the hub to say that it is there."""
+"""Seconds to wait for an answer of the hub."""
 
 
 class Records(NamedTuple):
-    """What a source holds: values as they were read, each with its row number (in JSONL its line), from 1.
+    """The rows of a file or data set, unchecked.
 
-    A value is a `DataError` where a CSV row does not fit its header.
+    Attributes:
+        rows: (number, value) pairs; the number counts from 1 (in JSONL, it is the line). The value is a `DataError`
+            where a CSV row does not match the header.
+        fingerprint: sha256 of the content that was read.
+        complete: whether these are all rows of the source.
     """
 
     rows: list[tuple[int, Any]]
     fingerprint: str
-    """sha256 of the content, or of what was read of it."""
     complete: bool = True
-    """Whether these are all the rows there are."""
 
 
 def read_records(path: str, limit: int | None = None, field: str = "data.path", *, peek: bool = False) -> Records:
-    """Read a file (by its suffix) or a hub data set `owner/name[:config[:split]]` (split `train` unless given).
+    """Read a file (its suffix gives the format) or a hub data set `owner/name[:config[:split]]` (split: `train`).
 
-    `limit` keeps the first rows; with `peek` no more of a file is read than they need. Raises `DataError` naming the
-    file, and the line where there is one; `field` is the setting to be blamed.
+    Args:
+        path: the file, or the hub id when there is no such file.
+        limit: keep only the first rows.
+        field: the setting that errors name.
+        peek: read no more of a file than `limit` rows need.
+
+    Raises `DataError` naming the file, and the line where there is one.
     """
     if not path.strip():
         raise DataError(f"{field} is empty; give a {FORMAT_NAMES} file or a hub id.", field=field)
     try:
         file = local_path(path)
         if file.is_dir():
-            raise DataError(f"{path} is a folder; give one {FORMAT_NAMES} file ({field}).", field=field)
+            raise DataError(f"{path} is a folder; give a {FORMAT_NAMES} file ({field}).", field=field)
         if file.exists():
             return read_file(file, limit, peek)
         hub_id = None if file.suffix.lower() in FILE_FORMATS else DATASET_ID.fullmatch(path)
@@ -78,13 +85,13 @@ def read_file(file: Path, limit: int | None, peek: bool = False) -> Records:
     """The records of one local file. Raises `DataError`, or `OSError` when it cannot be opened."""
     kind = FILE_FORMATS.get(file.suffix.lower())
     if kind is None:
-        raise DataError(f"{file} has none of the endings {', '.join(FILE_FORMATS)}, by which the format is known.")
-    if not file.is_file():  # a pipe may never end
-        raise DataError(f"{file} is not a plain file but a device or a pipe.")
+        raise DataError(f"{file} has none of the known suffixes: {', '.join(FILE_FORMATS)}.")
+    if not file.is_file():  # reading a pipe may never end
+        raise DataError(f"{file} is not a regular file but a device or a pipe.")
     size = file.stat().st_size
     if size > limits.FILE_BYTES:
-        raise DataError(f"{file} has {size >> 20} MB; it may have {limits.FILE_BYTES >> 20}. Split it, or take a part.")
-    part = limit + 1 if peek and limit is not None else None  # one row more tells that there are more
+        raise DataError(f"{file} has {size >> 20} MB; the maximum is {limits.FILE_BYTES >> 20} MB. Split the file.")
+    part = limit + 1 if peek and limit is not None else None  # one more than asked for shows whether there are more
     content = read_head(file, part, kind) if part else file.read_bytes()
     if not content.strip():
         raise DataError(f"{file} is empty.")
@@ -94,19 +101,19 @@ def read_file(file: Path, limit: int | None, peek: bool = False) -> Records:
         text = decode_text(content, file)
         rows = parse_json(text, file) if kind == "json" else parse_csv(text, file)
     if not rows:
-        raise DataError(f"{file} holds no rows.")
+        raise DataError(f"{file} contains no rows.")
     check_row_count(len(rows), file)
     return Records(rows[:limit], hashlib.sha256(content).hexdigest(), limit is None or len(rows) <= limit)
 
 
 def check_row_count(count: int, file: Path) -> None:
-    """See that there are not too many. Raises `DataError`."""
+    """Raise `DataError` for more than `limits.ROWS` rows."""
     if count > limits.ROWS:
-        raise DataError(f"{file} holds {count} rows; it may hold {limits.ROWS}. Split it, or take a part of it.")
+        raise DataError(f"{file} contains {count} rows; the maximum is {limits.ROWS}. Split the file.")
 
 
 def read_head(file: Path, rows: int, kind: str) -> bytes:
-    """So many lines of a file that they hold its first `rows` rows; all of UTF-16 text and of a JSON array."""
+    """The bytes of a file that contain its first `rows` rows: some lines; all of a UTF-16 file or JSON array."""
     with file.open("rb") as lines:
         start = lines.read(1 << 16)
         if kind == "parquet":
@@ -118,7 +125,7 @@ def read_head(file: Path, rows: int, kind: str) -> bytes:
         for line in lines:
             read.append(line)
             quotes += line.count(b'"')
-            # A line break inside quotes ends no row of CSV; the header is one row more.
+            # A line break inside quotes does not end a CSV row. The header counts as a row, hence > below.
             whole += bool(line.strip()) and (kind == "json" or quotes % 2 == 0)
             if whole > rows:
                 break
@@ -126,7 +133,7 @@ def read_head(file: Path, rows: int, kind: str) -> bytes:
 
 
 def decode_text(content: bytes, file: Path) -> str:
-    """Text of UTF-8, or of UTF-16 with its byte order mark, which is dropped. Raises `DataError` with the line."""
+    """Decode UTF-8, or UTF-16 with a byte order mark; the mark is removed. Raises `DataError` with the line."""
     encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
     try:
         return content.decode(encoding)
@@ -137,21 +144,23 @@ def decode_text(content: bytes, file: Path) -> str:
 
 
 def parse_json(text: str, file: Path) -> list[tuple[int, Any]]:
-    """An array's elements, or one value a line (blank lines skipped). Raises `DataError` with the line and column."""
+    """The elements of a JSON array, or one value per line (JSONL). Raises `DataError` with line and column."""
     if text.lstrip().startswith("["):
         return list(enumerate(load_json(text, file, first_line=1), start=1))
     rows = []
-    # Not splitlines: JSON text may hold U+2028 and its like, which are no ends of lines.
+    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             if number == 1 and line.strip() == "{":
-                raise DataError(f"{file} holds an object over several lines; give an array of objects, or one a line.")
+                raise DataError(
+                    f"{file} contains an object over several lines; use an array of objects, or one object per line."
+                )
             rows.append((number, load_json(line, file, number)))
     return rows
 
 
 def load_json(text: str, file: Path, first_line: int) -> Any:
-    """The value `text` spells. Raises `DataError` with the line in the file."""
+    """Parse one JSON value that starts on line `first_line` of the file. Raises `DataError` with the line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -163,7 +172,7 @@ def load_json(text: str, file: Path, first_line: int) -> Any:
 
 
 def parse_csv(text: str, file: Path) -> list[tuple[int, Any]]:
-    """One record a row under the header's names; comma, semicolon or tab, whichever the header uses."""
+    """One record per row, keyed by the header; the delimiter is the one of `,`, `;` and tab the header has most of."""
     header = text.lstrip().partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     csv.field_size_limit(2**31 - 1)
@@ -174,7 +183,7 @@ def parse_csv(text: str, file: Path) -> list[tuple[int, Any]]:
         names = [name.strip() for name in next(lines, [])]
         doubled = {name for name in names if names.count(name) > 1}
         if doubled:
-            raise DataError(f"{file}: two columns are called {doubled.pop()!r}.")
+            raise DataError(f"{file}: two columns have the name {doubled.pop()!r}.")
         for number, values in enumerate(lines, start=1):
             if len(values) == len(names):
                 rows.append((number, dict(zip(names, values, strict=True))))
@@ -186,7 +195,7 @@ def parse_csv(text: str, file: Path) -> list[tuple[int, Any]]:
 
 
 def parse_parquet(file: Path, limit: int | None = None) -> list[tuple[int, Any]]:
-    """One record a row, the first `limit` only if given. Raises `DataError` when it is no Parquet file."""
+    """One record per row, at most `limit` if given. Raises `DataError` when it is not a readable Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -194,7 +203,7 @@ def parse_parquet(file: Path, limit: int | None = None) -> list[tuple[int, Any]]
         if limit is None:
             check_row_count(
                 pyarrow.parquet.read_metadata(file).num_rows, file
-            )  # a few bytes can stand for millions of rows
+            )  # a small file can declare millions of rows
             table = pyarrow.parquet.read_table(file)
         else:
             with pyarrow.parquet.ParquetFile(file) as opened:
@@ -203,14 +212,14 @@ def parse_parquet(file: Path, limit: int | None = None) -> list[tuple[int, Any]]
         return list(enumerate(table.to_pylist(), start=1))
     except OSError:
         raise
-    except Exception as error:  # of many kinds: what a value can be here, Python's dates, for example, may not hold
-        raise DataError(f"{file} is not a Parquet file that can be read: {one_line(error)}.") from None
+    except Exception as error:  # of many types, e.g. dates that Python cannot represent
+        raise DataError(f"{file} cannot be read as Parquet: {one_line(error)}.") from None
 
 
 def read_hub_dataset(name: str, config: str | None, split: str, limit: int | None) -> Records:
-    """A split of a data set on the Hugging Face hub, or of its cached copy when `HF_HUB_OFFLINE` is set.
+    """Read a split of a data set from the Hugging Face hub, or from its cache when `HF_HUB_OFFLINE` is set.
 
-    Code that comes with a data set is never run. Raises `DataError` within seconds when the hub cannot be reached.
+    Never runs a data set's code. Raises `DataError`, within seconds when the hub cannot be reached.
     """
     import datasets
 
@@ -218,19 +227,19 @@ def read_hub_dataset(name: str, config: str | None, split: str, limit: int | Non
     datasets.disable_progress_bars()
     try:
         data = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the library raises many unrelated kinds; each is a wrong name, config or split here
-        raise DataError(f"The hub's data set {name} cannot be loaded: {one_line(error)}.") from error
+    except Exception as error:  # of many unrelated types: wrong name, config or split
+        raise DataError(f"The data set {name} on the hub cannot be loaded: {one_line(error)}.") from error
     finally:
         datasets.enable_progress_bars()
     rows = data.select(range(min(limit, len(data)))).to_list() if limit is not None else data.to_list()
     if not rows:
-        raise DataError(f"The split {split} of the hub's data set {name} holds no rows.")
+        raise DataError(f"The split {split} of the data set {name} on the hub contains no rows.")
     content = json.dumps(rows, sort_keys=True, default=str).encode()
     return Records(list(enumerate(rows, start=1)), hashlib.sha256(content).hexdigest(), len(rows) == len(data))
 
 
 def check_dataset_exists(name: str) -> None:
-    """Ask the hub once whether it has the data set. Raises `DataError` within `HUB_PATIENCE` seconds when not."""
+    """Raise `DataError` within `HUB_TIMEOUT` seconds unless the hub has the data set."""
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -244,7 +253,7 @@ def check_dataset_exists(name: str) -> None:
         except Exception as error:
             failures.append(error)
 
-    # In a thread: the client's own timeout does not cover a name look-up that hangs.
+    # In a thread, because the client's timeout does not cover a DNS look-up that hangs.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(HUB_TIMEOUT)

@@ -62,14 +62,14 @@ def test_rows_and_bytes_of_a_data_file(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "x"}\n' * 30)
     monkeypatch.setattr(limits, "ROWS", 20)
-    with pytest.raises(DataError, match="holds 30 rows; it may hold 20") as caught:
+    with pytest.raises(DataError, match="contains 30 rows; the maximum is 20") as caught:
         read_examples(str(path))
     assert caught.value.field == "data.path"
     monkeypatch.undo()
     with path.open("r+b") as sparse:
         sparse.truncate(limits.FILE_BYTES + 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DataError, match="MB; it may have 4096"):
+    with pytest.raises(DataError, match="MB; the maximum is 4096 MB"):
         read_examples(str(path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "it was not read"
 
@@ -97,7 +97,7 @@ def test_a_device_or_a_pipe_is_no_file(tmp_path: Path, name: str) -> None:
         os.mkfifo(path)
     else:
         path.symlink_to(name)
-    with pytest.raises(DataError, match="is not a plain file|There is no file"):
+    with pytest.raises(DataError, match="is not a regular file|There is no file"):
         read_examples(str(path))
 
 

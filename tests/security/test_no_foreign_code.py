@@ -281,7 +281,7 @@ def test_files_of_other_kinds_are_not_opened(tmp_path: Path, mark: Path, suffix:
         numpy.save(path, numpy.array([Marks(mark)], dtype=object), allow_pickle=True)
     else:
         path.write_bytes(pickle.dumps(Marks(mark)))
-    assert "endings" in refused(lambda: read_examples(str(path)), DataError)
+    assert "known suffixes" in refused(lambda: read_examples(str(path)), DataError)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])

@@ -70,7 +70,7 @@ def test_data_of_which_nothing_is_left_name_their_rows_too(
     choose(page, "model-name", tiny_folder)
     choose(page, "data-path", write(tmp_path / "blank.jsonl", [{"prompt": "Hi", "completion": ""}] * 5))
     page.click("#preview")
-    expect(page.locator("#field-data-path .field-message")).to_contain_text("no row can be used, 5 rejected")
+    expect(page.locator("#field-data-path .field-message")).to_contain_text("no usable row, 5 rejected")
     expect(page.locator(f"{VIEW} tbody tr")).to_have_count(5)
     expect(page.locator(f"{VIEW} .usable")).to_be_hidden()
 

@@ -160,7 +160,7 @@ def test_a_mapped_column_decides_the_shape(tmp_path: Path) -> None:
 
 def test_a_mapped_column_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"data.columns.prompt is 'ask', a column that .* has not; it has: q, a"
+        DataError, match=r"data.columns.prompt is 'ask', but .* has no such column; it has: q, a"
     ) as caught:
         rows_of(tmp_path, {"q": "2+2?", "a": "4"}, columns={"prompt": "ask"})
     assert caught.value.field == "data.columns.prompt"
@@ -209,9 +209,9 @@ def test_a_bad_row_is_rejected_by_number_and_reason(tmp_path: Path, row: Any, re
     [
         (None, "messages is null, not a list"),
         ("hello", "messages is text that is not JSON"),
-        ([], "messages holds no answer"),
-        ([{"role": "user", "content": "Hi"}], "messages holds no answer"),
-        ([{"role": "assistant", "content": "Hi"}], "messages holds nothing before"),
+        ([], "messages contains no answer"),
+        ([{"role": "user", "content": "Hi"}], "messages contains no answer"),
+        ([{"role": "assistant", "content": "Hi"}], "messages contains nothing before"),
         (["Hi"], "message 1 is text, not an object"),
         ([{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Ho"}], "message 2 has the role 'bot'"),
         ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}], "message 2's content is null"),
@@ -230,7 +230,7 @@ def test_a_bad_conversation_is_rejected(tmp_path: Path, messages: Any, reason: s
         ({"answer": "answer4"}, "the answer 'answer4' is not in its Answer format"),
         ({"output": "the sea"}, "the output does not contain its answer"),
         ({"choices": ["sand"]}, "choices is neither"),
-        ({"choices": {"text": ["sand", "sea"], "label": ["A"]}}, "choices has not as many labels as texts"),
+        ({"choices": {"text": ["sand", "sea"], "label": ["A"]}}, "choices has a different number of labels and texts"),
         ({"choices": ["sand", None]}, "choice 2 is null"),
         ({"choices": ["sand", "sea"], "answer": 2}, "the answer 2 is none of the choices"),
         ({"choices": ["sand", "sea"], "answer": True}, "the answer True is none of the choices"),
@@ -254,7 +254,7 @@ def test_a_csv_row_of_the_wrong_width_is_rejected(tmp_path: Path) -> None:
 
 
 def test_when_all_rows_are_rejected_the_first_reasons_are_quoted(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no row can be used, 5 rejected: row 1: completion is null; row 2") as caught:
+    with pytest.raises(DataError, match=r"no usable row, 5 rejected: row 1: completion is null; row 2") as caught:
         rows_of(tmp_path, *[{"prompt": "2+2?", "completion": None}] * 5)
     assert caught.value.field == "data.path"
 
@@ -313,7 +313,7 @@ def test_a_template_that_refuses_a_conversation_rejects_the_row(tmp_path: Path, 
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     path = write(tmp_path, {"messages": [{"role": "system", "content": "Be brief."}, *turns]}, {"messages": turns})
     report = build_datasets(DataConfig(path=str(path)), tokenizer, 0).report
-    assert report.rejections == ["row 1: the chat template refuses the messages: no system messages"]
+    assert report.rejections == ["row 1: the chat template rejects the messages: no system messages"]
 
 
 # Labels
@@ -424,7 +424,7 @@ def test_the_report_counts_what_is_there(tmp_path: Path, tiny_tokenizer: Any) ->
 def test_data_with_nothing_to_learn_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ raise_exception('never') }}"
-    with pytest.raises(DataError, match=r"no row can be used, 50 rejected: row 1: .* never"):
+    with pytest.raises(DataError, match=r"no usable row, 50 rejected: row 1: .* never"):
         build_datasets(config_of(tmp_path), tokenizer, 0)
 
 

@@ -112,14 +112,14 @@ def test_json_that_python_refuses_is_malformed_too(tmp_path: Path, value: str) -
     [
         ("d.jsonl", b"", "is empty"),
         ("d.csv", b" \r\n\n", "is empty"),
-        ("d.json", b"[]", "holds no rows"),
-        ("d.csv", b"prompt,completion\n", "holds no rows"),
+        ("d.json", b"[]", "contains no rows"),
+        ("d.csv", b"prompt,completion\n", "contains no rows"),
         ("d.json", b'{\n "text": "a"\n}', "an object over several lines"),
         ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2: not valid UTF-8 text"),
         ("d.csv", b'text\n"a\n', "malformed CSV on line 2"),
-        ("d.csv", b"text,text\na,b\n", "two columns are called 'text'"),
-        ("d.parquet", b"not parquet at all", "is not a Parquet file"),
-        ("d.txt", b"hello", "has none of the endings .json, .jsonl"),
+        ("d.csv", b"text,text\na,b\n", "two columns have the name 'text'"),
+        ("d.parquet", b"not parquet at all", "cannot be read as Parquet"),
+        ("d.txt", b"hello", "has none of the known suffixes: .json, .jsonl"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:

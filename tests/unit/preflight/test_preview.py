@@ -164,7 +164,7 @@ def test_a_template_that_blanks_every_row_is_named(tiny_folder: Path, tiny_token
     tokenizer.save_pretrained(model)
     config = config_of(model, write(tmp_path, pairs(9)))
     for read in (lambda: preview(config), lambda: build_datasets(config.data, tokenizer, 0)):
-        with pytest.raises(DataError, match="row 1: the chat template leaves out the question") as wrong:
+        with pytest.raises(DataError, match="row 1: the chat template omits the question") as wrong:
             read()
         assert wrong.value.field == "data.path"
 
@@ -203,7 +203,7 @@ def test_one_endless_row_does_not_flatten_the_histogram() -> None:
 
 
 def test_when_no_row_is_left_the_error_holds_all_of_them(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no row can be used, 9 rejected") as wrong:
+    with pytest.raises(DataError, match="no usable row, 9 rejected") as wrong:
         preview(config_of(tiny_folder, write(tmp_path, [{"prompt": "", "completion": "x"}] * 9)))
     assert [item.row for item in wrong.value.rejected] == list(range(1, 10))
 
