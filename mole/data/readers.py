@@ -210,7 +210,7 @@ def parse_parquet(file: Path, limit: int | None = None) -> list[tuple[int, Any]]
                 batches = list(itertools.islice(opened.iter_batches(batch_size=limit), 1))
                 table = pyarrow.Table.from_batches(batches, schema=opened.schema_arrow)
         return list(enumerate(table.to_pylist(), start=1))
-    except OSError:
+    except (OSError, DataError):
         raise
     except Exception as error:  # of many types, e.g. dates that Python cannot represent
         raise DataError(f"{file} cannot be read as Parquet: {one_line(error)}.") from None

@@ -1,4 +1,4 @@
-"""The training state of a checkpoint: optimizer, schedule, scaler and random generators, without pickle.
+"""The training state of a checkpoint: optimizer, schedule, scaler and random generators, never pickled.
 
 Tensors are stored as safetensors and values as JSON. Both keep floating-point numbers exactly, so a resumed run
 continues bit for bit.

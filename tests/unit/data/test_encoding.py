@@ -232,8 +232,8 @@ def test_a_bad_conversation_is_rejected(tmp_path: Path, messages: Any, reason: s
         ({"choices": ["sand"]}, "choices is neither"),
         ({"choices": {"text": ["sand", "sea"], "label": ["A"]}}, "choices has a different number of labels and texts"),
         ({"choices": ["sand", None]}, "choice 2 is null"),
-        ({"choices": ["sand", "sea"], "answer": 2}, "the answer 2 is none of the choices"),
-        ({"choices": ["sand", "sea"], "answer": True}, "the answer True is none of the choices"),
+        ({"choices": ["sand", "sea"], "answer": 2}, "the answer 2 is not one of the choices"),
+        ({"choices": ["sand", "sea"], "answer": True}, "the answer True is not one of the choices"),
         ({"choices": ["sand", "sea"], "answer": None}, "answer is missing or null"),
     ],
 )
