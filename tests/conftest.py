@@ -144,25 +144,36 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[.
 
 
 @pytest.fixture(scope="session")
-def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_tokenizer: Any) -> Path:
-    """An adapter folder on `tiny_folder`: dynmole, 3 random experts of rank 2, so strong that it changes the output."""
+def make_adapter(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_tokenizer: Any
+) -> Callable[..., Path]:
+    """`make_adapter(**settings)`: an adapter folder on `tiny_folder`, so strong that it changes the output."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     from mole import MoleConfig
 
-    settings = MoleConfig(router="dynmole", num_experts=3, r=2, lora_alpha=8, task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), settings)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.5)
-    folder = tmp_path_factory.mktemp("adapters") / "tiny-dynmole"
-    model.save_pretrained(str(folder))
-    (folder / "chat_template.jinja").write_text(tiny_tokenizer.chat_template, encoding="utf-8")
-    return folder
+    def make(**settings: Any) -> Path:
+        config = MoleConfig(r=2, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    torch.nn.init.normal_(parameter, std=0.5)
+        folder = tmp_path_factory.mktemp("adapters") / f"tiny-{config.router}"
+        model.save_pretrained(str(folder))
+        (folder / "chat_template.jinja").write_text(tiny_tokenizer.chat_template, encoding="utf-8")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(make_adapter: Callable[..., Path]) -> Path:
+    """An adapter folder on `tiny_folder`: dynmole, 3 random experts of rank 2."""
+    return make_adapter(router="dynmole", num_experts=3)
 
 
 @pytest.fixture

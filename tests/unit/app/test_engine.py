@@ -124,7 +124,7 @@ def test_asking_stops_a_sessions_reply_and_so_does_its_next_one() -> None:
     assert second() and not other()
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.5, 1.2])
+@pytest.mark.parametrize("pause", [0.5, *(pytest.param(pause, marks=pytest.mark.soak) for pause in (0.0, 1.2))])
 def test_a_message_and_a_preview_while_the_libraries_are_still_being_imported(tiny_folder: Path, pause: float) -> None:
     """transformers resolves its names lazily, and would fail with "cannot import name AutoModel" here."""
     code = f"""

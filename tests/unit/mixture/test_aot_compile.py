@@ -42,23 +42,29 @@ def wait_for(count: int, seconds: float = 590) -> None:
 
 
 @pytest.mark.timeout(700)
-def test_the_first_reply_waits_for_nothing_and_later_ones_say_the_same(home: Path, tiny_adapter: Path) -> None:
-    engine = Engine()
-    first = reply(engine, tiny_adapter)
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [(["down_proj"], 1), pytest.param("all-linear", 3, marks=pytest.mark.soak)],  # q, k and v; gate and up; one alone
+)
+def test_the_first_reply_waits_for_nothing_and_later_ones_say_the_same(
+    targets: Any, count: int, home: Path, make_adapter: Callable[..., Path]
+) -> None:
+    engine, adapter = Engine(), make_adapter(router="dynmole", num_experts=3, target_modules=targets)
+    first = reply(engine, adapter)
     assert not KERNELS
-    wait_for(3)  # q, k and v; gate and up; one alone
-    second = reply(engine, tiny_adapter)
+    wait_for(count)
+    second = reply(engine, adapter)
     assert second.text == first.text
     for name in ("weights", "entropy", "active"):
         before, after = (torch.tensor(said.trace_json()[name]) for said in (first, second))
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
     files = sorted((home / "compiled").glob("*.pt2"))
     made = {path: path.stat().st_mtime_ns for path in files}
-    assert len(files) == 3
+    assert len(files) == count
 
     KERNELS.clear()  # another start of the studio
-    reply(Engine(), tiny_adapter)
-    wait_for(3)
+    reply(Engine(), adapter)
+    wait_for(count)
     assert {path: path.stat().st_mtime_ns for path in files} == made, "taken from their files, not made again"
 
 

@@ -167,7 +167,8 @@ def test_in_a_pass_without_a_trace_no_tensor_has_a_row_for_each_token(tiny_model
 @pytest.mark.parametrize("router", ["dynmole", "sparsegen"])
 def test_compiled_blocks_leave_out_padding_too(router: str, tiny_model: Make) -> None:
     torch.compiler.reset()
-    model = trained(tiny_model(), router)
+    model = trained(tiny_model(), router, target_modules=["q_proj", "v_proj", "down_proj"])
+    model.enable_input_require_grads()  # then all layers share one graph
     expected = gradients(model, loss_of(model, batches()))
     for block in model.get_base_model().model.layers:
         block.compile(backend="eager", fullgraph=True)
