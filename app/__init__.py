@@ -1,6 +1,6 @@
-"""The studio: MoLE in the browser. `app` stands on `mole`; no module here imports torch when it is loaded."""
+"""The studio: MoLE in the browser. `app` imports `mole`, never the other way; importing it loads no torch."""
 
 from app.settings import quickly
 
 with quickly():
-    import gradio  # noqa: F401  the first import of it, and the only slow one
+    import gradio  # noqa: F401  the first import, and the only slow one

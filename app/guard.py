@@ -1,7 +1,7 @@
-"""What stands before the studio: only its own page may drive it, under names it has, in requests of bounded size.
+"""Protects the studio: requests from its own page only, under its own host names, and of bounded size; slow log-ins.
 
-A browser lets any web page send requests to this machine; that page reads no answer, but a request that starts a run
-has started it. And a name that is made to point here (DNS rebinding) would even read.
+A browser lets any web page send requests to this machine. That page cannot read the answers, but a request that starts
+a run has started it. A host name that is made to point to this machine (DNS rebinding) could even read them.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from mole.cli.auth import is_loopback
 from mole.core import limits
 
 CLIENT: ContextVar[str] = ContextVar("client", default="")
-"""The address the present request came from."""
+"""The address that the current request came from."""
 POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:{more}; "
     "object-src 'none'; base-uri 'self'; form-action 'self'{frame}"
 )
-"""The page loads nothing from elsewhere, whatever a model writes into it: an address can carry a secret away."""
+"""The page loads nothing from other hosts, whatever a model writes into it: an address could carry a secret away."""
 UPLOAD_PATH = "/gradio_api/upload"
 
 
 @dataclass
-class Doors:
-    """Under which names the studio answers.
+class AccessRules:
+    """Which requests the studio answers.
 
     Attributes:
-        local: it listens on this machine only, so no other name can be meant.
-        names: further names, of a proxy before it or a public link.
-        anywhere: any page may drive it: a Space, where there is nothing to be had that is not public.
+        local: it listens on this machine only, so requests must be for a loopback host.
+        names: further host names: of a proxy in front of it, or of a public link.
+        anywhere: pages of any origin may use it: on a Space, where everything is public.
     """
 
     local: bool = True
@@ -52,7 +52,7 @@ class Doors:
     anywhere: bool = False
 
     def refusal(self, headers: Headers) -> str:
-        """Why a request is not answered; empty when it is."""
+        """Why a request is rejected; empty if it is not."""
         host, origin = headers.get("host", ""), headers.get("origin")
         name = hostname(f"//{host}")
         if self.local and not is_loopback(name) and name not in self.names:
@@ -63,7 +63,7 @@ class Doors:
 
 
 def hostname(address: str) -> str:
-    """The host in an address, in lower case; empty when it is none."""
+    """The host name in an address, in lower case; empty if there is none."""
     try:
         return urlsplit(address).hostname or ""
     except ValueError:
@@ -71,13 +71,13 @@ def hostname(address: str) -> str:
 
 
 class Guard:
-    """ASGI middleware: refuses strangers and giants, and says in one line what went wrong inside."""
+    """ASGI middleware: rejects cross-origin and oversized requests, and reports internal errors in one line."""
 
-    def __init__(self, app: Any, doors: Doors) -> None:
-        self.app, self.doors = app, doors
+    def __init__(self, app: Any, rules: AccessRules) -> None:
+        self.app, self.rules = app, rules
         self.policy = POLICY.format(
-            more=" https://huggingface.co" if doors.anywhere else "",
-            frame="" if doors.anywhere else "; frame-ancestors 'self'",
+            more=" https://huggingface.co" if rules.anywhere else "",
+            frame="" if rules.anywhere else "; frame-ancestors 'self'",
         )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -85,47 +85,48 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        begun = False
+        started = False
 
-        async def answer(message: Any) -> None:
-            nonlocal begun
+        async def send_protected(message: Any) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
-                begun = True
+                started = True
                 out = MutableHeaders(scope=message)
                 out["Content-Security-Policy"] = self.policy
                 out["X-Content-Type-Options"] = "nosniff"
                 out["Referrer-Policy"] = "same-origin"
             await send(message)
 
-        refusal, most = self.doors.refusal(headers), largest(scope["path"])
-        if refusal or int_of(headers.get("content-length")) > most:
+        refusal, most = self.rules.refusal(headers), max_bytes(scope["path"])
+        if refusal or header_number(headers.get("content-length")) > most:
             text, status = (refusal, 403) if refusal else (f"This request is larger than {most >> 20} MB.", 413)
-            await PlainTextResponse(text, status)(scope, receive, answer)
+            await PlainTextResponse(text, status)(scope, receive, send_protected)
             return
         CLIENT.set((scope.get("client") or ("",))[0])
         try:
-            await self.app(scope, bounded(receive, most), answer)
+            await self.app(scope, limited_body(receive, most), send_protected)
         except Exception as error:
             log_error(error, scope["path"])
-            if not begun:
-                await PlainTextResponse("The studio cannot do anything with this request.", 500)(scope, receive, answer)
+            if not started:
+                failed = PlainTextResponse("The studio cannot handle this request.", 500)
+                await failed(scope, receive, send_protected)
 
 
-def largest(path: str) -> int:
-    """The most bytes a request to this path may have."""
+def max_bytes(path: str) -> int:
+    """The maximum size of a request to this path."""
     return limits.UPLOAD_BYTES + (1 << 20) if path.rstrip("/").endswith(UPLOAD_PATH) else limits.REQUEST_BYTES
 
 
-def int_of(text: str | None) -> int:
-    """The whole number a header holds; 0 when it holds none."""
+def header_number(text: str | None) -> int:
+    """A header's value as a whole number; 0 if it is none."""
     return int(text) if text and text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
-def bounded(receive: Any, most: int) -> Any:
-    """The body of a request that does not tell its length, refused when it becomes too long."""
+def limited_body(receive: Any, most: int) -> Any:
+    """ASGI's `receive`, which raises once a request without a length has sent more than `most` bytes."""
     read = 0
 
-    async def part() -> Any:
+    async def receive_limited() -> Any:
         nonlocal read
         message = await receive()
         read += len(message.get("body", b""))
@@ -133,11 +134,11 @@ def bounded(receive: Any, most: int) -> Any:
             raise HTTPException(413, f"This request is larger than {most >> 20} MB.")
         return message
 
-    return part
+    return receive_limited
 
 
 def log_error(error: BaseException, where: str) -> None:
-    """Tell the studio's log in one line what went wrong; with `--debug` where."""
+    """Write an error to the studio's log in one line, with `--debug` also its traceback."""
     text = short_message(str(error), 300)
     print(f"mole studio: {where[:80]!r}: {type(error).__name__}: {text}", file=sys.stderr, flush=True)
     if settings.debug():
@@ -145,14 +146,15 @@ def log_error(error: BaseException, where: str) -> None:
 
 
 class Login:
-    """Whether a name and a password are right, in constant time; who has failed waits before the next answer.
+    """Checks name and password in constant time; after a failure the next check from that address is delayed.
 
-    The waits are kept by address: whoever guesses slows down themselves, not those at other addresses, nor anybody who
-    is logged in. Nothing waits in a thread.
+    The delays are kept by address: guessing slows down neither other addresses nor users who are logged in. No thread
+    is blocked while an attempt waits.
     """
 
     FIRST, LONGEST, PATIENCE, FORGET = 0.5, 8.0, 30.0, 900.0
-    """Seconds: after the first failure, at most, until one address's next try is refused unseen, until all is well."""
+    """Seconds: delay after the first failure, longest delay, longest queue of one address before attempts are rejected
+    unchecked, and time after which failures are forgotten."""
     ADDRESSES = 4096
 
     def __init__(self, user: str, password: str) -> None:
@@ -160,14 +162,14 @@ class Login:
         self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     async def check(self, user: str, password: str) -> bool:
-        """Whether they are right, once it is this address's turn. Raises `HTTPException` when too many wait."""
+        """Whether they are right, after this address's delay. Raises `HTTPException` when too many attempts wait."""
         address, now = CLIENT.get(), time.monotonic()
         failed, free = self._tries.pop(address, (0, now))
         if now - free > self.FORGET:
             failed, free = 0, now
         begins = max(now, free)
         late = begins - now > self.PATIENCE
-        # The place in line is taken before the answer is known, so that guesses at the same time wait for each other.
+        # The delay is booked before the result is known, so that simultaneous guesses wait for each other.
         wait = 0.0 if late else min(self.FIRST * 2 ** min(failed, 10), self.LONGEST)
         self._tries[address] = (failed + (not late), begins + wait)
         while len(self._tries) > self.ADDRESSES:
@@ -182,5 +184,5 @@ class Login:
 
 
 def digest(text: str) -> bytes:
-    """A text as bytes of one length."""
+    """A text as bytes of a fixed length, to be compared in constant time."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,4 +1,4 @@
-"""The studio's page, put together and served: `mole studio`, `python app/main.py`, or a Hugging Face Space."""
+"""Serves the studio's page: `mole studio`, `python app/main.py`, or a Hugging Face Space."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from mole.runs.job import STARTING_SECONDS
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from app import settings
-from app.guard import Doors, Guard, Login, hostname
+from app.guard import AccessRules, Guard, Login, hostname
 from app.page import build_page
 from app.ui import theme
 from mole import runs
 from mole.cli.auth import is_loopback
 from mole.core import limits
 
-from starlette.middleware import Middleware  # isort: skip  after `app`, which imports it the quick way
+from starlette.middleware import Middleware  # isort: skip  after `app`, which speeds up its import
 
 
 def launch(host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | None = None, share: bool = False) -> None:
-    """Serve the studio until it is interrupted; on a Space, on all addresses."""
+    """Serve the studio until it is interrupted; on a Space it listens on all addresses."""
     on_space = bool(settings.space_id())
     host = "0.0.0.0" if on_space else host
-    doors = Doors(local=is_loopback(host), names=settings.names(), anywhere=on_space)
+    rules = AccessRules(local=is_loopback(host), names=settings.names(), anywhere=on_space)
     page = build_page()
-    # Handlers are called through their line alone, where they are counted.
+    # Handlers can be called through the queue only, where requests are counted.
     page.queue(max_size=limits.LINE, default_concurrency_limit=4, api_open=False)
     page.launch(
         server_name=host,
         server_port=port,
-        auth=Login(*auth).check if auth else None,  # type: ignore[arg-type]  # awaited, which the hint does not know
+        auth=Login(*auth).check if auth else None,  # type: ignore[arg-type]  # Gradio awaits it, which the annotation does not say
         share=share,
         theme=theme.theme(),
         head=theme.head(),
@@ -44,13 +44,13 @@ def launch(host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | No
         footer_links=["api", "settings"],
         max_file_size=limits.UPLOAD_BYTES,
         state_session_capacity=limits.SESSIONS,
-        app_kwargs={"middleware": [Middleware(Guard, doors=doors)]},
+        app_kwargs={"middleware": [Middleware(Guard, rules=rules)]},
         show_error=True,
         quiet=True,
         prevent_thread_lock=True,
     )
     if page.share_url:
-        doors.names.add(hostname(page.share_url))
+        rules.names.add(hostname(page.share_url))
     print(f"{settings.TITLE} is ready: http://{host}:{port}", flush=True)
     runs.wake_queued()
     later = threading.Timer(STARTING_SECONDS + 1, runs.wake_queued)  # those that were too fresh to judge

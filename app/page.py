@@ -28,7 +28,7 @@ from app.views.tour import tour
 from mole import runs
 from mole.core.errors import MoleError, RunError
 
-import gradio as gr  # isort: skip  after `app`, which imports it the quick way
+import gradio as gr  # isort: skip  after `app`, which speeds up its import
 
 TABS = ("train", "runs", "chat")
 SKIPPED = gr.skip()

@@ -1,4 +1,4 @@
-"""Where the studio runs, what it may do there, and the few numbers that bound it."""
+"""Where the studio runs, what is allowed there, its files, and limits of what it is given."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TITLE = "MoLE Studio"
 CLAIM = "Train a mixture of LoRA experts, and see which experts handle each token."
 DELETE_CACHE = (24 * 3600, 24 * 3600)
-"""Gradio's own copies of uploads are looked at, and deleted, after a day; ours in `$MOLE_HOME/uploads` stay."""
+"""Gradio deletes its own copies of uploads after a day; those in `$MOLE_HOME/uploads` stay."""
 
 
 def space_id() -> str:
@@ -33,17 +33,17 @@ def space_id() -> str:
 
 
 def names() -> set[str]:
-    """Further names the studio answers under, of a proxy before it: `$MOLE_HOSTS`, with commas between them."""
+    """Further host names of the studio, of a proxy in front of it: `$MOLE_HOSTS`, separated by commas."""
     return {name.strip().lower() for name in os.environ.get("MOLE_HOSTS", "").split(",") if name.strip()}
 
 
 def debug() -> bool:
-    """Whether errors are told with their tracebacks: `mole studio --debug`."""
+    """Whether tracebacks of errors are logged: `mole studio --debug`."""
     return "--debug" in sys.argv
 
 
 def asset(*parts: str) -> Path | None:
-    """A file or folder of `assets/`: in the working tree, or inside the installed package; None when neither has it."""
+    """A file or folder of `assets/`, in the working tree or in the installed package; None if neither has it."""
     import mole
 
     places = (ROOT / "assets", Path(mole.__file__).parent / "assets")
@@ -61,9 +61,9 @@ def demo() -> Path | None:
 
 
 def keep_upload(path: str) -> Path:
-    """Copy an uploaded file to `$MOLE_HOME/uploads`, where a queued run will still find it; the same content once.
+    """Copy an uploaded file to `$MOLE_HOME/uploads`, where queued runs still find it; equal files are kept once.
 
-    Raises `DataError` when it cannot be read.
+    Raises `DataError` when it cannot be kept.
     """
     source = Path(path)
     if source.suffix.lower() not in FILE_FORMATS:
@@ -83,7 +83,7 @@ def keep_upload(path: str) -> Path:
 
 
 def check_uploads(folder: Path) -> None:
-    """See that one more upload may be kept; which may go, only their owner knows. Raises `DataError`."""
+    """Raise `DataError` when the maximum number of uploads is kept; only their owner can delete some."""
     if len(os.listdir(folder)) >= limits.UPLOADS:
         raise DataError(
             f"{limits.UPLOADS} uploads are kept already, which is the most; delete some in {folder}.", field="data.path"
@@ -91,7 +91,7 @@ def check_uploads(folder: Path) -> None:
 
 
 def check_asked(message: Any, system: Any, max_new_tokens: Any) -> None:
-    """See that what is asked of a model is bounded, whatever it is. Raises `InputError` naming the field."""
+    """Check types and sizes of a message, a system prompt and a reply length. Raises `InputError` naming the field."""
     for field, text in (("message", message), ("system", system)):
         if not isinstance(text, str):
             raise ConfigError(field, text, "text")
@@ -105,7 +105,7 @@ def check_asked(message: Any, system: Any, max_new_tokens: Any) -> None:
 
 
 def check_public(config: RunConfig) -> None:
-    """On a Space, see that a visitor looks at samples, uploads and the small model alone. Raises `InputError`."""
+    """On a Space, allow samples, uploads and the default model only. Raises `InputError` for anything else."""
     if not space_id():
         return
     for path in (config.data.path, config.data.eval_path):
@@ -116,7 +116,7 @@ def check_public(config: RunConfig) -> None:
 
 
 def is_public(path: str) -> bool:
-    """Whether a Space's visitor may look at a data file; elsewhere every file is the person's own."""
+    """Whether a visitor of a Space may read a data file; elsewhere all files belong to the user."""
     if not space_id():
         return True
     folders = [asset("data"), runs.home() / "uploads"]
@@ -126,11 +126,11 @@ def is_public(path: str) -> bool:
 
 @contextmanager
 def quickly() -> Iterator[None]:
-    """Import gradio inside this block, in half its time.
+    """Import gradio inside this block in half the time.
 
-    It does not parse its own sources to refresh the `.pyi` files beside them: it leaves a class alone whose file is
-    unknown, so none is known here. And the garbage collector rests, which would look through all that is imported
-    again and again and find nothing.
+    On import, gradio parses its sources to refresh the `.pyi` files beside them, except for classes whose file is
+    unknown; so inside this block no file is known. The garbage collector is paused, because it would scan all imported
+    objects again and again and find nothing.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -138,7 +138,7 @@ def quickly() -> Iterator[None]:
 
     def getfile(item: Any) -> str:
         if isinstance(item, type) and item.__module__.startswith("gradio."):
-            raise OSError("not asked for now")
+            raise OSError("unknown while gradio is imported")
         return known(item)
 
     inspect.getfile = getfile  # type: ignore[assignment]
@@ -152,13 +152,13 @@ def quickly() -> Iterator[None]:
 
 
 def forbid_on_space() -> None:
-    """Raise when the studio runs on a Space, where nobody's training may be started, stopped or deleted by anybody."""
+    """Raise `RunError` on a Space, where visitors must not start, stop or delete training runs."""
     if space_id():
         raise RunError(f"Training is switched off on this Space. {how_to_duplicate()}")
 
 
 def how_to_duplicate() -> str:
-    """What a visitor of a Space does to train."""
+    """How a visitor of a Space can train."""
     return (
         f"Duplicate it to train on your own hardware: https://huggingface.co/spaces/{space_id()}?duplicate=true, "
         "or install MoLE Studio and run `mole studio`."

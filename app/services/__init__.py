@@ -1,1 +1,1 @@
-"""What the page and programs call: replies, the list of runs, charts. No components are made here."""
+"""What the page and programs call: replies with their routing, runs, live updates, endpoints. No components."""

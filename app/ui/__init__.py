@@ -1,1 +1,1 @@
-"""The page: tabs, panels and forms, made of Gradio components. Never imports torch."""
+"""The page: tabs, panels and forms of Gradio components, and how their events are wired. Never imports torch."""

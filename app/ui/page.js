@@ -1,4 +1,5 @@
-// What is copied is what was said: the sign that keeps a chat's text from being markup (app/conversation.py) stays here.
+// Copied text is the original text: the WORD JOINER that keeps chat text from being markup (app/services/conversation.py)
+// is removed.
 const plain = (text) => String(text).replaceAll("\u2060", "");
 document.addEventListener("copy", (event) => {
   const text = String(document.getSelection());

@@ -291,9 +291,9 @@ def test_a_proxy_s_name_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     from starlette.datastructures import Headers
 
     monkeypatch.setenv("MOLE_HOSTS", "Studio.example, other.example")
-    doors = guard.Doors(local=True, names=main.settings.names())
-    assert not doors.refusal(Headers({"host": "studio.example", "origin": "https://studio.example"}))
-    assert doors.refusal(Headers({"host": "third.example"})) and doors.refusal(
+    rules = guard.AccessRules(local=True, names=main.settings.names())
+    assert not rules.refusal(Headers({"host": "studio.example", "origin": "https://studio.example"}))
+    assert rules.refusal(Headers({"host": "third.example"})) and rules.refusal(
         Headers({"host": "127.0.0.1", "origin": EVIL})
     )
 

@@ -1,1 +1,1 @@
-"""The pieces the tabs are made of, one panel a file: `build(...)` makes the components and wires their handlers."""
+"""The parts of the tabs, one panel per file: `build_…` creates its components, `wire_…` connects their handlers."""

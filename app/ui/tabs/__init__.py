@@ -1,1 +1,1 @@
-"""The studio's tabs, one module each: `build(...)` makes the components and their handlers."""
+"""The studio's tabs, one module each: `build_…_tab` creates the components and connects their handlers."""

@@ -1,5 +1,5 @@
 // Runs side by side. Value: what `app.views.compare.comparison_value` returns, or {names} alone with nothing to compare.
-// A cell is a run, or the runs of a group that differ in their seed: they share colour, dashes and dots.
+// A cell is a run, or a group of runs that differ in their seed only; the runs of a cell share colour, dashes and dots.
 const AXES = { step: 0, time: 1, tokens: 2 }; // the place of each in a point [step, seconds, tokens, loss]
 const view = { data: null, across: "step", scale: null, hidden: new Set(), mark: null, cell: null, dark: isDark(), named: false };
 const repaint = painter(element, paint);
@@ -16,7 +16,7 @@ function receive(value) {
   repaint();
 }
 
-// The compared runs in the address: a refresh, or another browser, shows the same.
+// Keeps the compared runs in the address, so that a refresh or another browser shows the same.
 function keepInAddress(names) {
   const url = new URL(window.location);
   const kept = names.length > 1 ? names.join(",") : null;
@@ -77,7 +77,7 @@ function writeLines() {
 
 // Curves ----------------------------------------------------------------------------------------------------
 
-// The unit of the axis: so long or so many that its numbers stay short.
+// The unit of the x axis, chosen so that its numbers stay short: [factor, name].
 function unit(largest) {
   if (view.across === "time") return largest < 300 ? [1, "s"] : largest < 18000 ? [60, "min"] : [3600, "h"];
   if (view.across === "tokens") return largest < 1e4 ? [1, "tokens"] : largest < 1e7 ? [1e3, "k tokens"] : [1e6, "M tokens"];
@@ -89,14 +89,14 @@ function visible() {
 }
 
 function lossLines(cells, factor) {
-  const look = (points, index, width, alpha, dots) => ({
+  const line = (points, index, width, alpha, dots) => ({
     points: points.map((p) => [p[AXES[view.across]] / factor, p[3]]), ...stroke(index, isDark()), width, alpha, dots,
   });
   const several = (cell) => cell.runs.length > 1;
   return cells.flatMap((cell) => [
-    ...cell.runs.map((run) => look(run.train, cell.index, several(cell) ? 0.9 : 1.5, several(cell) ? 0.45 : 0.95, 0)),
-    ...cell.runs.map((run) => look(run.evals, cell.index, several(cell) ? 0 : 2.6, several(cell) ? 0.5 : 1, several(cell) ? 3 : 5)),
-    ...(cell.mean ? [look(cell.mean.train, cell.index, 2.4, 1, 0), look(cell.mean.evals, cell.index, 3, 1, 5)] : []),
+    ...cell.runs.map((run) => line(run.train, cell.index, several(cell) ? 0.9 : 1.5, several(cell) ? 0.45 : 0.95, 0)),
+    ...cell.runs.map((run) => line(run.evals, cell.index, several(cell) ? 0 : 2.6, several(cell) ? 0.5 : 1, several(cell) ? 3 : 5)),
+    ...(cell.mean ? [line(cell.mean.train, cell.index, 2.4, 1, 0), line(cell.mean.evals, cell.index, 3, 1, 5)] : []),
   ]);
 }
 
@@ -130,7 +130,7 @@ function readCurves(cells) {
   return `${number(view.mark, 1)} ${xName}: ${read.join(" · ")}`;
 }
 
-// The point nearest to x; none where the run has not come to.
+// The point nearest to x; null after the end of the run.
 function nearest(points, x) {
   const axis = AXES[view.across];
   const { right, factor } = view.axis;
@@ -144,7 +144,7 @@ function press(of, to) {
 
 // Routing ---------------------------------------------------------------------------------------------------
 
-// The runs in order; of a group without routing the first one stands for all.
+// The runs whose routing is drawn, in order; a group without routing is represented by its first run.
 function routed() {
   return view.data.cells.flatMap((cell, index) => {
     const runs = cell.runs.map((run) => ({ ...run, index }));
@@ -195,7 +195,7 @@ function paintRoutings() {
   paintByLayer(runs, experts);
 }
 
-// The place under the pointer, in another run's heatmap; the strips below it stay the strips.
+// The cell under the pointer, for the heatmap of another run; null where that has no such cell.
 function markIn({ layers, experts }) {
   const { layer, expert } = view.cell || { layer: Infinity };
   return layer < layers && (expert < experts || expert === Infinity) ? { layer, expert } : null;
@@ -215,16 +215,16 @@ function paintByLayer(runs, experts) {
   $(".active").setAttribute("aria-label", `Active experts per token by layer, ${names}`);
 }
 
-// One scale for all heatmaps, with a tick where the experts of each would share evenly.
+// One scale for all heatmaps, with a tick at the even share of each number of experts.
 function drawSharedScale(canvas, top, experts) {
-  const look = theme(canvas);
+  const style = theme(canvas);
   const { context, width } = surface(canvas, 26);
   for (let x = 0; x < width; x++) {
-    context.fillStyle = css(heat(x / width, look.dark));
+    context.fillStyle = css(heat(x / width, style.dark));
     context.fillRect(x, 0, 1, 8);
   }
-  context.fillStyle = look.muted;
-  context.font = `11px ${look.font}`;
+  context.fillStyle = style.muted;
+  context.font = `11px ${style.font}`;
   context.textAlign = "left";
   context.fillText("0", 0, 22);
   context.textAlign = "right";
@@ -257,7 +257,7 @@ for (const name of ["across", "scale"]) {
     const button = event.target.closest("button");
     if (!button) return;
     Object.assign(view, { [name]: button.dataset.to, mark: null });
-    paint(); // at once: the next key reads by the axis that painting sets
+    paint(); // immediately, because the next key press uses the axis that painting sets
   });
 }
 

@@ -1,12 +1,12 @@
-// Lines over common axes, for comparisons: told apart by colour, dashes and the shape of their dots.
+// Lines over common axes, distinguished by colour, dashes and the shape of their dots.
 const DASHES = [[], [7, 4], [2, 3], [10, 3, 2, 3], [14, 4], [4, 3, 1, 3], [1, 4], [10, 2, 2, 2, 2, 2]];
-// Okabe's and Ito's hues, the most different ones first, each at least 3 : 1 against the page.
+// The hues of Okabe and Ito, the most distinct ones first, each with a contrast of at least 3 : 1 against the page.
 const LINES = {
   light: ["#0072b2", "#c44e00", "#007a5a", "#b0558b", "#8f6b00", "#2a8fc4", "#555f66", "#7a7000"],
   dark: ["#4da3e0", "#ff8a3d", "#2fc79a", "#e892c3", "#f0b93a", "#8fd0f5", "#b4bcc2", "#d3ca3c"],
 };
 
-// How the line of a number looks.
+// Colour, dashes and dots of line number `index`.
 function stroke(index, dark) {
   const colours = LINES[dark ? "dark" : "light"];
   return { colour: colours[index % colours.length], dash: DASHES[index % DASHES.length], shape: index % 4 };
@@ -25,7 +25,7 @@ function dotPath(shape, x, y, r) {
   return path;
 }
 
-// 1, 2, 5 times powers of ten between `low` and `high`; where these are too few, even steps.
+// 1, 2, 5 times powers of ten between `low` and `high`; evenly spaced ticks where these are too few.
 function logTicks(low, high) {
   const found = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
@@ -35,17 +35,17 @@ function logTicks(low, high) {
   return inside.length > 2 ? inside : ticks(low, high, 4).filter((v) => v > 0);
 }
 
-// `lines`: [{points: [[x, y]], colour, dash, shape, width, alpha, dots}]. `bases`: [{y, text}], horizontal base lines.
+// `lines`: [{points: [[x, y]], colour, dash, shape, width, alpha, dots}]. `bases`: [{y, text}], horizontal baselines.
 // Returns the geometry: `xOf` pixel → value.
 function plot(canvas, height, lines, { x: [x0, x1], y: [y0, y1], log = false, bases = [], mark = null, xName = "", whole = false }) {
-  const look = theme(canvas);
+  const style = theme(canvas);
   const { context, width } = surface(canvas, height);
   const box = { left: 46, right: width - 8, top: 10, bottom: height - 24 };
   const scale = log ? Math.log : (v) => v;
   const toX = (v) => box.left + ((v - x0) / (x1 - x0 || 1)) * (box.right - box.left);
   const toY = (v) => box.bottom - ((scale(v) - scale(y0)) / (scale(y1) - scale(y0) || 1)) * (box.bottom - box.top);
-  context.font = `11px ${look.font}`;
-  gridLines(context, look, box, log ? logTicks(y0, y1) : ticks(y0, y1, Math.max(2, Math.floor(height / 45))), toY);
+  context.font = `11px ${style.font}`;
+  gridLines(context, style, box, log ? logTicks(y0, y1) : ticks(y0, y1, Math.max(2, Math.floor(height / 45))), toY);
   context.textAlign = "center";
   context.textBaseline = "alphabetic";
   const marks = ticks(x0, x1, Math.max(2, Math.floor(width / 90))).filter((v) => v <= x1 && (!whole || Number.isInteger(v)));
@@ -60,9 +60,9 @@ function plot(canvas, height, lines, { x: [x0, x1], y: [y0, y1], log = false, ba
   context.clip();
   for (const line of lines) drawLine(context, line, toX, toY, log);
   context.restore();
-  for (const base of bases) baseLine(context, look, box, base, toY);
+  for (const base of bases) baseLine(context, style, box, base, toY);
   if (mark !== null) {
-    context.strokeStyle = look.muted;
+    context.strokeStyle = style.muted;
     context.lineWidth = 1;
     context.beginPath();
     context.moveTo(toX(mark), box.top);
@@ -73,14 +73,14 @@ function plot(canvas, height, lines, { x: [x0, x1], y: [y0, y1], log = false, ba
   return { xOf: (clientX) => x0 + ((clientX - canvas.getBoundingClientRect().left - box.left) / (box.right - box.left)) * (x1 - x0) };
 }
 
-function gridLines(context, look, box, values, toY) {
+function gridLines(context, style, box, values, toY) {
   context.textAlign = "right";
   context.textBaseline = "middle";
   context.lineWidth = 1;
-  let free = Infinity; // labels go up the axis and leave each other room
+  let free = Infinity; // y of the last label: the next one needs 13 px
   for (const v of values) {
     const y = toY(v);
-    context.strokeStyle = look.line;
+    context.strokeStyle = style.line;
     context.globalAlpha = 0.7;
     context.beginPath();
     context.moveTo(box.left, Math.round(y) + 0.5);
@@ -89,7 +89,7 @@ function gridLines(context, look, box, values, toY) {
     context.globalAlpha = 1;
     if (free - y < 13) continue;
     free = y;
-    context.fillStyle = look.muted;
+    context.fillStyle = style.muted;
     context.fillText(number(v, 3), box.left - 7, y);
   }
 }
@@ -112,8 +112,8 @@ function drawLine(context, { points, colour, dash, shape, width, alpha, dots }, 
   context.globalAlpha = 1;
 }
 
-function baseLine(context, look, box, { y, text }, toY) {
-  context.strokeStyle = context.fillStyle = look.text;
+function baseLine(context, style, box, { y, text }, toY) {
+  context.strokeStyle = context.fillStyle = style.text;
   context.setLineDash([3, 3]);
   context.lineWidth = 1;
   context.beginPath();
@@ -126,7 +126,7 @@ function baseLine(context, look, box, { y, text }, toY) {
   context.fillText(text, box.right, toY(y) - 3);
 }
 
-// The sample of a line for a legend: what is drawn in the plot, as SVG.
+// A sample of a line for a legend, as SVG.
 function sample(index, dots) {
   const make = (name, values) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", name);

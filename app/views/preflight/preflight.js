@@ -1,4 +1,4 @@
-// What a run takes. Value: {estimate, measurement, state}, each null or as `mole.preflight.job` writes it.
+// Memory and time of a run. Value: {estimate, measurement, state}, each null or as `mole.preflight.job` writes it.
 const COLOURS = { "base model": "#0072b2", "experts and optimizer": "#e69f00", activations: "#009e73", logits: "#cc79a7", libraries: "#8a8a8a" };
 const FITS = { yes: "Fits", tight: "Borderline", no: "Does not fit", unknown: "Unknown" };
 const FINAL = ["done", "busy", "cancelled", "no_memory", "failed"];

@@ -1,5 +1,5 @@
-// What the model sees of its data. Value: the counts, the lengths, the rejected rows, and some rows as tokens:
-// {number, texts: [str], ids: [int], flags: "0…3" (1: learnt, 2: special), dropped, cut, held_out}.
+// Rows of data as tokens. Value: counts, lengths, rejected rows, and some rows:
+// {number, texts: [str], ids: [int], flags: "0…3" (1: carries loss, 2: special), dropped, cut, held_out}.
 const FIRST = 200; // of a long row only the beginning and the end are drawn, the middle on request
 const LAST = 500;
 const view = { data: null, at: 0 };
@@ -77,7 +77,7 @@ function chip(row, index) {
   return make("span", { className, title: `Token ${row.ids[index]}` }, ...visible(row.texts[index]));
 }
 
-// White space made visible: ␣ for a blank, ⏎ for the end of a line, ⇥ for a tab, ∅ for part of a character.
+// White space made visible: ␣ for a space, ⏎ for the end of a line, ⇥ for a tab, ∅ for part of a character.
 function visible(text) {
   if (!text) return [make("span", { className: "mark" }, "∅")];
   const signs = { " ": "␣", "\n": "⏎\n", "\t": "⇥", "\r": "␍" };
@@ -104,9 +104,9 @@ function paint() {
   drawLengths($(".lengths"), lengths, limit);
 }
 
-// Bars over lengths; what is longer than max_length has another colour, and max_length is a line where it is in sight.
+// A histogram of lengths; rows longer than max_length have another colour, and max_length is a line where it fits.
 function drawLengths(canvas, { width: step, counts, open }, limit) {
-  const look = theme(canvas);
+  const style = theme(canvas);
   const { context, width, height } = surface(canvas, 132);
   const plot = { left: GUTTER + 8, right: width - 6, top: 16, bottom: height - 22 };
   const end = counts.length * step;
@@ -117,11 +117,11 @@ function drawLengths(canvas, { width: step, counts, open }, limit) {
   const toY = (v) => plot.bottom - (v / most) * (plot.bottom - plot.top);
   counts.forEach((count, i) => {
     const [x, w] = [toX(i * step), Math.max(toX((i + 1) * step) - toX(i * step) - 1, 1)];
-    context.fillStyle = i * step >= limit ? "#d55e00" : look.accent;
+    context.fillStyle = i * step >= limit ? "#d55e00" : style.accent;
     if (count) context.fillRect(x, Math.min(toY(count), plot.bottom - 1.5), w, Math.max(plot.bottom - toY(count), 1.5));
   });
-  context.font = `11px ${look.font}`;
-  context.fillStyle = look.muted;
+  context.font = `11px ${style.font}`;
+  context.fillStyle = style.muted;
   context.fillRect(plot.left, plot.bottom, plot.right - plot.left, 1);
   context.textBaseline = "middle";
   context.textAlign = "right";
@@ -132,7 +132,7 @@ function drawLengths(canvas, { width: step, counts, open }, limit) {
   }
   context.textAlign = "right";
   if (open) context.fillText("and longer", plot.right, toY(counts[counts.length - 1]) - 8);
-  context.fillStyle = look.text;
+  context.fillStyle = style.text;
   const x = far ? plot.right : toX(limit);
   if (!far) context.fillRect(x - 0.75, plot.top - 8, 1.5, plot.bottom - plot.top + 8);
   context.textAlign = far || x > width / 2 ? "right" : "left";

@@ -1,9 +1,9 @@
-// The routing view beside a reply. Its value is a small delta: `meta` says which reply, model and shape it belongs to, `at`
-// where its tokens start. Weights, entropy and active experts arrive as bytes (0…255 for 0…1) in base64. Whatever was missed
-// (the tab was hidden, the component was mounted anew) is fetched by its position; what single projections did stays on the
-// server until a layer is opened.
+// The routing of a reply. Value: what `RoutingRecord.since` returns: `meta` identifies the reply, the model and the shape,
+// `at` is the number of the first token. Weights (tokens × layers × experts), entropy and active experts (tokens × layers)
+// are bytes (0…255 for 0…1) in base64. Missed tokens (the tab was hidden, the component was mounted again) are fetched by
+// their position; the weights of single projections are fetched when a layer is opened.
 const INVITATION = "Send a message: for every token of the reply, this view shows which experts are active in each layer, and the entropy of the router.";
-const CLOSER_KEPT = 64;
+const PROJECTIONS_KEPT = 64;
 const all = (selector) => element.querySelectorAll(selector);
 const compact = $(".routing").classList.contains("compact");
 const uid = Math.random().toString(36).slice(2); // several views may show the same reply on one page
@@ -15,7 +15,7 @@ function reset(meta) {
   Object.assign(view, {
     meta, tokens: [], weights: [], entropy: [], active: [], limits: [], means: [], mean: new Float32Array(size), tops: {},
     chosen: -1, hovered: -1, follow: true, scope: compact ? "reply" : "token", mark: null, pinned: null, open: null, projection: null,
-    earlier: null, closer: new Map(), asking: false, fetching: false, wanted: 0, told: false, atEnd: true,
+    earlier: null, projections: new Map(), fetchingProjections: false, fetching: false, wanted: 0, announced: false, atEnd: true,
   });
   view.even = meta.even || meta.counts.map((count) => 1 / Math.max(count, 1));
   begin(meta);
@@ -51,7 +51,7 @@ async function fetchMissed() {
   repaint();
 }
 
-// The mean of an earlier reply, to be subtracted; only a model of the same shape can be compared.
+// The mean of an earlier reply, to show the difference from it; only a model of the same shape can be compared.
 async function fetchEarlier(id) {
   view.earlier = { mean: null };
   const { meta } = view;
@@ -85,13 +85,13 @@ function append({ tokens, weights, entropy, active, limits }) {
     view.active.push(a.subarray(i * layers, (i + 1) * layers));
     view.limits.push(t.subarray(i * layers, (i + 1) * layers));
     view.means.push(tokenMeans(index));
-    if (index >= prompt) learn(index);
+    if (index >= prompt) updateMean(index);
   });
   if (view.follow) view.chosen = view.tokens.length - 1;
 }
 
-// Keeps the mean over the reply up to date.
-function learn(index) {
+// Updates the running mean over the reply.
+function updateMean(index) {
   const count = index - view.meta.prompt + 1;
   let place = 0;
   for (const part of [view.weights[index], view.entropy[index], view.active[index]]) {
@@ -110,16 +110,16 @@ function tokenMeans(index) {
     active += ((view.active[index][layer] / 255) * experts) / layers;
     threshold += (((view.limits[index][layer] || 0) / 255) * (limit || 0)) / layers;
   }
-  return described(load, entropy, active, threshold);
+  return withShares(load, entropy, active, threshold);
 }
 
-function described(load, entropy, active, threshold = 0) {
+function withShares(load, entropy, active, threshold = 0) {
   const strongest = load.indexOf(Math.max(...load));
   const total = load.reduce((sum, value) => sum + value, 0) || 1;
   return { load, entropy, active, threshold, strongest, shares: load.map((value) => value / total) };
 }
 
-// The same of the whole reply.
+// The same means over the whole reply.
 function replyMeans() {
   const { layers, experts, prompt, limit } = view.meta;
   const load = new Array(experts).fill(0);
@@ -132,52 +132,52 @@ function replyMeans() {
   }
   const reply = view.means.slice(prompt);
   if (limit) threshold = reply.reduce((sum, m) => sum + m.threshold, 0) / Math.max(reply.length, 1);
-  return described(load, entropy, active, threshold);
+  return withShares(load, entropy, active, threshold);
 }
 
 function replyLength() {
   return view.tokens.length - view.meta.prompt;
 }
 
-// What a heatmap or a layer shows is a function (layer, expert) → 0…1: of a token, or of the mean over a reply (null), over
-// all projections or of one. While a closer look is on its way there is none: nothing wrong is drawn meanwhile.
-function lens(token, projection, reply = view.meta.id) {
+// The weights to draw as a function (layer, expert) → 0…1: of a token, or of the mean over the reply (`token` null); over
+// all projections, or of one. Undefined while they are being fetched, so that nothing wrong is drawn meanwhile.
+function weightsOf(token, projection, reply = view.meta.id) {
   const { experts } = view.meta;
   if (projection) {
-    const look = closer(token, reply);
-    const rows = look && look.rows.get(projection);
-    return rows ? (layer, e) => (rows[layer] === undefined ? 0 : look.weights[rows[layer] * experts + e]) : look && (() => 0);
+    const found = projectionWeights(token, reply);
+    const rows = found && found.rows.get(projection);
+    return rows ? (layer, e) => (rows[layer] === undefined ? 0 : found.weights[rows[layer] * experts + e]) : found && (() => 0);
   }
   const values = reply !== view.meta.id ? view.earlier.mean : token === null ? view.mean : view.weights[token];
   return values && ((layer, e) => values[layer * experts + e] / 255);
 }
 
-// Every projection's weights, from the server: kept once they are there, asked for one at a time.
-function closer(token, reply) {
+// The weights of every projection, fetched from the server one request at a time, and cached.
+function projectionWeights(token, reply) {
   const state = reply === view.meta.id && token === null ? `${view.tokens.length}` : "";
   const key = `${reply} ${token} ${state}`;
-  if (view.closer.has(key)) return view.closer.get(key);
-  if (!view.asking) askCloser(key, token, reply);
-  return token === null ? view.closer.get(`${reply} latest`) : undefined;
+  if (view.projections.has(key)) return view.projections.get(key);
+  if (!view.fetchingProjections) fetchProjections(key, token, reply);
+  return token === null ? view.projections.get(`${reply} latest`) : undefined;
 }
 
-async function askCloser(key, token, reply) {
-  const { meta, closer } = view;
-  view.asking = true;
+async function fetchProjections(key, token, reply) {
+  const { meta, projections } = view;
+  view.fetchingProjections = true;
   try {
     const found = await server.fetch_projections([reply, token]);
     if (view.meta !== meta) return;
-    const look = found && unpacked(found);
-    closer.set(key, look);
-    if (token === null) closer.set(`${reply} latest`, look);
-    while (closer.size > CLOSER_KEPT) closer.delete(closer.keys().next().value);
+    const weights = found && unpacked(found);
+    projections.set(key, weights);
+    if (token === null) projections.set(`${reply} latest`, weights);
+    while (projections.size > PROJECTIONS_KEPT) projections.delete(projections.keys().next().value);
   } finally {
-    if (view.meta === meta) view.asking = false;
+    if (view.meta === meta) view.fetchingProjections = false;
   }
   repaint();
 }
 
-// `rows`: for every projection's name its row of weights in each layer.
+// `rows`: the row of weights in each layer, by the projection's name.
 function unpacked({ names, layers, weights }) {
   const rows = new Map();
   names.forEach((name, row) => {
@@ -187,21 +187,21 @@ function unpacked({ names, layers, weights }) {
   return { rows, weights: new Float32Array(decode(weights).buffer) };
 }
 
-// The chosen scope through a projection: {at(layer, expert), diverging}; null while it is on its way.
-function scoped(projection) {
-  const token = shown();
+// The weights of the chosen scope: {at(layer, expert), diverging}; undefined while they are being fetched.
+function scopedWeights(projection) {
+  const token = shownToken();
   const scope = view.scope === "reply" && view.hovered >= 0 ? "token" : view.scope;
-  const from = lens(scope === "reply" || scope === "earlier" ? null : token, projection);
+  const from = weightsOf(scope === "reply" || scope === "earlier" ? null : token, projection);
   if (scope === "token" || scope === "reply") return from && { at: from, diverging: false };
-  const less = scope === "earlier" ? lens(null, projection, view.meta.against) : lens(null, projection);
+  const less = scope === "earlier" ? weightsOf(null, projection, view.meta.against) : weightsOf(null, projection);
   return from && less && { at: (layer, e) => from(layer, e) - less(layer, e), diverging: true };
 }
 
-function shown() {
+function shownToken() {
   return view.hovered >= 0 ? view.hovered : view.chosen;
 }
 
-// Whether what is shown is about the whole reply, not about one token.
+// Whether the view shows the whole reply instead of one token.
 function isWhole() {
   return view.scope === "earlier" || (view.scope === "reply" && view.hovered < 0);
 }

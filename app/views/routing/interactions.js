@@ -1,4 +1,4 @@
-// Pointer and keys: whatever is hovered or chosen in one view is so in all of them.
+// Pointer and keys: what is hovered or chosen in one part is highlighted in all of them.
 const STEPS = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, PageDown: 50, PageUp: -50, Home: -Infinity, End: Infinity };
 
 function choose(index, reveal = true) {
@@ -8,7 +8,7 @@ function choose(index, reveal = true) {
   view.hovered = -1;
   if (view.scope !== "difference") setScope("token");
   if (reveal) revealChip(view.chosen);
-  tell(`${tokenName(view.chosen)}. ${sentence(view.means[view.chosen])}`);
+  announce(`${tokenName(view.chosen)}. ${meansText(view.means[view.chosen])}`);
   repaint();
 }
 
@@ -59,7 +59,7 @@ function stepCells(event) {
     view.pinned = { layer: within(at.layer + right, layers), expert: within(at.expert + down, experts + (view.projection ? 0 : 1)) };
     setMark(view.pinned);
     const data = heatData();
-    if (data) tell(heatmapText(data, view.pinned));
+    if (data) announce(heatmapText(data, view.pinned));
   } else if (event.key === "Enter" || event.key === " ") {
     openLayer(at.layer);
   } else if (event.key === "Escape") {

@@ -1,4 +1,4 @@
-// One layer, opened: its projections × experts in the chosen scope. Choosing a projection shows it in every layer above.
+// An opened layer: its projections × experts in the chosen scope. Choosing a projection shows it in the heatmap above.
 function openLayer(layer) {
   view.open = Math.max(0, Math.min(layer, view.meta.layers - 1));
   repaint();
@@ -17,19 +17,19 @@ function chooseProjection(name) {
 
 function paintLayer() {
   if (view.open === null) return;
-  const look = closer(isWhole() ? null : shown(), view.meta.id);
+  const found = projectionWeights(isWhole() ? null : shownToken(), view.meta.id);
   $(".layer").hidden = false;
   $(".layer .all").hidden = !view.projection;
-  put(".layer-title", `Layer ${view.open + 1}: ${isWhole() ? "whole reply" : tokenName(shown())}`);
-  if (look === null) put(".layer-title", `Layer ${view.open + 1}: the projections of this reply are no longer kept`);
-  if (!look) return;
-  const names = [...look.rows.keys()].filter((name) => look.rows.get(name)[view.open] !== undefined);
+  put(".layer-title", `Layer ${view.open + 1}: ${isWhole() ? "whole reply" : tokenName(shownToken())}`);
+  if (found === null) put(".layer-title", `Layer ${view.open + 1}: the projections of this reply are no longer kept`);
+  if (!found) return;
+  const names = [...found.rows.keys()].filter((name) => found.rows.get(name)[view.open] !== undefined);
   buildLayer(names, view.meta.counts[view.open]);
   names.forEach((name, row) => {
-    const seen = scoped(name);
+    const seen = scopedWeights(name);
     const [head, ...cells] = $(".layer tbody").children[row].children;
     head.firstChild.setAttribute("aria-pressed", String(name === view.projection));
-    if (seen) cells.forEach((_, expert) => endOf(`layer ${seen.diverging}`, Math.abs(seen.at(view.open, expert)), seen.diverging));
+    if (seen) cells.forEach((_, expert) => scaleEnd(`layer ${seen.diverging}`, Math.abs(seen.at(view.open, expert)), seen.diverging));
     if (seen) cells.forEach((cell, expert) => fillCell(cell, seen.at(view.open, expert), seen.diverging, expert));
   });
 }
@@ -51,7 +51,7 @@ function buildLayer(names, experts) {
 }
 
 function fillCell(cell, value, diverging, expert) {
-  const top = endOf(`layer ${diverging}`, Math.abs(value), diverging);
+  const top = scaleEnd(`layer ${diverging}`, Math.abs(value), diverging);
   const fill = diverging ? divergingColour(value / top, isDark()) : heat(value / top, isDark());
   const text = diverging ? fixed(value) : value.toFixed(2);
   if (cell.textContent !== text) cell.textContent = text;

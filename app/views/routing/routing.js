@@ -16,21 +16,21 @@ function begin(meta) {
   view.chip = null;
 }
 
-// The reply is complete: said once, for those who listen.
+// The reply is complete: announced once to screen readers.
 function finish() {
-  if (view.told || !view.meta.experts || !view.tokens.length) return;
-  view.told = true;
+  if (view.announced || !view.meta.experts || !view.tokens.length) return;
+  view.announced = true;
   if (replyLength() < 1) showPrompt(true);
-  else tell(`Reply of ${replyLength()} tokens. ${sentence(replyMeans())}`);
+  else announce(`Reply of ${replyLength()} tokens. ${meansText(replyMeans())}`);
 }
 
-function tell(text) {
+function announce(text) {
   put(".said", text);
 }
 
 // ---- Tokens
 
-// The new tokens; in the frame, so that the browser lays the strip out once however many deltas came.
+// Adds the new tokens. Called once per frame, so that the browser lays out the strip once for any number of updates.
 function addChips() {
   const strip = $(".strip");
   const from = strip.childElementCount;
@@ -67,7 +67,7 @@ function colour(made, index) {
 }
 
 function paintChosen() {
-  const made = $(".strip").children[shown()];
+  const made = $(".strip").children[shownToken()];
   if (made === view.chip) return;
   if (view.chip) view.chip.setAttribute("aria-selected", "false");
   view.chip = made;
@@ -76,7 +76,7 @@ function paintChosen() {
   $(".strip").setAttribute("aria-activedescendant", made.id);
 }
 
-// Underlines the tokens that used the marked layer's expert above its even share.
+// Underlines the tokens in which the marked expert had more than its even share.
 function paintUse() {
   const { layers, experts } = view.meta;
   const cell = view.mark && view.mark.expert < experts && view.mark.layer < layers ? view.mark : null;
@@ -94,30 +94,30 @@ function paintUse() {
 
 function heatData() {
   const { layers, experts, counts, muted } = view.meta;
-  const look = scoped(view.projection);
-  if (!look) return null;
+  const scope = scopedWeights(view.projection);
+  if (!scope) return null;
   const size = layers * experts;
   const whole = isWhole();
-  const index = shown();
+  const index = shownToken();
   const entropy = whole ? view.mean.subarray(size, size + layers) : view.entropy[index];
   const active = whole ? view.mean.subarray(size + layers) : view.active[index];
   return {
     layers, experts, counts, muted, whole, open: view.open, even: view.even, bare: Boolean(view.projection),
-    weight: look.at, diverging: look.diverging, top: topOf(look),
+    weight: scope.at, diverging: scope.diverging, top: scaleTop(scope),
     entropy: (layer) => entropy[layer] / 255,
     active: (layer) => (active[layer] / 255) * experts,
   };
 }
 
-// The scale's end: it only ever grows during a reply, in few steps, and so keeps its meaning.
-function topOf({ at, diverging }) {
+// The top of the scale only grows during a reply, in a few steps, so that colours stay comparable.
+function scaleTop({ at, diverging }) {
   const { layers, experts } = view.meta;
   let largest = 0;
   for (let layer = 0; layer < layers; layer++) for (let e = 0; e < experts; e++) largest = Math.max(largest, Math.abs(at(layer, e)));
-  return endOf(`${diverging} ${view.projection}`, largest, diverging);
+  return scaleEnd(`${diverging} ${view.projection}`, largest, diverging);
 }
 
-function endOf(kind, value, diverging) {
+function scaleEnd(kind, value, diverging) {
   const largest = (view.tops[kind] = Math.max(view.tops[kind] || 0, value));
   return diverging ? [0.05, 0.1, 0.25, 0.5].find((end) => largest <= end + 1e-6) || 1 : ceiling(largest, Math.max(...view.meta.counts));
 }
@@ -134,14 +134,14 @@ function evenText() {
   return values.length > 1 ? `${values[values.length - 1]} to ${values[0]}` : values[0];
 }
 
-// ---- Words
+// ---- Texts
 
 function tokenName(index) {
   const { prompt } = view.meta;
   return `${index < prompt ? "Prompt token" : "Token"} ${index < prompt ? index + 1 : index - prompt + 1} “${view.tokens[index].trim() || "␣"}”`;
 }
 
-function sentence(means) {
+function meansText(means) {
   const { counts, threshold, limit } = view.meta;
   const full = counts.reduce((sum, count) => sum + count, 0) / counts.length;
   const sure = `entropy ${number(means.entropy)}${hasThreshold() ? ` (threshold ${number(threshold)})` : ""}`;
@@ -156,9 +156,9 @@ function hasThreshold() {
 
 function paintWords() {
   const whole = isWhole();
-  const means = whole ? replyMeans() : view.means[shown()];
-  const name = whole ? `Whole reply, ${replyLength()} tokens` : tokenName(shown());
-  put(".summary", `${name}. ${sentence(means)}`);
+  const means = whole ? replyMeans() : view.means[shownToken()];
+  const name = whole ? `Whole reply, ${replyLength()} tokens` : tokenName(shownToken());
+  put(".summary", `${name}. ${meansText(means)}`);
   put(".heat-title", compact ? "" : heatTitle());
   if (compact) return;
   const key = $(".experts");
@@ -182,7 +182,7 @@ function expertKey(_, expert) {
 }
 
 function paint() {
-  if (!view.meta || !view.meta.experts || !view.tokens.length || shown() < 0) return;
+  if (!view.meta || !view.meta.experts || !view.tokens.length || shownToken() < 0) return;
   if (view.dark !== isDark()) {
     view.dark = isDark();
     [...$(".strip").children].forEach((made, index) => colour(made, index));

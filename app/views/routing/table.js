@@ -1,4 +1,4 @@
-// The same numbers as real tables: what the heatmap shows, and every token's means over the layers.
+// The same numbers as tables: the heatmap, and every token's means over the layers.
 function showTables(on) {
   view.table = on;
   $(".as-table").setAttribute("aria-pressed", String(on));
@@ -26,7 +26,7 @@ function paintCells(data) {
     ...Array.from({ length: experts }, (_, e) => value(layer, e)),
     ...(data.bare ? [] : [data.entropy(layer).toFixed(2), number(data.active(layer), 1)]),
   ]);
-  put(".cells caption", `${heatTitle()}; even: ${evenText()}. ${isWhole() ? "" : tokenName(shown())}`);
+  put(".cells caption", `${heatTitle()}; even: ${evenText()}. ${isWhole() ? "" : tokenName(shownToken())}`);
   const names = Array.from({ length: experts }, (_, e) => `Expert ${e + 1}`);
   $(".cells thead").replaceChildren(tableRow(["", ...names, ...(data.bare ? [] : ["Entropy", "Active"])], "th"));
   $(".cells tbody").replaceChildren(...rows.map((row) => tableRow(row)));
@@ -44,7 +44,7 @@ function paintTokens() {
     row.dataset.index = prompt + i;
     body.append(row);
   }
-  const row = body.children[shown() - prompt];
+  const row = body.children[shownToken() - prompt];
   if (row === view.row) return;
   if (view.row) view.row.removeAttribute("aria-current");
   view.row = row;

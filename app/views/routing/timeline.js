@@ -1,25 +1,25 @@
-// Through the reply: lanes over one axis of tokens. Every lane has its own scale and states its threshold or even share.
+// Over the reply: lanes over one axis of tokens. Every lane has its own scale, and names its threshold or even share.
 const LANE = 50;
 
 function paintTimeline() {
   const { prompt } = view.meta;
   const canvas = $(".timeline");
   const lanes = timelineLanes();
-  const look = theme(canvas);
+  const style = theme(canvas);
   const { context, width } = surface(canvas, lanes.length * LANE + 18);
   const count = Math.max(replyLength(), 1);
   const plot = { left: GUTTER, width: width - GUTTER - 2 };
   const toX = (i) => plot.left + ((i + 0.5) / count) * plot.width;
-  context.font = `11px ${look.font}`;
-  lanes.forEach((lane, place) => drawLane(context, look, lane, place * LANE, plot, toX));
-  const chosen = shown() - prompt;
+  context.font = `11px ${style.font}`;
+  lanes.forEach((lane, place) => drawLane(context, style, lane, place * LANE, plot, toX));
+  const chosen = shownToken() - prompt;
   if (chosen >= 0) {
-    context.fillStyle = look.text;
+    context.fillStyle = style.text;
     context.globalAlpha = 0.7;
     lanes.forEach((_, place) => context.fillRect(Math.round(toX(chosen)), place * LANE + 16, 1, LANE - 21));
     context.globalAlpha = 1;
   }
-  context.fillStyle = look.muted;
+  context.fillStyle = style.muted;
   context.textAlign = "center";
   context.textBaseline = "alphabetic";
   const marks = ticks(1, count, Math.max(2, Math.floor(width / 70))).filter(Number.isInteger);
@@ -51,19 +51,19 @@ function timelineLanes() {
   return lanes;
 }
 
-function drawLane(context, look, lane, y, plot, toX) {
+function drawLane(context, style, lane, y, plot, toX) {
   const [top, bottom] = [y + 16, y + LANE - 5];
   const toY = (value) => bottom - clamp(value / lane.top) * (bottom - top);
   context.textBaseline = "alphabetic";
-  context.fillStyle = look.muted;
+  context.fillStyle = style.muted;
   context.textAlign = "left";
   context.fillText(lane.name, plot.left, y + 11);
   context.textAlign = "right";
   context.fillText(number(lane.top), plot.left - 7, top + 6);
   context.fillText("0", plot.left - 7, bottom + 2);
-  context.fillStyle = look.empty;
+  context.fillStyle = style.empty;
   context.fillRect(plot.left, top, plot.width, bottom - top);
-  context.strokeStyle = look.accent;
+  context.strokeStyle = style.accent;
   context.lineWidth = 1.6;
   context.lineJoin = "round";
   if (!lane.colour) {
@@ -75,12 +75,12 @@ function drawLane(context, look, lane, y, plot, toX) {
   if (lane.colour || lane.values.length === 1) {
     const wide = Math.max(1, step - (step > 4 ? 1 : 0));
     lane.values.forEach((value, i) => {
-      context.fillStyle = lane.colour ? lane.colour(i) : look.accent;
+      context.fillStyle = lane.colour ? lane.colour(i) : style.accent;
       context.fillRect(toX(i) - wide / 2, toY(value), wide, Math.max(bottom - toY(value), 1));
     });
   }
   if (lane.line === null) return;
-  context.strokeStyle = look.text;
+  context.strokeStyle = style.text;
   context.lineWidth = 1;
   context.setLineDash([4, 3]);
   context.beginPath();
@@ -88,7 +88,7 @@ function drawLane(context, look, lane, y, plot, toX) {
   context.lineTo(plot.left + plot.width, Math.round(toY(lane.line)) + 0.5);
   context.stroke();
   context.setLineDash([]);
-  context.fillStyle = look.muted;
+  context.fillStyle = style.muted;
   context.textAlign = "right";
   context.fillText(`– – ${lane.lineName}`, plot.left + plot.width, y + 11);
 }

@@ -1,5 +1,5 @@
-// The live view of a run. Value: what `app.services.live_updates.run_update` returns: `status`, the new rows of the curves, and what
-// changed in the newest step. After a lost update everything is fetched again.
+// The live view of a run. Value: what `app.services.live_updates.run_update` returns: `status`, the new rows of the curves,
+// and what changed in the newest step. After a lost update everything is fetched again.
 const NOTHING = { generation: 0, rows: [], columns: [], evals: [], marks: [], last: null, newest: null, alarms: [], watched: false };
 const view = { status: null, trouble: null, reading: null, mark: null, asking: false, ...NOTHING };
 const repaint = painter(element, paint);
@@ -35,7 +35,7 @@ function take(value) {
   Object.assign(view, { last: value.last, newest: value.routing, alarms: value.alarms, watched: value.watched });
 }
 
-// A delta was lost on the way (two came at once, the page slept): once, the whole instead.
+// After a lost update (two arrived at once, the page was suspended), fetches everything once.
 async function askForAll() {
   if (view.asking) return;
   view.asking = true;
@@ -54,7 +54,7 @@ function points(column) {
   return at < 0 ? [] : view.rows.map((row) => [row[0], row[at]]);
 }
 
-// The run in the address: a refresh, or another browser, shows the same one.
+// Keeps the run in the address, so that a refresh or another browser shows the same one.
 function keepInAddress(name) {
   const url = new URL(window.location);
   if (element.offsetParent === null || url.searchParams.get("run") === name) return;
@@ -91,7 +91,7 @@ function write() {
   put('[data-tile="best"]', best ? number(best[1], 3) : "–");
   put(".best-at", best ? `Best held-out, step ${best[0]}` : "Best held-out");
   writeAlarms();
-  tell();
+  announce();
 }
 
 function progressText(status, last) {
@@ -104,13 +104,13 @@ function progressText(status, last) {
   return words[status.state] || steps;
 }
 
-// For screen readers: how it stands, when the state or the alarms change, and else at each tenth of the run.
-function tell() {
+// For screen readers: announces the progress when the state or the alarms change, and at each tenth of the run.
+function announce() {
   const { status, last, alarms } = view;
   const tenth = status.total_steps ? Math.floor((10 * status.step) / status.total_steps) : 0;
   const key = [status.name, status.state, tenth, ...alarms.map((a) => a.kind)].join();
-  if (view.told === key || view.reading !== null) return;
-  view.told = key;
+  if (view.announced === key || view.reading !== null) return;
+  view.announced = key;
   const loss = last ? `, training loss ${number(last.loss, 3)}` : "";
   const found = alarms.length ? ` ${alarms.map((a) => `${a.title}.`).join(" ")}` : "";
   put(".summary", `Run ${status.name}, ${STATES[status.state]}. ${progressText(status, last)}${loss}.${found}`);

@@ -18,26 +18,26 @@ function lossRange() {
   return values.length ? niceRange(values) : null;
 }
 
-// Where a row stands for many steps, a band from its least to its largest loss, drawn as one line to and fro.
+// For rows that are the mean of many steps: a band from the lowest to the highest loss, drawn as one zigzag line.
 function band(range) {
   const [low, high] = [points("loss_low"), points("loss_high")];
   return low.flatMap(([step, least], i) => (least === null ? [] : [[step, Math.min(least, range[1])], [step, Math.min(high[i][1], range[1])]]));
 }
 
-function paintCurves(look) {
+function paintCurves(style) {
   const newest = view.last ? view.last.step : 0;
   const x = [0, Math.max(view.status.total_steps, newest, 2)];
   const mark = markedStep();
   const range = lossRange();
   const thinned = view.rows.some((row) => row[1] > 1);
   const series = [
-    { points: points("loss"), colour: look.accent, area: !thinned, range },
+    { points: points("loss"), colour: style.accent, area: !thinned, range },
     { points: view.evals, colour: HELD_OUT, dots: view.evals.length < 120, range },
   ];
-  const faint = look.accent.startsWith("#") ? `${look.accent}59` : look.accent;
+  const faint = style.accent.startsWith("#") ? `${style.accent}59` : style.accent;
   if (thinned) series.unshift({ points: band(range), colour: faint, range });
   view.curve = drawCurves($(".curve"), 190, series, { x, mark, xName: "step" });
-  drawMarks($(".curve"), look, x);
+  drawMarks($(".curve"), style, x);
   $(".marks").hidden = !view.marks.some((m) => m[1] === "checkpoint");
   const row = mark === null ? view.rows[view.rows.length - 1] : rowAt(mark);
   for (const figure of element.querySelectorAll("figure")) {
@@ -51,23 +51,23 @@ function paintCurves(look) {
     if (figure.hidden) continue;
     canvas.setAttribute("aria-label", `${figure.querySelector("figcaption").firstChild.textContent.trim()} by step, now ${words.textContent}`);
     const range = [0, roundAbove(Math.max(...line.map((p) => p[1])))];
-    drawCurves(canvas, 84, [{ points: line, colour: look.accent, area: true, range }], { x, mark });
+    drawCurves(canvas, 84, [{ points: line, colour: style.accent, area: true, range }], { x, mark });
   }
 }
 
-// The next number above that an axis can end at.
+// The next round number for the end of an axis.
 function roundAbove(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return value > 0 ? [1, 2, 5, 10].map((m) => m * power).find((top) => top >= value * (1 - 1e-9)) : 1;
 }
 
-// Checkpoints as ticks on the axis; a dashed line where the run stopped or went on.
-function drawMarks(canvas, look, [x0, x1]) {
+// Checkpoints as triangles on the axis; dashed lines where the run stopped or was resumed.
+function drawMarks(canvas, style, [x0, x1]) {
   const context = canvas.getContext("2d");
   const [left, right, bottom] = [GUTTER + 8, canvas.clientWidth - 6, 190 - 24];
   for (const [step, kind] of view.marks) {
     const x = left + ((step - x0) / (x1 - x0 || 1)) * (right - left);
-    context.strokeStyle = context.fillStyle = look.muted;
+    context.strokeStyle = context.fillStyle = style.muted;
     context.lineWidth = 1;
     context.beginPath();
     if (kind === "checkpoint") {
@@ -83,13 +83,13 @@ function drawMarks(canvas, look, [x0, x1]) {
   }
 }
 
-// The step the curves are read at: under the pointer, else the one the scrubber shows.
+// The step whose values are shown: the one under the pointer, else that of the scrubber.
 function markedStep() {
   if (view.mark !== null) return view.mark;
   return scrub.follow || !scrub.shown ? null : scrub.shown.step;
 }
 
-// The row that holds a step: the first that does not end before it.
+// The row that contains a step: the first one that does not end before it.
 function rowAt(step) {
   let [low, high] = [0, view.rows.length - 1];
   while (low < high) {

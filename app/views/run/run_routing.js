@@ -1,5 +1,5 @@
 // The routing of a run: alarms, the load of layers by experts at any step of the training, entropy and active experts.
-// `shown` is the routing on the screen: the newest one while `follow`, else what the server has for the chosen step.
+// `scrub.shown` is the routing on the screen: the newest while `scrub.follow`, else that of the chosen step.
 const scrub = { follow: true, shown: null, wanted: null, fetching: false, kept: new Map(), playing: 0, cell: null, top: 0 };
 const KEPT = 300;
 const PLAY_MS = 90;
@@ -12,7 +12,7 @@ function stopScrubbing() {
   Object.assign(scrub, { follow: true, shown: null, wanted: null, playing: 0, top: 0 });
 }
 
-// The rows' steps are the slider's positions.
+// The slider's position of a step: the number of its row.
 function position(step) {
   return Math.max(0, view.rows.indexOf(rowAt(step)));
 }
@@ -26,7 +26,7 @@ function scrubTo(step) {
   repaint();
 }
 
-// One request at a time: of all steps the slider went over meanwhile, only the last is asked for.
+// One request at a time; of the steps the slider passes meanwhile, only the last is fetched.
 async function fetchRouting() {
   if (scrub.fetching) return;
   scrub.fetching = true;
@@ -100,7 +100,7 @@ function paintRouting() {
 
 function loadData(routing) {
   if (!routing || routing.experts < 2) return null;
-  // The colours' ceiling only ever rises, so that they mean the same from one step to the next.
+  // The top of the scale only grows, so that colours stay comparable from step to step.
   scrub.top = Math.max(scrub.top, ...routing.load.map((row) => Math.max(...row)));
   return {
     layers: routing.layers, experts: routing.experts, counts: routing.counts || routing.load.map(() => routing.experts),
@@ -119,9 +119,9 @@ function loadText(data) {
   return `Step ${scrub.shown.step}: mean entropy ${number(mean(data.entropy))}, ${number(mean(data.active), 1)} of ${number(mean((l) => data.counts[l]), 1)} experts active per token, ${dead ? `${dead} unused` : "none unused"}.`;
 }
 
-// Two rows of bars under the heatmap, a bar a layer: mean entropy (0…1, with DynMoLE's threshold), and active experts.
+// Two rows of bars below the heatmap, one bar per layer: mean entropy (0…1, with DynMoLE's threshold), and active experts.
 function drawProfile(canvas, data) {
-  const look = theme(canvas);
+  const style = theme(canvas);
   const [high, gap, most] = [34, 20, Math.max(...data.counts)];
   const { context, width } = surface(canvas, 2 * (high + gap));
   const size = (width - GUTTER) / data.layers;
@@ -129,11 +129,11 @@ function drawProfile(canvas, data) {
     { name: "Entropy", top: 1, value: data.entropy, line: data.threshold, format: (v) => number(v) },
     { name: "Active experts per token", top: most, value: data.active, line: null, format: (v) => number(v, 1) },
   ];
-  context.font = `11px ${look.font}`;
+  context.font = `11px ${style.font}`;
   rows.forEach(({ name, top, value, line }, i) => {
     const base = (i + 1) * (high + gap) - 2;
     const y = (v) => base - clamp(v / top) * high;
-    context.fillStyle = look.muted;
+    context.fillStyle = style.muted;
     context.textBaseline = "alphabetic";
     context.textAlign = "left";
     context.fillText(name, GUTTER, base - high - 5);
@@ -141,9 +141,9 @@ function drawProfile(canvas, data) {
     context.textBaseline = "middle";
     context.fillText(String(top), GUTTER - 7, y(top) + 4);
     context.fillText("0", GUTTER - 7, base - 4);
-    context.fillStyle = look.empty;
+    context.fillStyle = style.empty;
     context.fillRect(GUTTER, base - high, width - GUTTER, high);
-    context.fillStyle = look.accent;
+    context.fillStyle = style.accent;
     for (let layer = 0; layer < data.layers; layer++) {
       const chosen = scrub.cell && scrub.cell.layer === layer;
       context.globalAlpha = chosen ? 1 : 0.62;
@@ -151,14 +151,14 @@ function drawProfile(canvas, data) {
     }
     context.globalAlpha = 1;
     if (line === null || line === undefined || line >= top) return;
-    context.strokeStyle = look.text;
+    context.strokeStyle = style.text;
     context.setLineDash([4, 3]);
     context.beginPath();
     context.moveTo(GUTTER, y(line));
     context.lineTo(width, y(line));
     context.stroke();
     context.setLineDash([]);
-    context.fillStyle = look.muted;
+    context.fillStyle = style.muted;
     context.textAlign = "right";
     context.textBaseline = "alphabetic";
     context.fillText(`┄ threshold ${number(line)}`, width, base - high - 5);

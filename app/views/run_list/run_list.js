@@ -1,6 +1,6 @@
-// The list of runs. Value: {reset, rows, gone, now, chosen}: rows that are new or other, names of runs that are no more;
-// and `marked` where the page knows which are compared.
-// Events: `select` {name} opens a run; `input` {compare: [names]} tells which are marked for comparison.
+// The list of runs. Value: {reset, rows, gone, now, chosen}: new and changed rows, names of deleted runs; and optionally
+// `marked`, the names of the compared runs.
+// Events: `select` {name} opens a run; `input` {compare: [names]} carries the runs marked for comparison.
 const list = $(".rows");
 const runs = new Map(), items = new Map(), groups = new Map();
 const view = { words: [], state: "", sort: "created", chosen: "", marked: new Set(), ahead: 0, order: "" };
@@ -29,7 +29,7 @@ function receive(value) {
   if (first) show(items.get(view.chosen));
 }
 
-// What is shown, in order --------------------------------------------------------------------------------------
+// Order and filter --------------------------------------------------------------------------------------
 
 function fits(run) {
   if (view.state && run.state !== view.state) return false;
@@ -37,7 +37,7 @@ function fits(run) {
   return view.words.every((word) => text.includes(word));
 }
 
-// Measured scores before held-out losses: the two cannot be compared.
+// Evaluation scores rank before held-out losses, with which they cannot be compared.
 function rank(run) {
   if (run.score) return 2 + run.score.value;
   return run.loss === null ? -1 : 1 / (1 + run.loss);
@@ -62,7 +62,7 @@ function render() {
   rove();
 }
 
-// Put the rows in order; a group stands where its first run would.
+// Put the rows in order; a group takes the place of its first run.
 function arrange(shown) {
   const focused = list.contains(document.activeElement) ? document.activeElement : null;
   const top = list.scrollTop;
@@ -75,7 +75,7 @@ function arrange(shown) {
   }
   groups.forEach((group) => group.list.replaceChildren(...group.seen.map((run) => items.get(run.name))));
   list.replaceChildren(...nodes);
-  list.classList.toggle("many", shown.length > MANY);  // then only rows in sight are laid out and painted
+  list.classList.toggle("many", shown.length > MANY);  // then only visible rows are laid out and painted
   list.scrollTop = top;
   if (focused && list.contains(focused)) focused.focus({ preventScroll: true });
 }
@@ -205,7 +205,7 @@ function choose(name) {
   items.forEach((item, run) => item.lastChild.setAttribute("aria-current", String(run === name)));
 }
 
-// Opened by a person: a step that Back undoes. Elsewhere the page only keeps the address in step.
+// A run opened by the person is a history entry, so that Back undoes it; other updates only replace the address.
 function open(name) {
   const url = new URL(window.location);
   if (url.searchParams.get("run") !== name) {
@@ -222,7 +222,7 @@ function show(item) {
   if (below > list.scrollTop) list.scrollTop = below + 12;
 }
 
-// Keyboard: one stop in the page's tab order, arrow keys inside ----------------------------------------------------
+// Keyboard: one stop in the tab order, arrow keys inside ----------------------------------------------------
 
 function stops() {
   return [...list.querySelectorAll("button, summary")].filter((stop) => stop.tagName === "SUMMARY" || !stop.closest("details:not([open])"));

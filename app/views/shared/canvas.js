@@ -1,13 +1,13 @@
 // For views that draw: colours, sharp canvases, axes and curves.
 
-// Sequential, perceptually even and colour-blind-safe ("mako"): light pages run from pale to dark, dark ones back.
+// Sequential, perceptually uniform and colour-blind-safe ("mako"): pale to dark on light pages, reversed on dark ones.
 const MAKO = ["#0b0405", "#2e1e3b", "#413d7b", "#37659e", "#348fa7", "#40b7ad", "#8bdab2", "#def5e5"].map(rgb);
-// The hues of experts, after Okabe and Ito; after eight they start over, the number tells them apart.
+// The hues of experts, after Okabe and Ito; from the ninth expert on they repeat, and the number tells them apart.
 const HUES = {
   light: ["#0c3897", "#ffa000", "#307975", "#c039ff", "#77c0eb", "#733628", "#7a7703", "#b8a5a7"].map(rgb),
   dark: ["#0063d5", "#ab901a", "#27e09b", "#fc6ab0", "#b4bdff", "#9d522e", "#dffa0c", "#707874"].map(rgb),
 };
-// The two arms of differences, from zero outwards: less is blue, more is orange.
+// Differences, from zero outwards: negative ones are blue, positive ones orange.
 const DIVERGING = {
   light: [["#f1f2f2", "#a9cbe6", "#4f93c8", "#155a9a", "#07325f"], ["#f1f2f2", "#f9cf9c", "#ec9440", "#b85c0c", "#6f3303"]].map((arm) => arm.map(rgb)),
   dark: [["#262d33", "#1f4f7d", "#2f7fc2", "#6fb4ee", "#c6e3ff"], ["#262d33", "#6b4215", "#b5701c", "#eda64a", "#ffe0b0"]].map((arm) => arm.map(rgb)),
@@ -38,27 +38,27 @@ function isDark() {
   return document.body.classList.contains("dark");
 }
 
-// The page's colours, light or dark as it is now. Asking the browser costs a layout, so each is asked for once.
-const looks = {};
+// The colours of the current theme. Reading computed styles forces a layout, so each theme is read once.
+const themes = {};
 function theme(element) {
   const dark = isDark();
-  if (looks[dark]) return looks[dark];
-  const style = getComputedStyle(element);
-  const look = {
+  if (themes[dark]) return themes[dark];
+  const computed = getComputedStyle(element);
+  const style = {
     dark,
-    text: style.getPropertyValue("--body-text-color").trim() || (dark ? "#eee" : "#222"),
-    muted: style.getPropertyValue("--body-text-color-subdued").trim() || "#888",
-    line: style.getPropertyValue("--border-color-primary").trim() || "#ccc",
-    accent: style.getPropertyValue("--color-accent").trim() || "#0d7f86",
+    text: computed.getPropertyValue("--body-text-color").trim() || (dark ? "#eee" : "#222"),
+    muted: computed.getPropertyValue("--body-text-color-subdued").trim() || "#888",
+    line: computed.getPropertyValue("--border-color-primary").trim() || "#ccc",
+    accent: computed.getPropertyValue("--color-accent").trim() || "#0d7f86",
     panel: dark ? [22, 27, 32] : [255, 255, 255],
     empty: dark ? "rgba(255,255,255,.045)" : "rgba(0,0,0,.035)",
-    font: style.fontFamily || "system-ui, sans-serif",
+    font: computed.fontFamily || "system-ui, sans-serif",
   };
-  if (element.isConnected) looks[dark] = look;
-  return look;
+  if (element.isConnected) themes[dark] = style;
+  return style;
 }
 
-// Heat of a value 0…1. The very ends are left out: they would vanish against the page.
+// The colour of a value 0…1. The ends of the map are left out, because they would vanish against the page's background.
 function heat(share, dark) {
   const at = (dark ? 0.1 + 0.88 * clamp(share) : 0.99 - 0.87 * clamp(share)) * (MAKO.length - 1);
   const low = Math.min(Math.floor(at), MAKO.length - 2);
@@ -70,7 +70,7 @@ function hue(expert, dark = isDark()) {
   return hues[expert % hues.length];
 }
 
-// A difference −1…1 in blue and orange, which no colour-blindness confuses; zero is next to the page's own colour.
+// The colour of a difference −1…1: blue to orange, which are distinct for the colour-blind; zero is close to the background.
 function divergingColour(share, dark) {
   const arm = DIVERGING[dark ? "dark" : "light"][share < 0 ? 0 : 1];
   const at = Math.min(Math.abs(share), 1) * (arm.length - 1);
@@ -78,12 +78,12 @@ function divergingColour(share, dark) {
   return mix(arm[low], arm[low + 1], at - low);
 }
 
-// Black or white, whichever reads better: at least 4.58 : 1 on any colour there is.
+// Black or white, whichever has more contrast: at least 4.58 : 1 on any colour.
 function ink(fill) {
   return luminance(fill) > 0.179 ? "#000000" : "#ffffff";
 }
 
-// A token's colour. Hue: the strongest expert. Lightness: entropy, the surer the fuller.
+// A token's colour. Hue: the strongest expert. Saturation: the lower the entropy, the fuller.
 function chipFill(expert, entropy, dark = isDark()) {
   return mix(dark ? [22, 27, 32] : [255, 255, 255], hue(expert, dark), 0.2 + 0.8 * (1 - clamp(entropy)) ** 0.5);
 }
@@ -95,7 +95,7 @@ function clamp(value) {
 const widths = new WeakMap();
 const widthsObserver = new ResizeObserver((entries) => entries.forEach(({ target, contentRect }) => widths.set(target, contentRect.width)));
 
-// An element's width without a layout in the middle of a frame: asked for once, then told by the browser.
+// An element's width without forcing a layout in the middle of a frame: read once, then kept up to date by an observer.
 function widthOf(element) {
   if (!widths.get(element)) {
     widths.set(element, element.clientWidth);
@@ -120,7 +120,7 @@ function surface(canvas, height) {
   return { context, width, height };
 }
 
-// Calls `draw` at most once a frame, again when the theme or the size changes, and not while nobody can see it.
+// Calls `draw` at most once per frame, also when the theme or the size changes, but not while the element is out of view.
 function painter(element, draw) {
   let [asked, near] = [false, false];
   const ask = () => {
@@ -131,11 +131,11 @@ function painter(element, draw) {
       if (element.isConnected) draw();
     });
   };
-  const look = ([entry]) => {
+  const onVisibility = ([entry]) => {
     near = entry.isIntersecting;
     ask();
   };
-  new IntersectionObserver(look, { rootMargin: "2000px" }).observe(element);
+  new IntersectionObserver(onVisibility, { rootMargin: "2000px" }).observe(element);
   new ResizeObserver(ask).observe(element);
   new MutationObserver(ask).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   return ask;
@@ -167,25 +167,25 @@ function niceRange(values) {
 
 // Curves over one axis. `series`: [{points: [[x, y]], colour, dots, area, range}]; returns the plot's geometry.
 function drawCurves(canvas, height, series, { x: [x0, x1], mark = null, wholeX = true, xName = "" }) {
-  const look = theme(canvas);
+  const style = theme(canvas);
   const { context, width } = surface(canvas, height);
   const plot = { left: GUTTER + 8, right: width - 6, top: 8, bottom: height - 24 };
   const toX = (v) => plot.left + ((v - x0) / (x1 - x0 || 1)) * (plot.right - plot.left);
   const main = series[0].range || niceRange(series.filter((s) => !s.range).flatMap((s) => s.points.map((p) => p[1])));
   const toY = (v, [low, high] = main) => plot.bottom - ((v - low) / (high - low || 1)) * (plot.bottom - plot.top);
-  context.font = `11px ${look.font}`;
+  context.font = `11px ${style.font}`;
   context.lineWidth = 1;
   context.textAlign = "right";
   context.textBaseline = "middle";
   for (const v of ticks(main[0], main[1], Math.max(2, Math.floor(height / 40)))) {
-    context.strokeStyle = look.line;
+    context.strokeStyle = style.line;
     context.globalAlpha = 0.7;
     context.beginPath();
     context.moveTo(plot.left, Math.round(toY(v)) + 0.5);
     context.lineTo(plot.right, Math.round(toY(v)) + 0.5);
     context.stroke();
     context.globalAlpha = 1;
-    context.fillStyle = look.muted;
+    context.fillStyle = style.muted;
     context.fillText(number(v, 3), plot.left - 7, toY(v));
   }
   context.textAlign = "center";
@@ -198,7 +198,7 @@ function drawCurves(canvas, height, series, { x: [x0, x1], mark = null, wholeX =
   });
   for (const line of series) drawSeries(context, line, toX, (v) => toY(v, line.range || main), plot.bottom);
   if (mark !== null) {
-    context.strokeStyle = look.muted;
+    context.strokeStyle = style.muted;
     context.beginPath();
     context.moveTo(toX(mark), plot.top);
     context.lineTo(toX(mark), plot.bottom);

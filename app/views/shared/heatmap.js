@@ -2,7 +2,7 @@
 const SHADES = 256;
 const shades = {};
 
-// The colours of a scale as CSS, from its low end to its high end; made once a theme.
+// The colours of a scale as CSS, from its low end to its high end; computed once per theme.
 function scaleColours(dark, diverging) {
   const key = `${dark}${diverging}`;
   const colour = diverging ? (share) => divergingColour(2 * share - 1, dark) : (share) => heat(share, dark);
@@ -19,17 +19,17 @@ function cellColour(value, data, dark) {
   return scaleColours(dark, Boolean(data.diverging))[Math.round(onScale(value, data) * (SHADES - 1))];
 }
 
-// The smallest of a few fixed ceilings that holds `largest`: colours keep their meaning from one token to the next.
+// The top of the scale: the smallest of a few fixed values ≥ `largest`, so that colours mean the same from token to token.
 function ceiling(largest, experts) {
   return [2 / Math.max(experts, 1), 0.5, 1].filter((c) => c <= 1).find((c) => largest <= c + 1e-6) || 1;
 }
 
-// Layers run right, experts down, and under them a row of entropy and one of active experts.
-// `data`: {layers, experts, counts [layer], weight(layer, expert), entropy(layer), active(layer), top}, and if wanted
+// Layers from left to right, experts from top to bottom, below them a row of entropy and one of active experts.
+// `data`: {layers, experts, counts [layer], weight(layer, expert), entropy(layer), active(layer), top}, and optionally
 // `diverging` (differences around zero), `bare` (without the two rows), `open` (a layer), `muted` [expert].
 function drawHeatmap(canvas, data, mark) {
   const { layers, experts } = data;
-  const look = theme(canvas);
+  const style = theme(canvas);
   const rowHeight = Math.max(3, Math.min(22, Math.floor(176 / experts)));
   const strip = data.bare ? 0 : 13;
   const bottom = experts * rowHeight;
@@ -42,28 +42,28 @@ function drawHeatmap(canvas, data, mark) {
     const w = Math.max(cell - gapX, 0.5);
     for (let expert = 0; expert < experts; expert++) {
       const absent = expert >= data.counts[layer];
-      context.fillStyle = absent ? look.empty : cellColour(data.weight(layer, expert), data, look.dark);
+      context.fillStyle = absent ? style.empty : cellColour(data.weight(layer, expert), data, style.dark);
       const inset = absent ? 0.3 * rowHeight : 0;
       context.fillRect(x, expert * rowHeight + inset, w, rowHeight - gapY - 2 * inset);
     }
     if (data.bare) continue;
     [data.entropy(layer), data.active(layer) / Math.max(data.counts[layer], 1)].forEach((share, row) => {
-      context.fillStyle = look.muted;
+      context.fillStyle = style.muted;
       context.globalAlpha = 0.06 + 0.74 * clamp(share);
       context.fillRect(x, bottom + 6 + row * strip, w, strip - 2);
       context.globalAlpha = 1;
     });
   }
   const shape = { layers, experts, cell, rowHeight, bottom, strip };
-  labelHeatmap(context, look, shape, data.muted || []);
-  markHeatmap(context, look, shape, data, mark);
+  labelHeatmap(context, style, shape, data.muted || []);
+  markHeatmap(context, style, shape, data, mark);
   canvas.dataset.draws = String(Number(canvas.dataset.draws || 0) + 1);
   canvas.geometry = shape;
 }
 
-function labelHeatmap(context, look, { layers, experts, cell, rowHeight, bottom, strip }, muted) {
-  context.font = `11px ${look.font}`;
-  context.fillStyle = look.muted;
+function labelHeatmap(context, style, { layers, experts, cell, rowHeight, bottom, strip }, muted) {
+  context.font = `11px ${style.font}`;
+  context.fillStyle = style.muted;
   context.textBaseline = "middle";
   context.textAlign = "right";
   const every = Math.max(1, Math.ceil(13 / rowHeight));
@@ -86,19 +86,19 @@ function labelHeatmap(context, look, { layers, experts, cell, rowHeight, bottom,
   }
 }
 
-function markHeatmap(context, look, { layers, experts, cell, rowHeight, bottom, strip }, data, mark) {
+function markHeatmap(context, style, { layers, experts, cell, rowHeight, bottom, strip }, data, mark) {
   if (data.open !== undefined && data.open !== null && data.open < layers) {
-    context.fillStyle = look.accent;
+    context.fillStyle = style.accent;
     context.fillRect(GUTTER + data.open * cell, bottom + 2 * strip + 8, Math.max(cell - 1, 2), 3);
   }
   if (!mark || mark.layer >= layers) return;
-  context.strokeStyle = look.text;
+  context.strokeStyle = style.text;
   context.lineWidth = 1.5;
   const [y, high] = mark.expert < experts ? [mark.expert * rowHeight, rowHeight] : [bottom + 5, 2 * strip];
   context.strokeRect(GUTTER + mark.layer * cell - 0.5, y - 0.5, cell, high);
 }
 
-// The layer and expert under a pointer; an expert past the last one means the two strips below.
+// The layer and expert under the pointer; an expert after the last one means the two rows below.
 function heatmapCell(canvas, event) {
   const shape = canvas.geometry;
   if (!shape) return null;
@@ -121,17 +121,17 @@ function heatmapText(data, mark) {
   return `${where}, expert ${mark.expert + 1}: ${value} (even: ${number(even, 3)})${sure && `; ${sure}`}`;
 }
 
-// The colour scale of a heatmap; a tick shows where all experts share evenly, in differences zero is in the middle.
+// The colour scale of a heatmap. A tick marks the even share of all experts; for differences, zero in the middle.
 function drawScale(canvas, top, experts, { diverging = false, even = 1 / Math.max(experts, 1) } = {}) {
-  const look = theme(canvas);
+  const style = theme(canvas);
   const { context, width } = surface(canvas, 26);
-  const colours = scaleColours(look.dark, diverging);
+  const colours = scaleColours(style.dark, diverging);
   for (let x = 0; x < width; x++) {
     context.fillStyle = colours[Math.round((x / Math.max(width - 1, 1)) * (SHADES - 1))];
     context.fillRect(x, 0, 1, 8);
   }
-  context.fillStyle = look.muted;
-  context.font = `11px ${look.font}`;
+  context.fillStyle = style.muted;
+  context.font = `11px ${style.font}`;
   context.textBaseline = "alphabetic";
   context.textAlign = "left";
   context.fillText(diverging ? signed(-top) : "0", 0, 22);
