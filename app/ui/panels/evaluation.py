@@ -15,9 +15,8 @@ from app.views.evaluations import evaluation_list
 from app.views.problem import problem_value, problem_view
 from mole import runs
 from mole.core.errors import ConfigError, InputError, MoleError, RunError
+from mole.data import FILE_FORMATS
 from mole.evaluation import job as evaluation_job
-
-FILE_TYPES = [".json", ".jsonl", ".csv", ".parquet"]
 
 
 @dataclass
@@ -66,7 +65,9 @@ def build_evaluation(name: gr.State, target: gr.Dropdown) -> EvaluationPanel:
             start = gr.Button(
                 "Evaluate", variant="primary", size="md", interactive=not locked, elem_id="evaluate-start"
             )
-            upload = gr.UploadButton("Upload a file", size="md", file_types=FILE_TYPES, elem_id="evaluate-upload")
+            upload = gr.UploadButton(
+                "Upload a file", size="md", file_types=list(FILE_FORMATS), elem_id="evaluate-upload"
+            )
         note = problem_view(elem_id="evaluate-problem")
         results = evaluation_list(elem_id="evaluations")
     panel = EvaluationPanel(group, data, limit, note, results, gr.State([]))

@@ -68,14 +68,12 @@ def build_live(prefix: str) -> LivePanel:
     timer = gr.Timer(LIVE_POLL_SECONDS, active=False)
     panel = LivePanel(gr.State(""), gr.State(LiveShown()), timer, view, stop, resume, chat, buttons)
     timer.tick(refresh_live, [panel.name, panel.seen], panel.shown, queue=False, **QUIET)
-    for pressed, action in ((stop, stop_training), (resume, resume_training)):
-        pressed.click(or_warn(action), panel.name, None, **QUIET).then(show_live, panel.name, panel.shown, **QUIET)
+    for pressed in (
+        stop.click(lambda name: run_or_warn(lambda: stop_training(name)), panel.name, None, **QUIET),
+        resume.click(lambda name: run_or_warn(lambda: resume_training(name)), panel.name, None, **QUIET),
+    ):
+        pressed.then(show_live, panel.name, panel.shown, **QUIET)
     return panel
-
-
-def or_warn(action: Any) -> Any:
-    """An action on a run by name as a handler; errors become warnings on the page."""
-    return lambda name: run_or_warn(lambda: action(name))
 
 
 def show_live(name: str) -> list[Any]:
