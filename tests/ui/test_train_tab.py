@@ -188,7 +188,7 @@ def test_a_queue_of_three_is_put_in_order_and_one_is_taken_out(
     assert [run.name for run in runs.waiting_runs()] == ["three", "two"]
     line.nth(0).click()
     expect(page.locator("#train-run .name")).to_have_text("three")
-    for run in runs.queue():  # as another page, or the command line, would
+    for run in runs.waiting_runs():  # as another page, or the command line, would
         runs.stop(run)
     expect(line).to_have_count(0)
 
