@@ -15,7 +15,7 @@ from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from app.services import device_policy
-from app.services.routing_stream import RoutingRecord, append_step, new_record
+from app.services.routing_stream import RoutingRecord, append_step, open_record
 from mole.config import ModelConfig
 from mole.core.errors import ModelError
 from mole.mixture.steering import AS_TRAINED, Steering
@@ -161,7 +161,7 @@ class Engine:
             for step in stream(loaded, messages, chat_settings, should_stop=should_stop, steering=steering):
                 tokens += [text for _, text in step.tokens]
                 if record is None:
-                    record, started = new_record(loaded, step, steering, against), time.monotonic()
+                    record, started = open_record(loaded, step, steering, against), time.monotonic()
                 append_step(record, step)
                 record.meta["finished"] = step.finished
                 count, seconds = max(len(tokens) - step.prompt_tokens, 0), time.monotonic() - started

@@ -153,7 +153,7 @@ ROUTING_RECORDS = RoutingRecords()
 # From the model to a record
 
 
-def new_record(
+def open_record(
     loaded: Loaded, step: Step, steering: Steering | None = None, against: str | None = None
 ) -> RoutingRecord:
     """An empty record for a reply.

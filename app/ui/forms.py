@@ -231,7 +231,7 @@ def component_value(made: Component, value: Any) -> Any:
     return command_text(value) if isinstance(made, gr.Textbox) else value
 
 
-def changed_settings(config: RunConfig) -> Iterator[tuple[str, Any, str | None]]:
+def non_default_settings(config: RunConfig) -> Iterator[tuple[str, Any, str | None]]:
     """Every setting that is not at its default, as (dotted name, value, its own flag or None)."""
     router = config.adapter.router
     default = RunConfig.from_dict({"adapter": {"router": router}}).to_dict()
@@ -250,12 +250,12 @@ def changed_settings(config: RunConfig) -> Iterator[tuple[str, Any, str | None]]
                 yield f"{section}.{name}", value, flags.get(name)
 
 
-def train_command(config: RunConfig) -> str:
+def command_line(config: RunConfig) -> str:
     """The `mole train …` command that starts the same run, one line per setting."""
     parts = ["mole train"]
     if config.name:
         parts.append(f"--name {shlex.quote(config.name)}")
-    for dotted, value, flag in changed_settings(config):
+    for dotted, value, flag in non_default_settings(config):
         text = command_text(value)
         if text:
             parts.append(f"{flag} {shlex.quote(text)}" if flag else f"--set {shlex.quote(f'{dotted}={text}')}")

@@ -39,13 +39,13 @@ def settings_table(comparison: Comparison) -> Table:
     rows = []
     for name, values in comparison.differences.items():
         short = short_paths(values.values())
-        texts = [setting_text([values[run.name] for run in group.runs if run.name in values], short)
+        texts = [cell_text([values[run.name] for run in group.runs if run.name in values], short)
                  for group in comparison.groups]  # fmt: skip
         rows.append(Row((name, *texts)))
     return Table(("Setting", *(group.label for group in comparison.groups)), tuple(rows))
 
 
-def setting_text(values: Sequence[Any], short: Mapping[str, str]) -> str:
+def cell_text(values: Sequence[Any], short: Mapping[str, str]) -> str:
     """The distinct values of a setting as text."""
     return ", ".join(dict.fromkeys(value_text(value, short) for value in values)) or ABSENT
 

@@ -163,7 +163,7 @@ def fits(entry: Entry, config: ModelConfig | None = None) -> Fit:
     """
     if not entry.parameters:
         return Fit("unknown", "How much memory it needs is not known before it is here.")
-    device = device_of(config or ModelConfig())
+    device = training_device(config or ModelConfig())
     weights = entry.parameters * device.bytes_per_weight
     comfortable, least = 2 * weights + RUNTIME, 1.25 * weights + RUNTIME
     needs = f"{bytes_text(weights)} of weights as {8 * device.bytes_per_weight}-bit numbers on {device.name}"
@@ -175,7 +175,7 @@ def fits(entry: Entry, config: ModelConfig | None = None) -> Fit:
     return Fit("too large", f"Too large: {needs} {has}; training it takes at least {bytes_text(least)}.")
 
 
-def device_of(config: ModelConfig) -> Device:
+def training_device(config: ModelConfig) -> Device:
     """The device a run would train on, as `mole.models.loading` picks it, told without torch."""
     gpu = gpu_named(config.device)
     if gpu:

@@ -85,7 +85,7 @@ def wire_evaluation(
     """Starting, watching and cancelling."""
     asked = [target, panel.data, panel.limit]
     upload.upload(keep_evaluation_file, [name, upload], [panel.data, panel.note], **QUIET)
-    start.click(start_evaluation, asked, panel.note, show_progress_on=start, api_visibility="private").then(
+    start.click(on_evaluate, asked, panel.note, show_progress_on=start, api_visibility="private").then(
         refresh_evaluations, [name, panel.seen], panel.shown, queue=False, **QUIET
     )
     panel.results.select(cancel_evaluation, name, None, queue=False, **QUIET).then(
@@ -112,7 +112,7 @@ def keep_evaluation_file(name: str, path: str) -> tuple[Any, dict[str, Any]]:
     return gr.Dropdown(choices=[*evaluation_data(name), (kept.name, str(kept))], value=str(kept)), problem_value()
 
 
-def start_evaluation(target: str | None, data: str | None, limit: float | None) -> dict[str, Any]:
+def on_evaluate(target: str | None, data: str | None, limit: float | None) -> dict[str, Any]:
     """Start the evaluation; returns the problem, or none."""
     settings.forbid_on_space()
     try:

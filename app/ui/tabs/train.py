@@ -10,7 +10,7 @@ import gradio as gr
 
 from app import settings
 from app.services.run_control import start_new_run
-from app.ui.forms import RunForm, train_command
+from app.ui.forms import RunForm, command_line
 from app.ui.panels.grid import build_grid, wire_grid
 from app.ui.panels.live import LivePanel, build_live, show_live
 from app.ui.panels.preflight import PreflightPanel, build_preflight
@@ -130,7 +130,7 @@ def build_start(form: RunForm, locked: bool) -> StartPanel:
         status = gr.Markdown(elem_classes="quiet", elem_id="start-status")
         with gr.Accordion("As a command", open=False, elem_classes="accordion-card"):
             command = gr.Textbox(
-                value=train_command(form.config([made.value for made in form.inputs])),
+                value=command_line(form.config([made.value for made in form.inputs])),
                 show_label=False,
                 max_lines=20,
                 interactive=False,
@@ -198,7 +198,7 @@ def wire_start(form: RunForm, start: StartPanel, live: LivePanel) -> Any:
 
     def check(*values: Any) -> list[Any]:
         try:
-            return [problem_value(), train_command(form.config(values))]
+            return [problem_value(), command_line(form.config(values))]
         except InputError as error:
             return [form.problem_of(values, error), gr.skip()]
 

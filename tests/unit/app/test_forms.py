@@ -57,7 +57,7 @@ def test_an_untouched_form_is_the_default_config(form: forms.RunForm) -> None:
 )
 def test_the_command_starts_the_same_run(form: forms.RunForm, changed: dict[str, Any]) -> None:
     config = form.config(values_of(form, **changed))
-    words = shlex.split(forms.train_command(config).replace("\\\n", " "))
+    words = shlex.split(forms.command_line(config).replace("\\\n", " "))
     assert words[:1] == ["mole"]
     assert RunConfig.from_dict(train_settings(parser.build_parser().parse_args(words[1:]))) == config
 
@@ -90,7 +90,7 @@ def test_a_config_put_into_the_form_comes_out_again(form: forms.RunForm, adapter
     data = {"columns": {"prompt": "my question", "completion": "reply"}, "eval_path": "held out.jsonl"}
     config = RunConfig.from_dict({"name": "again", "adapter": adapter, "data": data, "model": {"dtype": "float32"}})
     assert form.config(form.fill(config)) == config
-    words = shlex.split(forms.train_command(config).replace("\\\n", " "))
+    words = shlex.split(forms.command_line(config).replace("\\\n", " "))
     assert RunConfig.from_dict(train_settings(parser.build_parser().parse_args(words[1:]))) == config
 
 

@@ -15,7 +15,7 @@ from app.services.routing_stream import (
     append_step,
     fetch_projections,
     fetch_routing,
-    new_record,
+    open_record,
     short_names,
 )
 
@@ -32,7 +32,7 @@ def recorded(tiny_adapter: Path) -> tuple[RoutingRecord, Any]:
     loaded = load_target(str(tiny_adapter))
     steps = stream(loaded, MESSAGES, ChatSettings(max_new_tokens=6))
     step = next(steps)
-    record = new_record(loaded, step)
+    record = open_record(loaded, step)
     append_step(record, step)
     for step in steps:
         append_step(record, step)
@@ -88,9 +88,9 @@ def test_the_entropy_threshold_shown_is_the_one_this_reply_used(tiny_adapter: Pa
 
     loaded = load_target(str(tiny_adapter))
     step = next(stream(loaded, MESSAGES, ChatSettings(max_new_tokens=1)))
-    assert new_record(loaded, step).meta["threshold"] == 0.9
+    assert open_record(loaded, step).meta["threshold"] == 0.9
     changed = Steering({"entropy_threshold": 0.25}, muted=frozenset({2}))
-    meta = new_record(loaded, step, changed, against="before").meta
+    meta = open_record(loaded, step, changed, against="before").meta
     assert (meta["threshold"], meta["muted"], meta["against"]) == (0.25, [2], "before")
     assert meta["even"] == [1 / 2] * meta["layers"]
 

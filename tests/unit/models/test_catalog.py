@@ -28,7 +28,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def on(monkeypatch: pytest.MonkeyPatch, gigabytes: float, width: int = 2) -> None:
     """A machine whose device has so much memory."""
     device = Device("a test device", int(gigabytes * 1e9), width)
-    monkeypatch.setattr(catalog, "device_of", lambda config: device)
+    monkeypatch.setattr(catalog, "training_device", lambda config: device)
 
 
 def test_every_suggestion_says_its_size_licence_and_whether_it_is_here(home: Path) -> None:
@@ -97,12 +97,12 @@ def test_a_model_of_unknown_size_gets_no_verdict(monkeypatch: pytest.MonkeyPatch
 
 def test_full_precision_takes_twice_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "visible_gpus", lambda: [])
-    half, full = (catalog.device_of(ModelConfig(dtype=dtype)) for dtype in ("bfloat16", "float32"))
+    half, full = (catalog.training_device(ModelConfig(dtype=dtype)) for dtype in ("bfloat16", "float32"))
     assert (half.bytes_per_weight, full.bytes_per_weight) == (2, 4) and half.memory > 0
 
 
 def test_the_gpu_is_the_one_that_the_setting_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "visible_gpus", lambda: [("A", 24 << 30), ("B", 80 << 30)])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    named = {device: catalog.device_of(ModelConfig(device=device)).name for device in ("auto", "cuda:1", "cpu")}
+    named = {device: catalog.training_device(ModelConfig(device=device)).name for device in ("auto", "cuda:1", "cpu")}
     assert named == {"auto": "A", "cuda:1": "B", "cpu": "this machine's CPU"}
