@@ -113,7 +113,7 @@ def test_a_folder_nobody_may_read_is_refused() -> None:
         "os.environ['MOLE_HOME'] = sys.argv[1] + '/home'\n"
         "from mole.config import schema\n"
         "from mole.data import examples\n"
-        "from mole import models\n"
+        "from mole import runs\n"
         "from mole.models import catalog, sources\n"
         "from pathlib import Path\n"
         "from mole.core.errors import InputError\n"
