@@ -7,7 +7,7 @@ from typing import Any
 
 from mole.config import ROUTERS, AdapterConfig, spec_of
 from mole.core.errors import MoleError
-from mole.mixture.steering import Steering, describe_steering, setting_text, steerable
+from mole.mixture.steering import Steering, describe_steering, override_text, steerable
 
 STEP = 0.005
 
@@ -58,7 +58,7 @@ def option_field(adapter: AdapterConfig, name: str, experts: int) -> dict[str, A
         "name": name,
         "label": name.replace("_", " ").capitalize(),
         "help": spec.help,
-        "words": setting_text(value),
+        "words": override_text(value),
     }
     if isinstance(value, bool):
         return {**known, "kind": "bool", "trained": value}

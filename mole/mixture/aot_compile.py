@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """Name of the adapter in the example that is compiled."""
-RETRY_SECONDS = 24 * 3600.0
+COMPILE_RETRY_SECONDS = 24 * 3600.0
 """A kernel that could not be compiled is not tried again before this."""
-WAIT_SECONDS = 600.0
+COMPILE_WAIT_SECONDS = 600.0
 """How long to wait for a kernel after some process began to compile it."""
-POLL_SECONDS = 1.0
+KERNEL_POLL_SECONDS = 1.0
 EXAMPLE_IN, EXAMPLE_OUT = 53, (59, 61, 67)
 """Input and output widths of the example that is compiled. The kernel takes any; these occur nowhere else, so that
 every dimension of such a size is known to be a width."""
@@ -78,9 +78,9 @@ def prepare_kernels(model: nn.Module) -> threading.Thread | None:
 def _load_or_compile(wanted: list[KernelSpec]) -> None:
     with _running, contextlib.suppress(OSError):
         missing = [spec for spec in wanted if not load_kernel(spec)]
-        start_compiling([spec for spec in missing if seconds_since_attempt(spec) > RETRY_SECONDS])
-        while missing and min(map(seconds_since_attempt, missing)) < WAIT_SECONDS:
-            time.sleep(POLL_SECONDS)
+        start_compiling([spec for spec in missing if seconds_since_attempt(spec) > COMPILE_RETRY_SECONDS])
+        while missing and min(map(seconds_since_attempt, missing)) < COMPILE_WAIT_SECONDS:
+            time.sleep(KERNEL_POLL_SECONDS)
             missing = [spec for spec in missing if not load_kernel(spec)]
 
 

@@ -18,8 +18,8 @@ from mole.mixture.grouped import TokenGroups, add_grouped, group_tokens, grouped
 from mole.mixture.routers import Router, Routing
 from mole.mixture.routing_log import LogEntry, RoutingLog
 
-FEW_TOKENS = 16
-"""Up to this many tokens, concatenating the weights for one product takes longer than several products."""
+CONCATENATE_ABOVE = 16
+"""Number of tokens above which concatenating the weights for one product is faster than several products."""
 
 
 class AdaptedLayer(Protocol):
@@ -216,7 +216,7 @@ class FusedAdapters:
         # Routers compute in float32 at least, so in half precision A and the gates are different products.
         one_product = not (separately or autocast) and x.dtype == downs[0].dtype and x.dtype.itemsize >= 4
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            if one_product and (torch.is_grad_enabled() or x.numel() > FEW_TOKENS * x.shape[-1]):
+            if one_product and (torch.is_grad_enabled() or x.numel() > CONCATENATE_ABOVE * x.shape[-1]):
                 *hidden, scores = self.hidden_and_scores(x, downs)
             else:
                 scores = self.scores(x)

@@ -23,7 +23,7 @@ from mole.mixture.quantised import limit_packing
 from mole.mixture.routing_log import install_log, layer_index
 from mole.mixture.shared_input import SIBLINGS, InputGroup
 
-NAME = PREFIX.rstrip("_")
+METHOD_NAME = PREFIX.rstrip("_")
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -38,7 +38,7 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
-PEFT_TYPE = add_peft_type(NAME.upper())
+PEFT_TYPE = add_peft_type(METHOD_NAME.upper())
 
 
 def config_fields() -> list[tuple[str, Any, Any]]:
@@ -184,4 +184,4 @@ class MoleModel(BaseTuner):
 
 
 if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
-    register_peft_method(name=NAME, config_cls=MoleConfig, model_cls=MoleModel, prefix=PREFIX)
+    register_peft_method(name=METHOD_NAME, config_cls=MoleConfig, model_cls=MoleModel, prefix=PREFIX)

@@ -184,7 +184,7 @@ def describe_steering(steering: Steering, trained: Mapping[str, Any]) -> str:
         steering: the overrides.
         trained: the adapter's own settings, as in `adapter_config.json`.
     """
-    parts = [f"{name.replace('_', ' ')} {setting_text(trained.get(name))} → {setting_text(value)}"
+    parts = [f"{name.replace('_', ' ')} {override_text(trained.get(name))} → {override_text(value)}"
              for name, value in steering.settings.items() if value != trained.get(name)]  # fmt: skip
     if steering.muted:
         parts.append(f"{experts_text(steering.muted)} muted")
@@ -198,7 +198,7 @@ def experts_text(experts: Collection[int]) -> str:
     return f"expert{'s' if len(experts) > 1 else ''} {', '.join(str(expert + 1) for expert in sorted(experts))}"
 
 
-def setting_text(value: Any) -> str:
+def override_text(value: Any) -> str:
     """The value of a setting as text."""
     if value is None:
         return "1/E"  # AdaMoLE's default, the only setting that may be empty
