@@ -33,7 +33,7 @@ def comparison_value(comparison: Comparison) -> dict[str, Any]:
         "metrics": table_json(tables.metrics_table(comparison)),
         "settings": table_json(tables.settings_table(comparison)),
         "markdown": tables.markdown(comparison),
-        "cells": [group_json(group) for group in comparison.groups],
+        "groups": [group_json(group) for group in comparison.groups],
     }
 
 

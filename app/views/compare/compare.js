@@ -1,17 +1,17 @@
 // Runs side by side. Value: what `app.views.compare.comparison_value` returns, or {names} alone with nothing to compare.
-// A cell is a run, or a group of runs that differ in their seed only; the runs of a cell share colour, dashes and dots.
+// A group is a run, or the runs that differ in their seed only; its runs share colour, dashes and dots.
 const AXES = { step: 0, time: 1, tokens: 2 }; // the place of each in a point [step, seconds, tokens, loss]
 const view = { data: null, across: "step", scale: null, hidden: new Set(), mark: null, cell: null, dark: isDark(), named: false };
 const repaint = painter(element, paint);
 
 function receive(value) {
   if (!value) return;
-  view.data = value.cells ? value : null;
+  view.data = value.groups ? value : null;
   $(".empty").hidden = Boolean(view.data);
   $(".views").hidden = !view.data;
   keepInAddress(value.names || []);
   if (!view.data) return;
-  view.hidden = new Set([...view.hidden].filter((label) => value.cells.some((cell) => cell.label === label)));
+  view.hidden = new Set([...view.hidden].filter((label) => value.groups.some((group) => group.label === label)));
   write();
   repaint();
 }
@@ -28,9 +28,9 @@ function keepInAddress(names) {
 }
 
 function write() {
-  const { cells, metrics, settings, notes, legend, names } = view.data;
+  const { groups, metrics, settings, notes, legend, names } = view.data;
   view.dark = isDark();
-  $("h3").textContent = cells.length === names.length ? `${names.length} runs compared` : `${names.length} runs compared, in ${cells.length} groups`;
+  $("h3").textContent = groups.length === names.length ? `${names.length} runs compared` : `${names.length} runs compared, in ${groups.length} groups`;
   $(".notes").replaceChildren(...notes.map((text) => make("li", { textContent: text })));
   $(".legend").textContent = `★ best. ${legend}`;
   $(".metrics").replaceChildren(table(metrics, true));
@@ -60,12 +60,12 @@ function table({ head, rows }, samples) {
 
 function writeLines() {
   const focused = [...$(".lines").children].indexOf(document.activeElement);
-  const buttons = view.data.cells.map((cell, i) => {
-    const text = cell.mean ? `${cell.label}, mean of ${cell.counted}` : cell.label;
+  const buttons = view.data.groups.map((group, i) => {
+    const text = group.mean ? `${group.label}, mean of ${group.counted}` : group.label;
     const button = make("button", { type: "button" }, sample(i, true), text);
-    button.setAttribute("aria-pressed", String(!view.hidden.has(cell.label)));
+    button.setAttribute("aria-pressed", String(!view.hidden.has(group.label)));
     button.addEventListener("click", () => {
-      view.hidden[view.hidden.has(cell.label) ? "delete" : "add"](cell.label);
+      view.hidden[view.hidden.has(group.label) ? "delete" : "add"](group.label);
       writeLines();
       paint();
     });
@@ -85,26 +85,26 @@ function unit(largest) {
 }
 
 function visible() {
-  return view.data.cells.map((cell, index) => ({ ...cell, index })).filter((cell) => !view.hidden.has(cell.label));
+  return view.data.groups.map((group, index) => ({ ...group, index })).filter((group) => !view.hidden.has(group.label));
 }
 
-function lossLines(cells, factor) {
+function lossLines(groups, factor) {
   const line = (points, index, width, alpha, dots) => ({
     points: points.map((p) => [p[AXES[view.across]] / factor, p[3]]), ...stroke(index, isDark()), width, alpha, dots,
   });
-  const several = (cell) => cell.runs.length > 1;
-  return cells.flatMap((cell) => [
-    ...cell.runs.map((run) => line(run.train, cell.index, several(cell) ? 0.9 : 1.5, several(cell) ? 0.45 : 0.95, 0)),
-    ...cell.runs.map((run) => line(run.evals, cell.index, several(cell) ? 0 : 2.6, several(cell) ? 0.5 : 1, several(cell) ? 3 : 5)),
-    ...(cell.mean ? [line(cell.mean.train, cell.index, 2.4, 1, 0), line(cell.mean.evals, cell.index, 3, 1, 5)] : []),
+  const several = (group) => group.runs.length > 1;
+  return groups.flatMap((group) => [
+    ...group.runs.map((run) => line(run.train, group.index, several(group) ? 0.9 : 1.5, several(group) ? 0.45 : 0.95, 0)),
+    ...group.runs.map((run) => line(run.evals, group.index, several(group) ? 0 : 2.6, several(group) ? 0.5 : 1, several(group) ? 3 : 5)),
+    ...(group.mean ? [line(group.mean.train, group.index, 2.4, 1, 0), line(group.mean.evals, group.index, 3, 1, 5)] : []),
   ]);
 }
 
 function paintCurves() {
-  const cells = visible();
-  const all = cells.flatMap((cell) => cell.runs.flatMap((run) => [...run.train, ...run.evals]));
+  const groups = visible();
+  const all = groups.flatMap((group) => group.runs.flatMap((run) => [...run.train, ...run.evals]));
   const [factor, xName] = unit(all.reduce((most, p) => Math.max(most, p[AXES[view.across]]), 0));
-  const lines = lossLines(cells, factor);
+  const lines = lossLines(groups, factor);
   const losses = all.map((p) => p[3]).filter((v) => v > 0);
   const [low, high] = losses.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, 0]);
   const log = losses.length > 0 && (view.scale || (high > 10 * low ? "log" : "linear")) === "log";
@@ -115,17 +115,17 @@ function paintCurves() {
   view.curves = plot($(".curves"), 300, lines, {
     x: [0, right], y: log ? [low * 0.9, high * 1.1] : niceRange(all.map((p) => p[3])), log, xName, mark: view.mark, whole: view.across === "step",
   });
-  $(".curves").setAttribute("aria-label", `Training and held-out loss of ${cells.map((cell) => cell.label).join(", ")} across ${view.across}; arrow keys read values. The numbers are in the table above.`);
-  $(".curves-readout").textContent = view.mark === null ? "Thin lines: training. Dots: held-out. Point at the curves to read them." : readCurves(cells);
+  $(".curves").setAttribute("aria-label", `Training and held-out loss of ${groups.map((group) => group.label).join(", ")} across ${view.across}; arrow keys read values. The numbers are in the table above.`);
+  $(".curves-readout").textContent = view.mark === null ? "Thin lines: training. Dots: held-out. Point at the curves to read them." : readCurves(groups);
 }
 
-function readCurves(cells) {
+function readCurves(groups) {
   const { factor, xName } = view.axis;
-  const read = cells.map((cell) => {
-    const points = cell.mean ? cell.mean.train : cell.runs[0].train;
+  const read = groups.map((group) => {
+    const points = group.mean ? group.mean.train : group.runs[0].train;
     const at = nearest(points, view.mark * factor);
-    const held = at && nearest(cell.mean ? cell.mean.evals : cell.runs[0].evals, at[AXES[view.across]]);
-    return `${cell.label} ${at ? number(at[3], 3) : "–"}${held && held[0] === at[0] ? ` (held-out ${number(held[3], 3)})` : ""}`;
+    const held = at && nearest(group.mean ? group.mean.evals : group.runs[0].evals, at[AXES[view.across]]);
+    return `${group.label} ${at ? number(at[3], 3) : "–"}${held && held[0] === at[0] ? ` (held-out ${number(held[3], 3)})` : ""}`;
   });
   return `${number(view.mark, 1)} ${xName}: ${read.join(" · ")}`;
 }
@@ -146,9 +146,9 @@ function press(of, to) {
 
 // The runs whose routing is drawn, in order; a group without routing is represented by its first run.
 function routed() {
-  return view.data.cells.flatMap((cell, index) => {
-    const runs = cell.runs.map((run) => ({ ...run, index }));
-    return runs.some((run) => run.routing) ? runs : [{ ...runs[0], name: cell.label }];
+  return view.data.groups.flatMap((group, index) => {
+    const runs = group.runs.map((run) => ({ ...run, index }));
+    return runs.some((run) => run.routing) ? runs : [{ ...runs[0], name: group.label }];
   });
 }
 
@@ -299,10 +299,10 @@ $(".copy").addEventListener("click", async () => {
 
 $(".save").addEventListener("click", () => {
   const rows = [["group", "run", "seed", "kind", "step", "seconds", "tokens", "loss"]];
-  for (const cell of view.data.cells) {
-    for (const run of cell.runs) {
+  for (const group of view.data.groups) {
+    for (const run of group.runs) {
       for (const kind of ["train", "evals"]) {
-        for (const point of run[kind]) rows.push([cell.label, run.name, run.seed ?? "", kind === "train" ? "training" : "held-out", ...point]);
+        for (const point of run[kind]) rows.push([group.label, run.name, run.seed ?? "", kind === "train" ? "training" : "held-out", ...point]);
       }
     }
   }

@@ -346,7 +346,7 @@ def test_the_page_follows_live_runs_and_sends_only_what_has_changed(make: Make) 
         assert panel.refresh_comparison(["a", "b"], seen) == [panel.gr.skip()] * 3
         write(run, "step", 2, time=1002.0, loss=0.5)
         value, seen, _ = panel.refresh_comparison(["a", "b"], seen)
-        assert value["cells"][0]["runs"][0]["train"][-1] == [2, 2.0, 100, 0.5]
+        assert value["groups"][0]["runs"][0]["train"][-1] == [2, 2.0, 100, 0.5]
     _, seen, timer = panel.refresh_comparison(["a", "b"], seen)
     assert not timer.active, "nobody works on them any more"
     runs.delete(runs.get("b"))
@@ -359,5 +359,5 @@ def test_runs_without_any_step_can_be_shown(home: Path) -> None:
 
     for seed in (0, 1):
         runs.create(RunConfig.from_dict({"name": f"new-{seed}", "data": {"path": "x"}, "training": {"seed": seed}}))
-    (cell,) = comparison_value(compare.compare(["new-0", "new-1"]))["cells"]
-    assert cell["mean"] == {"train": [], "evals": []} and cell["runs"][0]["routing"] is None
+    (group,) = comparison_value(compare.compare(["new-0", "new-1"]))["groups"]
+    assert group["mean"] == {"train": [], "evals": []} and group["runs"][0]["routing"] is None
