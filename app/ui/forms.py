@@ -182,8 +182,7 @@ class RunForm:
     def fill(self, config: RunConfig) -> list[Any]:
         """The values of `inputs` that show a config; the settings of other routers go back to their defaults."""
         values = config.to_dict()
-        shown = {dotted: value_at(values, dotted) for dotted in self.shared}
-        filled = [component_value(made, shown[dotted]) for dotted, made in self.shared.items()]
+        filled = [component_value(made, value_at(values, dotted)) for dotted, made in self.shared.items()]
         for router, group in self.own.items():
             chosen = config.adapter if router == config.adapter.router else AdapterConfig.from_flat({"router": router})
             filled += [component_value(made, chosen.to_flat()[name]) for name, made in group.items()]
@@ -268,11 +267,8 @@ def command_text(value: Any) -> str:
         text = ",".join(str(entry) for entry in value)
         return text if len(value) > 1 else f"[{text}]"
     if isinstance(value, dict):
-        return (
-            ""
-            if not value
-            else yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()
-        )
+        flow = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()
+        return flow if value else ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
