@@ -52,7 +52,7 @@ audit: $(VENV)/.dev ## look for known faults in the pinned versions, where the a
 	fi
 
 test-unit: $(VENV)/.dev ## run the unit tests alone
-	$(PARALLEL) tests/unit -m "not soak"
+	$(PARALLEL) tests/unit -m "not soak and not timed"
 
 test-peft-oldest: $(VENV)/.dev ## run the adapter's tests with the oldest PEFT that is supported
 	$(PIP) install -q --no-deps --upgrade --target build/oldest $(OLDEST)
