@@ -59,7 +59,7 @@ class AccessRules:
             return "This studio answers on this machine only: open it as http://127.0.0.1 or http://localhost."
         if origin is None or self.anywhere or urlsplit(origin).netloc == host or hostname(origin) in self.names:
             return ""
-        return "Only the studio's own page may ask this; the request came from a page of another origin."
+        return "Cross-origin request rejected: only the studio's own page may send it."
 
 
 def hostname(address: str) -> str:

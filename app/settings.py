@@ -68,7 +68,7 @@ def keep_upload(path: str) -> Path:
     source = Path(path)
     if source.suffix.lower() not in FILE_FORMATS:
         raise DataError(
-            f"The upload {source.name} is no data file; give one of {', '.join(FILE_FORMATS)}.", field="data.path"
+            f"The upload {source.name} is not a data file; give one of {', '.join(FILE_FORMATS)}.", field="data.path"
         )
     try:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem).strip(".-")[:60] or "data"
@@ -110,9 +110,9 @@ def check_public(config: RunConfig) -> None:
         return
     for path in (config.data.path, config.data.eval_path):
         if path and not is_public(path):
-            raise DataError("This Space shows its samples and what was uploaded to it.", field="data.path")
+            raise DataError("This Space allows its samples and uploaded files only.", field="data.path")
     if config.model != RunConfig().model:
-        raise ModelError("This Space has no such model; it has its default.", field="model.name")
+        raise ModelError("This Space allows its default model only.", field="model.name")
 
 
 def is_public(path: str) -> bool:

@@ -19,7 +19,7 @@ from mole.config import RunConfig, coerce
 from mole.core.errors import MoleError
 from mole.mixture.steering import Steering
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def register_endpoints() -> None:
@@ -109,7 +109,7 @@ def api_chat(
     return with_api_errors(generate)
 
 
-def with_api_errors(action: Callable[[], T]) -> T:
+def with_api_errors(action: Callable[[], _T]) -> _T:
     """Run an action; a `MoleError` becomes Gradio's error, in one line."""
     try:
         return action()

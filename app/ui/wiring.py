@@ -11,7 +11,7 @@ import gradio as gr
 from app.services.messages import short_message
 from mole.core.errors import MoleError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Options of small events: no progress indicator, and not part of the API."""
@@ -27,7 +27,7 @@ def on_change(changed: Sequence[Any], fn: Callable[..., Any], inputs: Any, outpu
     return relay.then(fn, inputs, outputs, trigger_mode="always_last", **{**QUIET, **options})
 
 
-def run_or_warn(action: Callable[[], T]) -> T | None:
+def run_or_warn(action: Callable[[], _T]) -> _T | None:
     """Run an action; a `MoleError` becomes a warning on the page, and the result None."""
     try:
         return action()

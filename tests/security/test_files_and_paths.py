@@ -137,7 +137,7 @@ def test_an_upload_is_kept_under_a_name_of_ours(home: Path, tmp_path: Path, name
 def test_only_data_files_are_kept(home: Path, tmp_path: Path, suffix: str) -> None:
     source = tmp_path / f"x{suffix}"
     source.write_text("x")
-    with pytest.raises(DataError, match="no data file"):
+    with pytest.raises(DataError, match="not a data file"):
         settings.keep_upload(str(source))
     assert not everything_in(home)
 

@@ -43,7 +43,7 @@ class GridPanel:
 
 def build_grid() -> GridPanel:
     """Create the panel in the current layout block; call `wire_grid` once the form is complete."""
-    with gr.Accordion("Try several at once", open=False, elem_classes="accordion-card", elem_id="grid"):
+    with gr.Accordion("Several runs at once", open=False, elem_classes="accordion-card", elem_id="grid"):
         gr.Markdown(
             "Queues one run for each combination, with all other settings as in the form. The runs form a group that "
             "can be compared in the Runs tab.",

@@ -142,7 +142,7 @@ def build_actions(live: LivePanel) -> RunActions:
         checkpoint_field = gr.Dropdown(
             choices=[],
             label="Checkpoint",
-            info="To chat with, or to evaluate.",
+            info="For chat and evaluation.",
             elem_id="runs-checkpoint",
             allow_custom_value=True,  # if the checkpoint has been removed meanwhile, chat or evaluation says so
             scale=3,

@@ -232,4 +232,4 @@ def queue_notice(started: list[Run]) -> str:
     if not before:
         return ""
     others = f" and {len(before) - 1} more" if len(before) > 1 else ""
-    return f"Queued behind `{before[0]}`{others}: it starts by itself, also when this page is closed."
+    return f"Queued behind `{before[0]}`{others}: it starts automatically, even when this page is closed."
