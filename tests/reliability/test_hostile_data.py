@@ -332,15 +332,20 @@ def test_what_is_no_plain_file_is_no_data(folder: Path, home: Path, capsys: pyte
         assert mole(capsys, "data", "check", path) == 2
 
 
-@pytest.mark.parametrize("name", ["million.jsonl", "million.csv"])
-def test_a_glance_at_a_million_rows_takes_next_to_no_memory(folder: Path, name: str) -> None:
-    head = "prompt,completion\n" if name.endswith("csv") else ""
+@pytest.fixture(scope="module", params=["million.jsonl", "million.csv"])
+def million(request: pytest.FixtureRequest, folder: Path) -> Path:
+    """A file of a million rows."""
+    head = "prompt,completion\n" if request.param.endswith("csv") else ""
     row = "say {0},{0}\n" if head else '{{"prompt": "say {0}", "completion": "{0}"}}\n'
-    with (folder / name).open("w") as file:
+    with (folder / request.param).open("w") as file:
         file.write(head)
         file.writelines(row.format(number) for number in range(1_000_000))
-    before, _ = read_in_a_process(folder / name, "peek=True, limit=1")
-    after, rows = read_in_a_process(folder / name, "peek=True, limit=2000")
+    return folder / request.param
+
+
+def test_a_glance_at_a_million_rows_takes_next_to_no_memory(million: Path) -> None:
+    before, _ = read_in_a_process(million, "peek=True, limit=1")
+    after, rows = read_in_a_process(million, "peek=True, limit=2000")
     assert rows == 2000
     assert after - before < 20
 
@@ -356,9 +361,8 @@ def test_a_hundred_thousand_rows_take_a_kilobyte_each_at_most(folder: Path) -> N
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["million.jsonl", "million.csv"])
-def test_a_million_rows_take_a_kilobyte_each_at_most(folder: Path, name: str) -> None:
-    after, rows = read_in_a_process(folder / name, "")
+def test_a_million_rows_take_a_kilobyte_each_at_most(million: Path) -> None:
+    after, rows = read_in_a_process(million, "")
     assert rows == 1_000_000
     assert after < 1000
 
