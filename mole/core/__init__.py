@@ -1,1 +1,1 @@
-"""What every other package uses and that uses none of them: errors, limits, locks, safe files, processes, redaction."""
+"""Shared by every other package, importing none of them: errors, limits, locks, safe files, processes, redaction."""

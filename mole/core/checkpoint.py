@@ -1,8 +1,8 @@
-"""Folders that are there whole or not at all, and can be checked: checkpoints and the final adapter.
+"""Atomic, verifiable folders: checkpoints and the final adapter.
 
-A folder is written aside, every file is synced to the disk, a manifest with sizes and SHA-256 sums is added, and only
-then the folder gets its name. What does not verify later is set aside as `NAME.bad`, never deleted. Single files that
-must outlive a power cut are written in the same order, without a manifest.
+A folder is written under a temporary name, every file is synced to the disk, a manifest with sizes and SHA-256 hashes
+is added, and only then is the folder renamed. A folder that fails verification later is renamed to `NAME.bad`, never
+deleted. Single files that must survive a power cut are written in the same order, without a manifest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder holds: `files` maps a relative path to its `sha256` and `size` (bytes)."""
+    """The contents of a folder: `files` maps a relative path to its `sha256` and `size` (bytes)."""
 
     step: int
     files: dict[str, dict[str, Any]]
@@ -38,7 +38,10 @@ def write(
 ) -> Path:
     """Write the checkpoint `checkpoints/step-N` with what `writer(folder)` puts into a folder, then prune to `limit`.
 
-    A good checkpoint of the same step is kept as it is: a run's step has one state. Returns the checkpoint's folder.
+    An existing checkpoint of the same step that verifies is kept: a run has one state per step.
+
+    Returns:
+        The checkpoint's folder.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     sync(checkpoints.parent)
@@ -55,10 +58,13 @@ def write(
 def write_folder(
     target: Path, writer: Callable[[Path], None], *, step: int, meta: dict[str, Any] | None = None
 ) -> Manifest:
-    """Make or replace the folder `target` with what `writer(folder)` puts into an empty one, and a manifest.
+    """Create or replace the folder `target` with what `writer(folder)` puts into an empty folder, plus a manifest.
 
-    The folder appears under its name when all of it is on the disk. Returns the verified manifest. When `writer` or
-    the disk fails, nothing is left behind and the error goes on to the caller.
+    The folder appears under its name once all of it is on the disk. If `writer` or the disk fails, nothing is left
+    behind and the exception propagates.
+
+    Returns:
+        The verified manifest.
     """
     _clear_leftovers(target.parent)
     aside = _aside(target)
@@ -78,7 +84,7 @@ def write_folder(
 
 
 def write_file(target: Path, writer: Callable[[Path], Any]) -> None:
-    """Make or replace the file `target` with what `writer(file)` puts into another; whole or not at all."""
+    """Create or replace the file `target` atomically with what `writer(file)` writes to a temporary one."""
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         writer(aside)
@@ -91,9 +97,10 @@ def write_file(target: Path, writer: Callable[[Path], Any]) -> None:
 
 
 def verify(folder: Path, *, hashes: bool = True) -> Manifest:
-    """The manifest of a folder that holds exactly what the manifest says; `hashes=False` compares sizes only.
+    """Return a folder's manifest if its files match it exactly; `hashes=False` compares sizes only.
 
-    Raises `CheckpointError` naming the file that is missing, changed or unexpected.
+    Raises:
+        CheckpointError: a file is missing, changed or unexpected; the message names it.
     """
     manifest = read_manifest(folder)
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
@@ -115,11 +122,11 @@ def verify(folder: Path, *, hashes: bool = True) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder, its files not looked at. Raises `CheckpointError` when missing, changed or foreign."""
+    """Read a folder's manifest without checking its files. Raises `CheckpointError` if missing, changed or invalid."""
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {MANIFEST}: it was not written to the end.") from None
+        raise CheckpointError(f"{folder} has no {MANIFEST}: it was not completely written.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {error}.") from None
     if not isinstance(values, dict) or values.get("version") != VERSION:
@@ -130,14 +137,14 @@ def read_manifest(folder: Path) -> Manifest:
     kinds = {"step": int, "files": dict, "meta": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
     if wrong or not all(isinstance(entry, dict) for entry in values["files"].values()):
-        raise CheckpointError(f"{folder}/{MANIFEST} is no manifest: {(*wrong, 'files')[0]} is not what it must be.")
+        raise CheckpointError(f"{folder}/{MANIFEST} is not a manifest: {(*wrong, 'files')[0]} has the wrong type.")
     return Manifest(step=values["step"], files=values["files"], meta=values["meta"])
 
 
 def newest_good(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None; for the process that holds the run.
+    """The newest checkpoint that verifies, or None; only for the process that holds the run.
 
-    Broken checkpoints that are newer are renamed to `step-N.bad`; temporary folders of a killed process are removed.
+    Newer checkpoints that fail are renamed to `step-N.bad`; temporary folders of a killed process are removed.
     """
     _clear_leftovers(checkpoints)
     for step, folder in reversed(steps(checkpoints)):
@@ -148,7 +155,7 @@ def newest_good(checkpoints: Path) -> Path | None:
 
 
 def steps(checkpoints: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a folder as (step, path), in order of steps; not verified."""
+    """The checkpoints in a folder as (step, path), sorted by step; not verified."""
     if not checkpoints.is_dir():
         return []
     found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in checkpoints.iterdir()]
@@ -158,7 +165,7 @@ def steps(checkpoints: Path) -> list[tuple[int, Path]]:
 def prune(checkpoints: Path, limit: int) -> None:
     """Remove all but the `limit` newest good checkpoints; broken ones are set aside and do not count.
 
-    Those that are kept are compared by SHA-256, the others by size.
+    Those that are kept are verified by SHA-256, the others by size.
     """
     good = 0
     for step, folder in reversed(steps(checkpoints)):
@@ -207,13 +214,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Remove what a killed writer has left."""
+    """Remove the temporary folders of a killed writer."""
     for leftover in folder.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sync(*paths: Path) -> None:
-    """Have files and folders (their lists of names) on the disk, in this order."""
+    """`fsync` files and folders (their entries), in this order."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -223,7 +230,7 @@ def sync(*paths: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hex; read in pieces."""
+    """The SHA-256 of a file, as hex; read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,6 +1,6 @@
-"""Which device a process computes on, under which name it is locked, and how much memory it has left.
+"""Device selection, the names under which devices are locked, and free memory.
 
-The functions that take or return `torch.device` load torch when they are called; the others never do.
+Only the functions that take or return `torch.device` import torch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 CGROUP = Path("/sys/fs/cgroup")
 HEADROOM = 1.25
-"""Free memory needed to load a model, as a multiple of its weights: attention caches and buffers need room too."""
+"""Free memory required to load a model, as a multiple of its weights: attention caches and buffers need room too."""
 
 # ---------------------------------------------------------------------------------------------------------
-# Names: `model.device` as it is written, the machine's own number of a GPU, and torch's
+# Names: `model.device` as configured, the system's index of a GPU, and torch's index
 
 
 def physical_device(device: str) -> str:
-    """The name under which a device is locked: `cpu`, `mps` or `cuda:N` with N the machine's own number. No torch."""
+    """The name under which a device is locked: `cpu`, `mps` or `cuda:N` with N the system's index. No torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "auto":
         has_nvidia = Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/gpus").is_dir()
@@ -43,9 +43,9 @@ def physical_device(device: str) -> str:
 
 
 def restrict_to_gpu(device: str) -> str:
-    """Make the GPU that `cuda:N` names the only one this process sees → the name torch has for it, `cuda`.
+    """Make `cuda:N` the only GPU visible to this process, and return torch's name for it, `cuda`.
 
-    Call it before CUDA is initialised. Other names are returned as they are.
+    Must be called before CUDA is initialised. Other names are returned unchanged.
     """
     kind, _, number = device.partition(":")
     if number:
@@ -54,7 +54,7 @@ def restrict_to_gpu(device: str) -> str:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The torch device of that name; `auto` takes a GPU when there is one. Raises `ConfigError` when it is missing."""
+    """The torch device for a name; `auto` prefers a GPU. Raises `ConfigError` if the device does not exist."""
     import torch
 
     if device == "auto":
@@ -71,7 +71,7 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def available_devices() -> list[str]:
-    """The devices torch can use here: `cpu`, `cuda:0`, …, `mps`."""
+    """The devices available to torch: `cpu`, `cuda:0`, …, `mps`."""
     import torch
 
     names = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
@@ -83,7 +83,7 @@ def available_devices() -> list[str]:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; `auto` takes bfloat16 where the device is fast at it, float16 on other CUDA GPUs."""
+    """The dtype for a name; `auto` is bfloat16 where the device supports it in hardware, float16 on other CUDA GPUs."""
     import torch
 
     if dtype != "auto":
@@ -98,7 +98,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def cpu_is_fast_at_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the CPU multiplies bfloat16 matrices in hardware (AMX, AVX512-BF16, Arm's BF16); False if unknown.
 
-    `$MOLE_CPU_BFLOAT16`, 0 or 1, overrides what the CPU says of itself.
+    `$MOLE_CPU_BFLOAT16`, 0 or 1, overrides detection.
     """
     override = os.environ.get("MOLE_CPU_BFLOAT16")
     if override in ("0", "1"):
@@ -117,7 +117,7 @@ def cpu_is_fast_at_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a device; for a CPU what programs can still get, also inside a container. None if unknown."""
+    """Free bytes on a device, for a CPU within the container's limit; None if unknown."""
     if device.type == "cuda":
         import torch
 
@@ -126,14 +126,14 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def free_on_cpu(cgroup: Path = CGROUP) -> int:
-    """The smaller of what the machine has left and what the container may still take."""
+    """Free bytes of RAM, within the container's limit."""
     left = _free_in_container(cgroup)
     available = int(psutil.virtual_memory().available)
     return available if left is None else min(available, left)
 
 
 def _free_in_container(cgroup: Path) -> int | None:
-    """Limit minus use, where file pages that can be dropped do not count as used."""
+    """The container's limit minus its use, not counting file pages that can be dropped."""
     try:
         limit = int((cgroup / "memory.max").read_text())
         stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
@@ -143,7 +143,7 @@ def _free_in_container(cgroup: Path) -> int | None:
 
 
 def free_on_gpu(number: str) -> int | None:
-    """Bytes free on the GPU with the machine's own `number`, asked without torch where that is not loaded."""
+    """Free bytes on the GPU with the system's index `number`; does not import torch."""
     torch: Any = sys.modules.get("torch")
     if torch is not None:
         return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else None
@@ -155,7 +155,7 @@ def free_on_gpu(number: str) -> int | None:
 
 
 def total_on_cpu() -> int:
-    """Bytes of RAM, or of what the container may take of it."""
+    """Bytes of RAM, within the container's limit."""
     total = int(psutil.virtual_memory().total)
     try:
         return min(total, int((CGROUP / "memory.max").read_text()))
@@ -164,7 +164,7 @@ def total_on_cpu() -> int:
 
 
 def gpu_named(device: str) -> tuple[str, int] | None:
-    """Product name and bytes of the NVIDIA GPU that `model.device` means; None when it means another device."""
+    """Product name and bytes of the NVIDIA GPU that `model.device` selects; None for other devices."""
     if device in ("cpu", "mps") or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return None
     found = visible_gpus()
@@ -174,7 +174,7 @@ def gpu_named(device: str) -> tuple[str, int] | None:
 
 @functools.cache
 def visible_gpus() -> list[tuple[str, int]]:
-    """Product name and bytes of each NVIDIA GPU that this process may use, in its order."""
+    """Product name and bytes of each NVIDIA GPU visible to this process, in order."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
     only = [f"--id={visible}"] if visible else []
     query = ["nvidia-smi", *only, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]

@@ -1,7 +1,7 @@
-"""Every error MoLE Studio raises on purpose: one line a person can act on, and an exit code.
+"""The exceptions MoLE Studio raises: one line a person can act on, and an exit code.
 
-`mole` the command prints `str(error)` and exits with `error.exit_code`; the studio shows the same line,
-beside the field when `error.field` names one.
+The `mole` command prints `str(error)` and exits with `error.exit_code`; the studio shows the same line, next to the
+field if `error.field` names one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ REFUSALS = {
     errno.EACCES: ("Writing there is not permitted", "Make it writable, or set MOLE_HOME to a folder that is."),
     errno.EPERM: ("Writing there is not permitted", "Make it writable, or set MOLE_HOME to a folder that is."),
 }
-"""Why the system does not write: cause and advice."""
+"""errno of a failed write → cause and advice."""
 LONGEST = 1_500
-"""Characters of an error's line; what was given may be a whole file."""
+"""Maximum characters of an error's line; the value quoted may be a whole file."""
 
 
 class MoleError(Exception):
-    """Base of all of ours: the work could not be done (exit code 1)."""
+    """Base class: the work could not be done (exit code 1)."""
 
     exit_code = 1
     field: str | None = None
@@ -37,7 +37,7 @@ class MoleError(Exception):
 
 
 class InputError(MoleError):
-    """What was given is wrong: a setting, a file, a name (exit code 2)."""
+    """The input is wrong: a setting, a file, a name (exit code 2)."""
 
     exit_code = 2
 
@@ -51,9 +51,9 @@ class ConfigError(InputError):
 
     Args:
         field: dotted name as in `run.yaml`, e.g. `adapter.top_p`.
-        value: what was given.
-        allowed: what would have been right, as a phrase (`"a number from 0 to 1"`).
-        advice: what to do, if that is more than giving an allowed value.
+        value: the value given.
+        allowed: the allowed values, as a phrase (`"a number from 0 to 1"`).
+        advice: what to do, if that is more than choosing an allowed value.
     """
 
     def __init__(self, field: str, value: Any, allowed: str, advice: str = "") -> None:
@@ -64,7 +64,8 @@ class ConfigError(InputError):
 class DataError(InputError):
     """A data file or one of its rows cannot be used; the message names the row (from 1) and the reason.
 
-    `rejected`, where no row can be used: all of them, with their reasons (`mole.data.RejectedRow`).
+    Attributes:
+        rejected: if no row can be used, every row with its reason (`mole.data.RejectedRow`).
     """
 
     def __init__(self, message: str, *, field: str | None = None, rejected: Sequence[Any] = ()) -> None:
@@ -77,19 +78,19 @@ class ModelError(InputError):
 
 
 class RunError(InputError):
-    """A run's name is not allowed, or there is no such run, or it is in the wrong state for the request."""
+    """A run's name is not allowed, the run does not exist, or its state does not permit the request."""
 
 
 class BusyError(MoleError):
-    """Somebody else holds the run or the device; the message says who."""
+    """Another process holds the run or the device; the message names it."""
 
 
 class CheckpointError(MoleError):
-    """A checkpoint does not verify, or does not belong to this run's config and data."""
+    """A checkpoint fails verification, or belongs to another config or data."""
 
 
 class TrainingError(MoleError):
-    """Training stopped by itself: loss not finite, out of memory, disk full; the message gives cause and advice."""
+    """Training failed: loss not finite, out of memory, disk full; the message gives cause and advice."""
 
 
 class StorageError(MoleError):
@@ -98,7 +99,7 @@ class StorageError(MoleError):
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """In this block, or the function it decorates, the system's refusal to write is a `StorageError` with advice."""
+    """Context manager or decorator: an `OSError` of a failed write becomes a `StorageError` with advice."""
     try:
         yield
     except OSError as error:
@@ -114,8 +115,8 @@ _SHORT.maxlevel = 3
 
 
 def brief(value: Any) -> str:
-    """A value as Python writes it, cut to a readable length: it may be huge, hold itself, or grow when written out."""
+    """The `repr` of a value, cut to a readable length; the value may be huge or contain itself."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # Python writes no number of so many digits
+    except ValueError:  # Python refuses to print integers with thousands of digits
         return "a number of thousands of digits"

@@ -1,9 +1,8 @@
-"""Locks that die with their process: `flock` on a file, with a note of the holder for messages only.
+"""Locks that are released when their process ends: `flock` on a file, plus a note of the holder for messages.
 
-The kernel frees such a lock when its holder ends in any way, `kill -9` included, so a lock tells the truth about a
-process where a stored process number would not. A forked child shares its parent's open files and would keep the
-lock alive after the parent; hence the hook below, which closes them in the child. Programs started with
-`subprocess` never see them (Python opens files close-on-exec).
+The kernel releases such a lock however its holder ends, `kill -9` included, so unlike a stored process id it cannot be
+stale. A forked child shares its parent's open files and would keep the lock alive after the parent; the hook below
+closes them in the child. Programs started with `subprocess` do not inherit them (Python opens files close-on-exec).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Lock:
         _open_locks.add(descriptor)
 
     def release(self) -> None:
-        """Let go; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         if self._descriptor in _open_locks:
             _open_locks.remove(self._descriptor)
             os.close(self._descriptor)
@@ -50,10 +49,10 @@ class Lock:
 
 
 def acquire(path: Path, patience: float = 0.5, **note: Any) -> Lock | None:
-    """The lock on `path`, or None when another holder keeps it for `patience` seconds.
+    """Acquire the lock on `path`; None if another process still holds it after `patience` seconds.
 
-    The patience is for those who only look (`is_held`): they hold a shared lock for some microseconds. The file is
-    made when missing, its folder is not. `note` is kept in the file beside the process number, for `holder`.
+    Some patience is needed because `is_held` holds a shared lock for a few microseconds. The file is created if
+    missing, its folder is not. `note` is stored in the file with the process id, for `holder`.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -75,7 +74,7 @@ def acquire(path: Path, patience: float = 0.5, **note: Any) -> Lock | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process holds the lock on `path`; makes and changes no file."""
+    """Whether a process holds the lock on `path`; creates and changes no file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -90,26 +89,26 @@ def is_held(path: Path) -> bool:
 
 
 def holder(path: Path) -> dict[str, Any]:
-    """What the last holder noted: `pid`, `since` (unix seconds) and its own words; empty when unreadable."""
+    """The last holder's note: `pid`, `since` (Unix seconds) and its own entries; empty if unreadable."""
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(note, dict):
         return {}
-    pid = note.get("pid")  # 0 and below would be whole groups of processes, the reader's own among them
+    pid = note.get("pid")  # 0 and below mean process groups, the reader's own among them
     return note if isinstance(pid, int) and pid > 1 else {key: note[key] for key in note if key != "pid"}
 
 
 def describe_holder(path: Path) -> str:
-    """The holder in words, e.g. `"run demo (process 4711)"`."""
+    """Describe the holder, e.g. `"run demo (process 4711)"`."""
     note = holder(path)
     process = f"process {note['pid']}" if "pid" in note else "another process"
     return f"run {note['run']} ({process})" if "run" in note else process
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`: its folder may have been deleted meanwhile."""
+    """Whether `path` is still the open file: its folder may have been deleted in between."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -121,4 +120,4 @@ def _write_note(descriptor: int, note: dict[str, Any]) -> None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(note).encode(), 0)
     except OSError:
-        pass  # a full disk must not keep a run from being stopped or deleted; the note is for messages only
+        pass  # a full disk must not prevent a run from being stopped or deleted; the note is for messages only

@@ -1,4 +1,4 @@
-"""Where things are kept: `$MOLE_HOME` and its folders, names that may become folders, paths that a person typed."""
+"""`$MOLE_HOME` and its folders, valid names of folders, and paths as typed by the user."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def runs_dir() -> Path:
 
 
 def models_dir() -> Path:
-    """`$MOLE_HOME/models`, where converted models are kept."""
+    """`$MOLE_HOME/models`, the folder of converted models."""
     return home() / "models"
 
 
@@ -32,12 +32,12 @@ def device_lock_path(device: str) -> Path:
 
 
 def local_path(text: str) -> Path:
-    """The path a person typed, `~` expanded; `~user` of an unknown user stays as it is."""
+    """A path as typed by the user, with `~` expanded; `~user` of an unknown user is left unchanged."""
     return Path(os.path.expanduser(text))
 
 
 def check_name(name: str, what: str = "run", field: str = "name") -> str:
-    """The name, if a run (or `what`) may have it. Raises `RunError` about `field`."""
+    """Return `name` if it is valid for a run (or `what`); else raise `RunError` for `field`."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name) or name.endswith("."):
         raise RunError(
             f"The {what} name {brief(name)} is not allowed: use up to 64 letters, digits, '.', '_' and '-', "

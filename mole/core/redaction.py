@@ -1,4 +1,4 @@
-"""What must not be seen: tokens in texts that are written or shown, and what our processes inherit. No torch."""
+"""Keeps secrets out of texts that are written or shown, and out of child processes. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
 SHAPE = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=Bearer )[\w.~+/=-]{8,}")
-"""What a hub token looks like, whoever's it is, and what stands in a header of that kind."""
+"""Hub tokens, and the value of a bearer header."""
 HIDDEN = "(hidden)"
 
 INHERITED = {
@@ -24,16 +24,16 @@ FAMILIES = (
     "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "ROCM_", "ROCR_", "HIP_", "HSA_", "TRITON_", "OMP_",
     "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "NUMEXPR_", "BNB_", "GGML_", "MALLOC_",
 )  # fmt: skip
-"""Beginnings of names that tell libraries how to work. The hub's own token is one of `HF_`: gated models need it."""
+"""Prefixes of variables that configure libraries. The hub token is among `HF_`: gated models need it."""
 
 
 def child_environment() -> dict[str, str]:
-    """What a process of ours needs of this one's environment: what is not known to be needed stays behind."""
+    """The environment of a child process: only the variables known to be needed."""
     return {name: value for name, value in os.environ.items() if name in INHERITED or name.startswith(FAMILIES)}
 
 
 def redacted(text: str) -> str:
-    """A text without hub tokens, whichever library quoted one."""
+    """The text with hub tokens hidden."""
     for name in TOKENS:
         value = os.environ.get(name, "")
         if len(value) >= 8:

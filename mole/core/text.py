@@ -1,4 +1,4 @@
-"""Texts for people: an exception as one line, sizes in bytes, counts and durations with their units."""
+"""Text for people: exceptions on one line, and bytes, counts and durations with units."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ FAILURES = (
         "Use a lower training.learning_rate or a longer training.warmup_steps, and start again.",
     ),
 )
-"""Pattern of an error's type and text, its cause, and what to do."""
+"""Pattern for an error's type and text, cause, and advice."""
 
 
 def one_line(error: Exception, longest: int = 200) -> str:
-    """An exception's message on one line of at most `longest` characters, without its final stop and without tokens."""
+    """An exception's message in at most `longest` characters on one line, without final full stop, tokens hidden."""
     text = redacted(" ".join(str(error).split())) or type(error).__name__
     return (text if len(text) <= longest else text[: longest - 1] + "…").rstrip(".")
 
 
 def explain(error: Exception) -> tuple[str, str]:
-    """An error's cause and what to do about it, in one line each; the advice is empty when the cause says it all."""
+    """An error's cause and advice, one line each; the advice is empty if the cause says it all."""
     text = redacted(" ".join(str(error).split()))
     if isinstance(error, MoleError):
         return text, ""
@@ -53,7 +53,7 @@ def explain(error: Exception) -> tuple[str, str]:
     for pattern, cause, advice in FAILURES:
         if re.search(pattern, f"{kind}: {text}", re.IGNORECASE):
             return f"{cause} ({text[:300] or kind})", advice
-    return f"{kind}: {text[:500]}", "The whole error is in the run's train.log."
+    return f"{kind}: {text[:500]}", "The full traceback is in the run's train.log."
 
 
 def bytes_text(size: float) -> str:

@@ -1,4 +1,6 @@
-"""Base models and adapters: where they come from, what they take, and how they are loaded. No torch until they are."""
+"""Base models and adapters: where they come from, how large they are, and how they are loaded.
+
+Importing the package does not import torch."""
 
 from mole.core.devices import pick_device, pick_dtype
 from mole.core.paths import models_dir

@@ -1,4 +1,4 @@
-"""An adapter's folder, looked through before anything is made of it: it may come from anybody."""
+"""Checks an adapter's folder before it is loaded, since it may come from anyone."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The content of an adapter's `adapter_config.json`. Raises `ModelError` when it is not JSON."""
+    """The contents of an adapter's `adapter_config.json`. Raises `ModelError` if it is not a JSON object."""
     try:
         values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder}/adapter_config.json cannot be read: {one_line(error)}.") from None
     if not isinstance(values, dict):
-        raise ModelError(f"{folder}/adapter_config.json is no object with an adapter's settings.")
+        raise ModelError(f"{folder}/adapter_config.json is not a JSON object with an adapter's settings.")
     return values
 
 
 def our_type() -> str:
-    """PEFT's name of our adapters."""
+    """The `peft_type` of MoLE adapters."""
     from mole.mixture.model import PEFT_TYPE
 
     return str(PEFT_TYPE.value)
@@ -34,7 +34,7 @@ def our_type() -> str:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What is in an adapter's folder: its settings, and the names of its weights."""
+    """The contents of an adapter's folder: its settings, and the names of its weights."""
 
     folder: Path
     config: dict[str, Any]
@@ -42,9 +42,11 @@ class AdapterFiles:
 
     @classmethod
     def read(cls, folder: Path) -> AdapterFiles:
-        """Look through a folder: safetensors only, no code, numbers that are finite, of the size the settings say.
+        """Check a folder: safetensors only, no code, finite weights, sizes that match the settings.
 
-        Raises `ModelError` when something of it is missing or wrong, `CheckpointError` when its files have changed.
+        Raises:
+            ModelError: something is missing or wrong.
+            CheckpointError: a file has changed since it was written.
         """
         if not (folder / WEIGHTS).is_file():
             pickled = (folder / "adapter_model.bin").is_file()
@@ -53,16 +55,16 @@ class AdapterFiles:
         if (folder / checkpoint.MANIFEST).is_file():
             checkpoint.verify(folder)
         config = read_adapter_config(folder)
-        if config.get("megatron_config"):  # PEFT imports the module that it names
+        if config.get("megatron_config"):  # PEFT would import the module it names
             raise ModelError(f"The adapter in {folder} needs code of its own (megatron_core), which is never run.")
         widths = check_weights(folder, ours=config.get("peft_type") == our_type())
         check_size(folder, config, max(widths.values(), default=0))
         return cls(folder, config, frozenset(widths))
 
     def check_complete(self, model: Any, adapter: str, base: str) -> None:
-        """See that the file had every weight of an adapter of ours, and no other; of other PEFT methods, some of them.
+        """Check that a MoLE adapter had all of its weights and no others; of other PEFT methods, at least some.
 
-        Raises `ModelError`: PEFT takes what is missing at random.
+        Raises `ModelError`, because PEFT would initialise missing weights at random.
         """
         from peft import get_peft_model_state_dict
 
@@ -75,15 +77,19 @@ class AdapterFiles:
             )
         if ours and (extra := self.names - wanted):
             raise ModelError(
-                f"The adapter in {self.folder} does not load on {base}: {len(extra)} of its weights have no place "
+                f"The adapter in {self.folder} does not load on {base}: {len(extra)} of its weights do not exist "
                 f"there, {min(extra)} among them."
             )
 
 
 def check_weights(folder: Path, ours: bool) -> dict[str, int]:
-    """See that every weight is finite, since one that is not makes every reply nonsense; those of ours floating point.
+    """Check that every weight is finite and, in MoLE adapters (`ours`), floating point.
 
-    Returns the longest side of each. Raises `ModelError`.
+    Returns:
+        The longest dimension of each weight.
+
+    Raises:
+        ModelError: a weight is not finite or has the wrong dtype.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -105,7 +111,7 @@ def check_weights(folder: Path, ours: bool) -> dict[str, int]:
 
 
 def check_size(folder: Path, config: dict[str, Any], widest: int) -> None:
-    """See that the settings ask for no more than the weights there are, or loading them would take all the memory.
+    """Check that the settings ask for no larger adapter than the weights, since loading allocates what they ask for.
 
     Raises `ModelError`.
     """

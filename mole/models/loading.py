@@ -1,4 +1,4 @@
-"""Loading: base models (see `mole.models.sources` for where they come from), and adapters on top of them."""
+"""Loads base models (`mole.models.sources` finds them), and adapters on top of them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 TEMPLATE_FILE = "chat_template.jinja"
 IMPORTING = RLock()
-"""Held while transformers or what builds on it is first imported beside other threads: it resolves its names lazily,
-and of two threads that do so at once one sees a half-imported module."""
+"""Held while transformers, or a library built on it, is first imported with other threads running: it resolves names
+lazily, and one of two threads doing so at once sees a half-imported module."""
 
 
 def import_ahead() -> None:
-    """Import what a first model needs and transformers puts off until then: two of its three seconds."""
+    """Import what transformers defers until the first model is loaded: two of that load's three seconds."""
     with IMPORTING:
         from peft import AutoPeftModelForCausalLM  # noqa: F401
         from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
@@ -45,19 +45,19 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     folder: Path | None = None
-    """Where its files are."""
+    """The folder of its files."""
 
 
 @dataclass
 class Loaded:
-    """What chat and evaluation work with: a base model, with or without an adapter.
+    """A base model with or without an adapter, as used by chat and evaluation.
 
     Attributes:
-        name: the target as it was asked for.
+        name: the target as requested.
         base: the base model's name.
-        router: the adapter's routing method; `"none"` for the base alone and for adapters that do not route.
-        adapter_dir: the adapter's folder, None for the base alone.
-        notice: what the user should know (a chat template that is not the base's), or None.
+        router: the adapter's routing method; `"none"` for the base model alone and for adapters without routing.
+        adapter_dir: the adapter's folder; None for the base model alone.
+        notice: a message for the user (a chat template other than the base model's), or None.
     """
 
     model: Any
@@ -74,15 +74,18 @@ class Loaded:
 
 
 def on_its_gpu(config: ModelConfig) -> ModelConfig:
-    """The settings for a process that sees no GPU but the one `cuda:N` names; call it before CUDA is initialised."""
+    """The config for a process restricted to the GPU `cuda:N`; must be called before CUDA is initialised."""
     return dataclasses.replace(config, device=restrict_to_gpu(config.device))
 
 
 def load_base(config: ModelConfig) -> Base:
-    """Load a base model and its tokenizer; fetched or converted first where needed.
+    """Load a base model and its tokenizer, downloading or converting it first if needed.
 
-    Code that comes with a model is never run and pickled weights are never read. Raises `ModelError` when the model
-    cannot be found or loaded, `ConfigError` for a device that is not there.
+    Code that comes with a model is never run, and pickled weights are never read.
+
+    Raises:
+        ModelError: the model cannot be found or loaded.
+        ConfigError: the device does not exist.
     """
     from transformers import AutoModelForCausalLM
 
@@ -113,15 +116,15 @@ def load_base(config: ModelConfig) -> Base:
         raise ModelError(f"The model {config.name} cannot be loaded: {reason(error)}.") from error
     if report["missing_keys"]:
         raise ModelError(f"The model {config.name} is incomplete: it has no weights for {min(report['missing_keys'])}.")
-    if source.kind == "hub":  # not the cache's path: adapters keep this name of their base
+    if source.kind == "hub":  # not the cache's path: adapters store this name of their base model
         model.name_or_path = model.config._name_or_path = config.name
     return Base(model, tokenizer, config.name, device, dtype, folder)
 
 
 def quantisation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` needs to keep the projections in 8 or 4 bits; empty for none.
+    """Arguments of `from_pretrained` for 8- or 4-bit weights; empty for none.
 
-    Raises `ConfigError` when bitsandbytes is not installed or does not know the device.
+    Raises `ConfigError` if bitsandbytes is not installed or does not support the device.
     """
     if config.quantization == "none":
         return {}
@@ -129,7 +132,7 @@ def quantisation(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
         allowed = "none while the package bitsandbytes is not installed"
         raise ConfigError("model.quantization", config.quantization, allowed, "pip install 'mole-studio[gpu]' adds it.")
     if device.type not in ("cpu", "cuda"):
-        advice = "bitsandbytes needs a GPU by NVIDIA, or a CPU."
+        advice = "bitsandbytes needs an NVIDIA GPU or a CPU."
         raise ConfigError("model.quantization", config.quantization, f"none on {device.type}", advice)
     from transformers import BitsAndBytesConfig
 
@@ -151,7 +154,7 @@ def reason(error: Exception) -> str:
 
 
 def load_tokenizer(name: str, folder: Path | None = None) -> Any:
-    """The fast tokenizer of a base model, with a padding token. Raises `ModelError` when it cannot be had."""
+    """The fast tokenizer of a base model, with a padding token. Raises `ModelError` if it cannot be loaded."""
     folder = folder or local_folder(resolve(name), progress=True)
     try:
         with IMPORTING:
@@ -161,27 +164,29 @@ def load_tokenizer(name: str, folder: Path | None = None) -> Any:
     except Exception as error:
         raise ModelError(f"The tokenizer of {name} cannot be loaded: {reason(error)}.") from error
     if tokenizer.eos_token is None:
-        raise ModelError(f"The tokenizer of {name} has no end-of-text token: an answer would never end.")
+        raise ModelError(f"The tokenizer of {name} has no end-of-text token: a reply would never end.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def attach(base: Base, folder: Path, name: str | None = None, onto: Any = None, adapter: str = "default") -> Loaded:
-    """Put the adapter in `folder`, of ours or another PEFT method, on a base model, which it changes in place.
+    """Load the adapter in `folder`, of MoLE or another PEFT method, onto a base model, which is modified in place.
 
-    The chat template kept with the adapter is used; `Loaded.notice` says when the base's own differs.
+    The chat template saved with the adapter is used; `Loaded.notice` tells if the base model's differs.
 
     Args:
         base: the base model.
-        folder: the adapter.
-        name: what to call the result; the folder if None.
-        onto: the `PeftModel` that holds other adapters of the same kind on this base; it gets one more.
-        adapter: PEFT's name for it.
+        folder: the adapter's folder.
+        name: `Loaded.name`; the folder if None.
+        onto: a `PeftModel` on this base model that the adapter is added to.
+        adapter: the adapter's name in PEFT.
 
-    Raises `ModelError` when the adapter cannot be loaded, `CheckpointError` when its files have changed.
+    Raises:
+        ModelError: the adapter cannot be loaded.
+        CheckpointError: its files have changed since they were written.
     """
-    import mole.mixture.model  # noqa: F401  makes PEFT know our adapters
+    import mole.mixture.model  # noqa: F401  registers MoLE with PEFT
 
     from peft import PeftModel  # isort: skip
 
@@ -202,7 +207,7 @@ def attach(base: Base, folder: Path, name: str | None = None, onto: Any = None, 
 
 
 def with_template(base: Base, folder: Path) -> tuple[Any, str | None]:
-    """The base's tokenizer with the chat template kept with an adapter, and a notice when that differs."""
+    """The base model's tokenizer with the chat template saved with an adapter, and a notice if they differ."""
     from mole.data import chat_template
 
     if not (folder / TEMPLATE_FILE).is_file():
@@ -211,8 +216,8 @@ def with_template(base: Base, folder: Path) -> tuple[Any, str | None]:
         kept = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / TEMPLATE_FILE} cannot be read: {one_line(error)}.") from None
-    notice = f"The chat template kept with the adapter is used; the one of {base.name} differs from it."
+    notice = f"The chat template saved with the adapter is used; that of {base.name} differs."
     differs = kept.strip() != chat_template(base.tokenizer).strip()
-    tokenizer = copy.copy(base.tokenizer)  # the tables are shared; other targets on this base keep their template
+    tokenizer = copy.copy(base.tokenizer)  # shallow: other targets on this base model keep their template
     tokenizer.chat_template = kept
     return tokenizer, notice if differs else None

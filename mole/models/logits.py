@@ -1,4 +1,4 @@
-"""Logits only where they are needed: most tokens of a batch have no label, and the head is a fifth of a small model."""
+"""Computes logits only at labelled positions: most tokens have no label, and the head is a fifth of a small model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 def base_model(model: Any) -> Any:
-    """The model inside a `PeftModel`; other models are returned as they are."""
+    """The model inside a `PeftModel`; other models are returned unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
 def only_positions(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Compute a language model's logits at some positions only: the output head gets `(1, n, hidden)`.
+    """Compute a language model's logits at some positions only: the output head receives `(1, n, hidden)`.
 
     Args:
         head: the model's output embeddings.

@@ -1,4 +1,4 @@
-"""How much memory a model's weights take, read from the headers of its files. No torch."""
+"""Sizes of a model's weights, read from the headers of its files. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mole.models.sources import EMBEDDED, cached_from_hub, resolve
 
 
 def files_of(model: str) -> list[Path]:
-    """The weight files of a base model that is on this machine; none for one that must be fetched first."""
+    """The weight files of a base model on this machine; empty for one that must be downloaded first."""
     try:
         here = model == EMBEDDED or os.path.exists(local_path(model))
         source = resolve(model) if here else cached_from_hub(model)
@@ -27,7 +27,7 @@ def files_of(model: str) -> list[Path]:
 
 
 def parameters(files: Iterable[Path]) -> int:
-    """Number of weights in safetensors files, read from their headers; 0 for files that are not there."""
+    """Number of weights in safetensors files, read from their headers; missing files count as 0."""
     total = 0
     for path in files:
         with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="np") as file:

@@ -1,7 +1,7 @@
-"""Where base models are: the hub, a local folder, a `.gguf` file, or the embedded default. No torch.
+"""Finds base models: on the hub, in a local folder, in a `.gguf` file, or the embedded default. No torch.
 
-Whatever the source, a model ends up as a local folder of safetensors before it is loaded, so that loading never
-waits for a network, and never runs code or unpickles anything that came with the weights.
+Every model becomes a local folder of safetensors before it is loaded, so that loading never waits for the network,
+never runs code and never unpickles.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from mole.models.gguf import EMBEDDED, HUB_SECONDS, convert_embedded, convert_gg
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 DUPLICATES = ("consolidated.safetensors",)
-"""The same weights again, in the format of their maker's own programs."""
+"""Copies of the same weights in the format of the authors' own code."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SAMPLED = 1 << 20
-"""Bytes at either end of a file of weights by which it is known again."""
+"""Bytes at either end of a weight file that its fingerprint covers."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is there.
+    """A model that exists.
 
     Attributes:
         kind: embedded, folder, gguf or hub.
-        name: as it was asked for.
-        location: a path; the hub id for one that must be downloaded first.
-        revision, files: what to download.
+        name: as requested.
+        location: a path, or the hub id of a model that must be downloaded first.
+        revision, files: what to download from the hub.
     """
 
     kind: str
@@ -50,7 +50,8 @@ class Source:
 def resolve(name: str) -> Source:
     """Find a model by hub id, folder, `.gguf` file or `smollm2-135m`, without loading it.
 
-    Raises `ModelError` when it is not there. The hub's local cache goes first; the hub itself gets some seconds.
+    The hub's local cache is tried before the hub, which must answer within seconds. Raises `ModelError` if it is not
+    found.
     """
     if name == EMBEDDED:
         return Source("embedded", name, str(models_dir() / EMBEDDED))
@@ -68,10 +69,10 @@ def resolve(name: str) -> Source:
 
 
 def check_folder(folder: Path) -> None:
-    """See that a folder holds a model in safetensors. Raises `ModelError` that says what is missing."""
+    """Check that a folder holds a model in safetensors. Raises `ModelError` naming what is missing."""
     if not (folder / "config.json").is_file():
-        hint = " It holds an adapter: give its base model." if (folder / "adapter_config.json").is_file() else ""
-        raise ModelError(f"The folder {folder} holds no model: it has no config.json.{hint}")
+        hint = " It contains an adapter: give its base model." if (folder / "adapter_config.json").is_file() else ""
+        raise ModelError(f"The folder {folder} contains no model: it has no config.json.{hint}")
     missing = [shard for shard in shards(folder) if not (folder / shard).is_file()]
     if missing:
         raise ModelError(f"The model in {folder} is incomplete: {missing[0]} is missing. Download it again.")
@@ -84,14 +85,14 @@ def check_folder(folder: Path) -> None:
 
 
 def shards(folder: Path) -> list[str]:
-    """Names of the weight files that the folder's index lists; empty without an index. Raises `ModelError`."""
+    """Names of the weight files listed in the folder's index; empty without an index. Raises `ModelError`."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return []
     try:
         return sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ModelError(f"{index} is no index of weights: {one_line(error)}.") from None
+        raise ModelError(f"{index} is not an index of weights: {one_line(error)}.") from None
 
 
 def pickled_only(where: str, file: str) -> str:
@@ -104,7 +105,7 @@ def pickled_only(where: str, file: str) -> str:
 
 
 def cached_from_hub(name: str) -> Source | None:
-    """A hub model all of whose files are in the local cache, else None."""
+    """A hub model if all of its files are in the local cache, else None."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -117,7 +118,7 @@ def cached_from_hub(name: str) -> Source | None:
 
 
 def find_on_hub(name: str) -> Source:
-    """A hub model by asking the hub. Raises `ModelError` when it is not there or the hub gives no answer in time."""
+    """Look up a model on the hub. Raises `ModelError` if it does not exist or the hub does not answer in time."""
     from huggingface_hub import HfApi, errors
 
     neither = f"There is no folder {name} here, and"
@@ -125,7 +126,7 @@ def find_on_hub(name: str) -> Source:
         info = within(HUB_SECONDS + 2, lambda: HfApi().model_info(name, timeout=HUB_SECONDS))
     except errors.OfflineModeIsEnabled:
         raise ModelError(
-            f"{neither} the hub is switched off (HF_HUB_OFFLINE) without {name} in its cache. {instead()}"
+            f"{neither} the hub is disabled (HF_HUB_OFFLINE) and {name} is not in its cache. {instead()}"
         ) from None
     except errors.GatedRepoError:
         raise ModelError(
@@ -138,7 +139,7 @@ def find_on_hub(name: str) -> Source:
     names = [file.rfilename for file in info.siblings or []]
     files = tuple(file for file in names if "/" not in file and file.endswith(HUB_FILES) and file not in DUPLICATES)
     if "config.json" not in files:
-        raise ModelError(f"{name} on the hub is no base model: it has no config.json.")
+        raise ModelError(f"{name} on the hub is not a base model: it has no config.json.")
     if not any(file.endswith(".safetensors") for file in files):
         pickled = next((file for file in names if file.endswith(PICKLED)), None)
         raise ModelError(pickled_only(name, pickled) if pickled else f"{name} on the hub has no *.safetensors.")
@@ -146,15 +147,15 @@ def find_on_hub(name: str) -> Source:
 
 
 def instead() -> str:
-    """What needs no hub."""
+    """Advice for working without the hub."""
     return f"Give a local folder, a .gguf file, or {EMBEDDED}, which is embedded."
 
 
 def local_folder(source: Source, progress: bool = False, *, weights: bool = True) -> Path:
-    """The model's folder of safetensors: downloaded or converted first where that was not done yet.
+    """The model's folder of safetensors, downloaded or converted first if needed.
 
-    Without `weights` the hub's are not downloaded, which is enough for a tokenizer. Raises `ModelError` when the
-    download or the conversion fails, or the model wants a program fetched.
+    Without `weights`, a hub model's weights are not downloaded, which is enough for a tokenizer. Raises `ModelError` if
+    the download or conversion fails, or if the model requires code from the hub.
     """
     folder = fetched(source, progress, weights)
     check_programs(folder, source.name)
@@ -162,18 +163,18 @@ def local_folder(source: Source, progress: bool = False, *, weights: bool = True
 
 
 def check_programs(folder: Path, name: str) -> None:
-    """See that a model names no compiled code on the hub, which is fetched and run where its attention is chosen."""
+    """Check that a model names no compiled kernels on the hub, which transformers would download and run."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return  # said by who loads it
+        return  # reported when it is loaded
     for key, value in values.items() if isinstance(values, dict) else ():
         if key.endswith("_implementation") and "/" in str(value):
-            raise ModelError(f"The model {name} wants code from the hub (config.json has {key}), which is never run.")
+            raise ModelError(f"The model {name} needs code from the hub (config.json has {key}), which is never run.")
 
 
 def fetched(source: Source, progress: bool, weights: bool) -> Path:
-    """`local_folder`, whatever is in it."""
+    """`local_folder` without its check."""
     if source.kind == "embedded":
         return convert_embedded(Path(source.location), progress)
     if source.kind == "gguf":
@@ -193,8 +194,8 @@ def fetched(source: Source, progress: bool, weights: bool) -> Path:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """By what a model's folder is known again, cheaply: of its config and each file of weights, a hash of the size, the
-    beginning (where the shapes are) and the end."""
+    """A cheap fingerprint of a model: for its config and each weight file, a hash of its size, its beginning (with the
+    shapes) and its end."""
     hashes = {}
     for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
         with path.open("rb") as file:
@@ -208,15 +209,15 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def pull(name: str, progress: bool = True) -> Path:
-    """Bring a model to this machine, ready to load → its folder; stderr shows the progress.
+    """Download or convert a model, ready to load, and return its folder; progress goes to stderr.
 
-    Raises `ModelError` when it cannot be found or fetched.
+    Raises `ModelError` if it cannot be found or downloaded.
     """
     return local_folder(resolve(name), progress)
 
 
 def list_models() -> list[dict[str, Any]]:
-    """The models that need no download: name, kind, path, size in bytes, and cached: converted, ready to load."""
+    """The models on this machine: name, kind, path, size in bytes, and whether they are ready to load (`cached`)."""
     rows = [describe(EMBEDDED, "embedded", models_dir() / EMBEDDED)]
     for config in sorted(models_dir().glob("[!.]*/config.json")):
         if config.parent.name != EMBEDDED:

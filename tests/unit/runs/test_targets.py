@@ -57,7 +57,7 @@ def test_the_adapters_template_wins_and_a_difference_is_said(tiny_adapter: Path,
     folder = shutil.copytree(tiny_adapter, tmp_path / "adapter")
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     loaded = runs.load_target(str(folder), CPU)
-    assert loaded.notice is not None and "chat template kept with the adapter" in loaded.notice
+    assert loaded.notice is not None and "chat template saved with the adapter" in loaded.notice
     from mole.data import render_prompt
 
     assert render_prompt([{"role": "user", "content": "hi"}], loaded.tokenizer) == "hi!"
@@ -152,5 +152,5 @@ def test_a_checkpoint_of_a_run_is_a_target(home: Path, tiny_adapter: Path, tiny_
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors has changed"):
         runs.load_target("mine@20", CPU)
     (folder / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="was not written to the end"):
+    with pytest.raises(CheckpointError, match="was not completely written"):
         runs.load_target("mine@20", CPU)
