@@ -86,9 +86,9 @@ def print_estimate(values: dict[str, Any]) -> None:
     print(f"\n{VERDICTS[values['fits']]} (estimated; --measure runs real steps)")
     for note in values["notes"]:
         print(f"Note: {note}")
-    if values["suggestions"]:
+    if values["ways"]:
         print("Ways to reduce memory, those that affect the result least first:")
-    for change in values["suggestions"]:
+    for change in values["ways"]:
         flags = " ".join(f"--set {name}={str(value).lower()}" for name, value in change["overrides"].items())
         mark = {"yes": "fits", "tight": "borderline", "no": "not enough"}.get(change["fits"], "")
         print(f"  {change['label']}: {bytes_text(change['peak'])}, {mark}. {change['effect']}\n    {flags}")

@@ -62,8 +62,10 @@ class Estimate:
         return None if self.seconds_per_step is None else self.seconds_per_step * self.total_steps
 
     def to_dict(self) -> dict[str, Any]:
-        """The estimate as JSON values, including `peak` and `seconds`."""
-        return {**dataclasses.asdict(self), "peak": self.peak, "seconds": self.seconds}
+        """The estimate as JSON values, including `peak` and `seconds`; `ways` is the JSON name of `suggestions`."""
+        values = dataclasses.asdict(self)
+        values["ways"] = values.pop("suggestions")
+        return {**values, "peak": self.peak, "seconds": self.seconds}
 
 
 def estimate(config: RunConfig) -> Estimate:

@@ -146,7 +146,7 @@ def start_check(config: RunConfig, kind: str, wait: bool) -> None:
 
 def with_suggestion(config: RunConfig, at: int) -> RunConfig:
     """The run's config with the `at`-th suggestion of its estimate applied."""
-    suggestions = PreflightJob.of(config).read("estimate").get("suggestions", [])
+    suggestions = PreflightJob.of(config).read("estimate").get("ways", [])
     if not 0 <= at < len(suggestions):
         raise InputError("These settings have changed since they were checked; check them again.")
     return RunConfig.from_dict(apply_overrides(config.to_dict(), suggestions[at]["overrides"]))

@@ -49,7 +49,7 @@ function draw(estimate, measurement, state) {
     ["Time, roughly", estimate.seconds ? durationText(estimate.seconds) : "–", estimate.seconds ? `${durationText(estimate.seconds_per_step)} a step` : "measure to know"],
     ["Longest row", `${estimate.longest} tokens`, `mean ${Math.round(estimate.typical)}`],
   ]);
-  suggest(estimate.suggestions ?? [], fits); // an estimate of an earlier version has none
+  suggest(estimate.ways ?? [], fits); // an estimate of an earlier version has none
   $(".notes").replaceChildren(...estimate.notes.map((note) => make("li", {}, note)));
 }
 

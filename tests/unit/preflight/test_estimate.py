@@ -248,7 +248,9 @@ def test_the_command_prints_a_table_and_keeps_the_numbers(
     assert parser.main(["preflight", *flags, "--steps", "5", "--json", str(target)]) == 0
     out = capsys.readouterr().out
     assert "It fits. (estimated;" in out and "peak" in out
-    assert json.loads(target.read_text())["estimate"]["total_steps"] == 5
+    written = json.loads(target.read_text())["estimate"]
+    assert written["total_steps"] == 5
+    assert {"peak", "seconds", "fits", "ways"} <= set(written) and "suggestions" not in written
     assert parser.main(["preflight", *flags, "--router", "nosuch"]) == 2
     assert parser.main(["preflight", "--model", config.model.name, "--data", str(tmp_path / "none.jsonl")]) == 2
     assert parser.main(["preflight", *flags, "--wait"]) == 2
