@@ -178,21 +178,25 @@ LISTING = Listing()
 
 def folder_stamp(path: str) -> tuple[Any, ...]:
     """A value that changes whenever the run's row may change."""
+    try:
+        held = locks.is_held(Path(path, "run.lock"))
+    except OSError:  # the run is unreadable
+        held = None
     return (
         file_stamp(f"{path}/events.jsonl"),
         os.path.exists(f"{path}/adapter/{checkpoint.MANIFEST}"),
         file_stamp(f"{path}/{evaluation_job.FOLDER}"),
-        locks.is_held(Path(path, "run.lock")),
+        held,
     )
 
 
 def file_stamp(path: str) -> tuple[int, int, int]:
-    """A value that changes with a file, or with the names in a folder; zeros when it does not exist."""
+    """A value that changes with a file and who may read it, or with the names in a folder; zeros if there is none."""
     try:
-        found = os.stat(path)
-    except FileNotFoundError:
+        found = os.lstat(path)
+    except OSError:
         return 0, 0, 0
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_ctime_ns
 
 
 def run_row(run: Run, held_out: float | None) -> dict[str, Any]:
@@ -212,6 +216,8 @@ def run_row(run: Run, held_out: float | None) -> dict[str, Any]:
 
 def training_pace(run: Run, last: dict[str, Any]) -> tuple[float | None, float | None]:
     """Tokens/s and the time the training ends (unix seconds), from the last logged step or the end of the run."""
+    if last["type"] == "":  # no events, or unreadable ones
+        return None, None
     if "metrics" in last:
         return numbers(last["metrics"]).get("tokens_per_second"), None
     for event in islice(run.events_backwards(), NEWEST_EVENTS):

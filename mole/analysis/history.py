@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mole.core import files
 from mole.runs.event_reader import BLOCK, EventReader, lines_of, number, parse_event, parse_without_routing, routing_of
 from mole.runs.run import Run
 
@@ -256,7 +257,7 @@ class History:
     def _event_at(self, offset: int) -> dict[str, Any] | None:
         """The step event at byte `offset`; None if it is gone or its routing is incomplete."""
         try:
-            with self.run.events_path.open("rb") as file:
+            with open(self.run.events_path, "rb", opener=files.unlinked) as file:
                 file.seek(offset)
                 event = parse_event(file.readline(BLOCK))
         except OSError:

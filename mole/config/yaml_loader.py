@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mole.core import files
 from mole.core.errors import InputError
 
 MAX_YAML_LENGTH = 1 << 16
@@ -62,13 +64,13 @@ def parse_yaml(text: str, loader: type[SettingsLoader] = SettingsLoader) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises `InputError` when it cannot be read or is not a mapping."""
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"The config file {path} is not a regular file.")
-        with path.open(encoding="utf-8") as file:
+        with open(path, encoding="utf-8", opener=files.regular) as file:
             values = parse_yaml(file.read(MAX_YAML_LENGTH + 1))
     except FileNotFoundError:
         raise InputError(f"The config file {path} does not exist.") from None
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.ELOOP:
+            raise InputError(f"The config file {path} is not a regular file.") from None
         raise InputError(f"The config file {path} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
         raise InputError(f"The config file {path} is not valid YAML: {' '.join(str(error).split())}.") from None

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mole.core import files
 from mole.core.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -44,6 +45,7 @@ def write(
         The checkpoint's folder.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
+    _check_own(checkpoints)
     sync(checkpoints.parent)
     target = checkpoints / f"step-{step}"
     if target.exists():
@@ -124,10 +126,10 @@ def verify(folder: Path, *, hashes: bool = True) -> Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read a folder's manifest without checking its files. Raises `CheckpointError` if missing, changed or invalid."""
     try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        values = files.read_json(folder / MANIFEST)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no {MANIFEST}: it was not completely written.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/{MANIFEST} cannot be read: {error}.") from None
     if not isinstance(values, dict) or values.get("version") != VERSION:
         raise CheckpointError(f"{folder}/{MANIFEST} is not of version {VERSION}, the one this program writes.")
@@ -146,6 +148,7 @@ def newest_good(checkpoints: Path) -> Path | None:
 
     Newer checkpoints that fail are renamed to `step-N.bad`; temporary folders of a killed process are removed.
     """
+    _check_own(checkpoints)
     _clear_leftovers(checkpoints)
     for step, folder in reversed(steps(checkpoints)):
         if _is_good(folder, step):
@@ -155,11 +158,11 @@ def newest_good(checkpoints: Path) -> Path | None:
 
 
 def steps(checkpoints: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a folder as (step, path), sorted by step; not verified."""
-    if not checkpoints.is_dir():
+    """The checkpoints in a folder as (step, path), sorted by step; not verified, and none is a link."""
+    if not files.is_folder(checkpoints):
         return []
     found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in checkpoints.iterdir()]
-    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
+    return sorted((int(match[1]), path) for match, path in found if match and files.is_folder(path))
 
 
 def prune(checkpoints: Path, limit: int) -> None:
@@ -199,11 +202,11 @@ def _aside(target: Path) -> Path:
 
 def _seal(folder: Path, step: int, meta: dict[str, Any]) -> None:
     """Sync every file, write the manifest, sync it and the folders."""
-    files = {}
+    contents = {}
     for path in _files(folder):
         sync(path)
-        files[path.relative_to(folder).as_posix()] = {"sha256": sha256(path), "size": path.stat().st_size}
-    values = json.loads(json.dumps({"version": VERSION, "step": step, "files": files, "meta": meta}))
+        contents[path.relative_to(folder).as_posix()] = {"sha256": sha256(path), "size": path.stat().st_size}
+    values = json.loads(json.dumps({"version": VERSION, "step": step, "files": contents, "meta": meta}))
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**values, "checksum": _checksum(values)}, indent=1), encoding="utf-8")
     sync(manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder)
@@ -211,6 +214,12 @@ def _seal(folder: Path, step: int, meta: dict[str, Any]) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def _check_own(folder: Path) -> None:
+    """Raise `CheckpointError` if `folder` is a link: what is renamed and removed in it would be someone else's."""
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link; checkpoints are kept in a folder of the run itself. Remove it.")
 
 
 def _clear_leftovers(folder: Path) -> None:
@@ -232,7 +241,7 @@ def sync(*paths: Path) -> None:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, as hex; read in chunks."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open(path, "rb", opener=files.regular) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import psutil
 
@@ -40,6 +41,11 @@ def physical_device(device: str) -> str:
     if device == "cuda":
         return f"cuda:{(visible or '0').split(',')[0].strip()}"
     return device
+
+
+def is_physical_device(name: Any) -> TypeGuard[str]:
+    """Whether `name`, read from a file, is one that `physical_device` returns."""
+    return isinstance(name, str) and re.fullmatch(r"cpu|mps|cuda:[\w-]{1,64}", name) is not None
 
 
 def restrict_to_gpu(device: str) -> str:

@@ -18,6 +18,9 @@ REFUSALS = {
     errno.EFBIG: ("A file would be larger than this process may write", "Raise the limit (ulimit -f) and try again."),
     errno.EROFS: ("The file system is read-only", "Make it writable, or set MOLE_HOME to a folder that is."),
     errno.EACCES: ("Writing there is not permitted", "Make it writable, or set MOLE_HOME to a folder that is."),
+    errno.ELOOP: ("A link, a pipe or a device is in the place of a file", "Remove it and try again."),
+    errno.EISDIR: ("A folder is in the place of a file", "Remove it and try again."),
+    errno.ENOTDIR: ("A file is in the place of a folder", "Remove it and try again."),
     errno.EPERM: ("Writing there is not permitted", "Make it writable, or set MOLE_HOME to a folder that is."),
 }
 """errno of a failed write → cause and advice."""

@@ -7,12 +7,15 @@ closes them in the child. Programs started with `subprocess` do not inherit them
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
+
+from mole.core import files
 
 RETRY_SECONDS = 0.02
 
@@ -56,7 +59,7 @@ def acquire(path: Path, patience: float = 0.5, **note: Any) -> Lock | None:
     """
     deadline = time.monotonic() + patience
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = files.unlinked(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still(descriptor, path):
@@ -74,11 +77,16 @@ def acquire(path: Path, patience: float = 0.5, **note: Any) -> Lock | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock on `path`; creates and changes no file."""
+    """Whether a process holds the lock on `path`; creates and changes no file.
+
+    No process holds what is not a regular file: `acquire` refuses it.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
+        descriptor = files.unlinked(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return False
+        raise
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -91,8 +99,8 @@ def is_held(path: Path) -> bool:
 def holder(path: Path) -> dict[str, Any]:
     """The last holder's note: `pid`, `since` (Unix seconds) and its own entries; empty if unreadable."""
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        note = files.read_json(path)
+    except (OSError, ValueError):
         return {}
     if not isinstance(note, dict):
         return {}

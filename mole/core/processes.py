@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mole.core import checkpoint
+from mole.core import checkpoint, files
 from mole.core.errors import MoleError
 from mole.core.paths import home
 from mole.core.redaction import child_environment, redacted
@@ -28,7 +28,7 @@ def detach(module: str, *arguments: str, log: Path) -> None:
     environment = {**child_environment(), "MOLE_HOME": str(home()), "PYTHONSAFEPATH": "1"}
     if root.name not in ("site-packages", "dist-packages"):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    with log.open("ab") as output:
+    with open(log, "ab", opener=files.unlinked) as output:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=home(),
@@ -56,9 +56,9 @@ def exit_code(work: Callable[[], Any]) -> int:
 def read_record(path: Path) -> dict[str, Any]:
     """The contents of a record; empty if it is missing or unreadable."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = files.read_json(path)
         json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate could not be sent to the page
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 

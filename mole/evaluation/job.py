@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mole import runs
-from mole.core import locks, processes
+from mole.core import files, locks, processes
 from mole.core.errors import ConfigError, DataError, RunError
 from mole.core.paths import local_path
 from mole.core.text import explain
@@ -42,6 +42,11 @@ class Evaluation:
 
     run: Run
     number: int
+
+    def __post_init__(self) -> None:
+        """Raises `RunError` if the folder is a link: its files would be someone else's."""
+        if (self.run.path / FOLDER).is_symlink():
+            raise RunError(f"{self.run.path / FOLDER} is a link; evaluations are kept in a folder of the run itself.")
 
     def file(self, suffix: str) -> Path:
         """The file of that suffix: json (the record), lock, log or stop."""
@@ -103,7 +108,7 @@ class Evaluation:
         state = self.status()["state"]
         if state not in ALIVE:
             raise RunError(f"The evaluation {self.number} of {self.run.name} is {state}; there is nothing to cancel.")
-        self.file("stop").touch()
+        os.close(files.unlinked(self.file("stop"), os.O_WRONLY | os.O_CREAT))
         job.signal_holder(self.file("lock"), signal.SIGTERM)
 
 
@@ -173,13 +178,14 @@ def record_evaluation(
 
 def _claim(run: Run, values: dict[str, Any], **more: Any) -> Evaluation:
     """A new record with the next free number."""
+    files.check_tree(run.path)
     (run.path / FOLDER).mkdir(exist_ok=True)
     number = max((one.number for one in evaluations_of(run)), default=0)
     while True:
         number += 1
         evaluation = Evaluation(run, number)
         try:
-            evaluation.file("json").touch(exist_ok=False)
+            os.close(files.unlinked(evaluation.file("json"), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             continue  # another process took the number
         evaluation.update(**values, **more)
@@ -189,7 +195,7 @@ def _claim(run: Run, values: dict[str, Any], **more: Any) -> Evaluation:
 def evaluations_of(run: Run) -> list[Evaluation]:
     """All evaluations of a run, the newest first."""
     try:
-        names = os.listdir(run.path / FOLDER)
+        names = os.listdir(run.path / FOLDER) if files.is_folder(run.path / FOLDER) else []
     except OSError:
         return []
     numbers = [int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mole.core import checkpoint
+from mole.core import checkpoint, files
 from mole.core.errors import ModelError, brief
 from mole.core.text import one_line
 
@@ -17,8 +16,8 @@ WEIGHTS = "adapter_model.safetensors"
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The contents of an adapter's `adapter_config.json`. Raises `ModelError` if it is not a JSON object."""
     try:
-        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = files.read_json(folder / "adapter_config.json", files.regular)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{folder}/adapter_config.json cannot be read: {one_line(error)}.") from None
     if not isinstance(values, dict):
         raise ModelError(f"{folder}/adapter_config.json is not a JSON object with an adapter's settings.")

@@ -11,6 +11,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from mole.config import ModelConfig
+from mole.core import files
 from mole.core.devices import pick_device, pick_dtype, restrict_to_gpu
 from mole.core.errors import ConfigError, ModelError
 from mole.core.text import one_line
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 
 TEMPLATE_FILE = "chat_template.jinja"
+MAX_TEMPLATE = 1 << 20
+"""Longest chat template that is read, in characters; the longest on the hub have some twenty thousand."""
 IMPORTING = RLock()
 """Held while transformers, or a library built on it, is first imported with other threads running: it resolves names
 lazily, and one of two threads doing so at once sees a half-imported module."""
@@ -213,7 +216,10 @@ def with_template(base: Base, folder: Path) -> tuple[Any, str | None]:
     if not (folder / TEMPLATE_FILE).is_file():
         return base.tokenizer, None
     try:
-        kept = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        with open(folder / TEMPLATE_FILE, encoding="utf-8", opener=files.regular) as file:
+            kept = file.read(MAX_TEMPLATE + 1)
+        if len(kept) > MAX_TEMPLATE:
+            raise ValueError(f"it is longer than {MAX_TEMPLATE:,} characters")
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder / TEMPLATE_FILE} cannot be read: {one_line(error)}.") from None
     notice = f"The chat template saved with the adapter is used; that of {base.name} differs."

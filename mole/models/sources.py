@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mole.core import files
 from mole.core.errors import ModelError
 from mole.core.paths import local_path, models_dir
 from mole.core.text import one_line
@@ -73,6 +73,9 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         hint = " It contains an adapter: give its base model." if (folder / "adapter_config.json").is_file() else ""
         raise ModelError(f"The folder {folder} contains no model: it has no config.json.{hint}")
+    for path in folder.iterdir():
+        if not path.is_file() and not path.is_dir() and os.path.exists(path):  # opening a pipe would block
+            raise ModelError(f"The folder {folder} contains {path.name}, which is a pipe or a device. Remove it.")
     missing = [shard for shard in shards(folder) if not (folder / shard).is_file()]
     if missing:
         raise ModelError(f"The model in {folder} is incomplete: {missing[0]} is missing. Download it again.")
@@ -90,8 +93,8 @@ def shards(folder: Path) -> list[str]:
     if not index.is_file():
         return []
     try:
-        return sorted({str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        return sorted({str(shard) for shard in files.read_json(index, files.regular)["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index} is not an index of weights: {one_line(error)}.") from None
 
 
@@ -165,8 +168,8 @@ def local_folder(source: Source, progress: bool = False, *, weights: bool = True
 def check_programs(folder: Path, name: str) -> None:
     """Check that a model names no compiled kernels on the hub, which transformers would download and run."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = files.read_json(folder / "config.json", files.regular)
+    except (OSError, ValueError):
         return  # reported when it is loaded
     for key, value in values.items() if isinstance(values, dict) else ():
         if key.endswith("_implementation") and "/" in str(value):
@@ -198,7 +201,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
     shapes) and its end."""
     hashes = {}
     for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        with path.open("rb") as file:
+        with open(path, "rb", opener=files.regular) as file:
             size = file.seek(0, os.SEEK_END)
             digest = hashlib.sha256(str(size).encode())
             for start in sorted({0, max(0, size - SAMPLED)}):

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mole.core import files
+
 BLOCK = 1 << 20
 """Bytes read at a time; no line of an event is longer."""
 TAIL_BLOCK = 1 << 14
@@ -45,7 +47,7 @@ class EventReader:
 
         Raises `OSError` when it cannot be read.
         """
-        with self.path.open("rb") as file:
+        with open(self.path, "rb", opener=files.unlinked) as file:
             stat, head = os.fstat(file.fileno()), file.read(IDENTITY_BYTES)
         identity = stat.st_dev, stat.st_ino
         same = self._file in (None, identity) and head.startswith(self._head) and stat.st_size >= self.offset
@@ -56,7 +58,7 @@ class EventReader:
 
     def next_block(self, most: int = BLOCK) -> tuple[int, bytes]:
         """The next complete lines in at most `most` bytes, and the offset of the first. Raises `OSError`."""
-        with self.path.open("rb") as file:
+        with open(self.path, "rb", opener=files.unlinked) as file:
             file.seek(self.offset)
             data = file.read(most)
         start, complete = self.offset, data.rfind(b"\n") + 1
@@ -76,9 +78,9 @@ def lines_of(start: int, block: bytes) -> Iterator[tuple[int, bytes]]:
 
 def events_backwards(path: Path) -> Iterator[dict[str, Any]]:
     """The events from the last to the first, reading no more of the file than is asked for."""
-    if not path.is_file():
+    if not files.is_file(path):
         return
-    with path.open("rb") as file:
+    with open(path, "rb", opener=files.unlinked) as file:
         start, rest, complete = file.seek(0, os.SEEK_END), b"", False
         while start > 0:
             size = min(max(TAIL_BLOCK, len(rest)), start)  # doubled for a line that does not end

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from mole.config import RunConfig
-from mole.core import limits, locks, processes
-from mole.core.devices import physical_device
+from mole.core import files, limits, locks, processes
+from mole.core.devices import is_physical_device, physical_device
 from mole.core.errors import BusyError, MoleError, RunError, writing
 from mole.core.paths import device_lock_path, home
 from mole.runs import job
@@ -33,6 +33,7 @@ def enqueue(run: Run, *, resume: bool = False) -> None:
     start or resume it.
     """
     check_room()
+    files.check_tree(run.path)
     with run.lock():
         last = run.last_event
         state = run.state_unheld(last)
@@ -44,9 +45,8 @@ def enqueue(run: Run, *, resume: bool = False) -> None:
             raise RunError(f"The run {run.name} is {state}; continue it with: mole runs resume {run.name}")
         run.clear_stop()
         device = device_of(run.config)
-        behind = max(
-            (position for position, *_ in _waiting()), default=0.0
-        )  # larger than all others, also after the clock was set back
+        # larger than all others, also after the clock was set back
+        behind = max((position for position, *_ in _waiting()), default=0.0)
         position = max(time.time(), math.nextafter(behind, math.inf))
         run.append_event("queued", last["step"], device=device, resume=resume, position=position)
 
@@ -89,7 +89,7 @@ def _waiting(device: str | None = None) -> list[tuple[float, str, Run]]:
     for run in list_runs():
         state, last = run.observe()
         if state == "queued" and last["type"] == "queued" and device in (None, last.get("device")):
-            if not isinstance(last.get("device"), str):
+            if not is_physical_device(last.get("device")):
                 continue  # not written by this program; its process will name its device again
             waiting.append((_position(last), run.name, run))
     return sorted(waiting, key=lambda item: item[:2])
@@ -144,7 +144,8 @@ def move(run: Run, place: int) -> list[Run]:
 def place_in_queue(run: Run) -> tuple[str, float]:
     """A run's device, and its position in the queue: smaller is earlier."""
     last = run.last_event
-    return str(last.get("device") or device_of(run.config)), _position(last)
+    device = last.get("device")
+    return device if is_physical_device(device) else device_of(run.config), _position(last)
 
 
 def ahead_of(run: Run) -> list[str]:
@@ -179,7 +180,10 @@ def _line(patience: float = 5.0) -> Iterator[None]:
 
 
 def wake_queued() -> list[Run]:
-    """Start a process for every queued run that has none (after a reboot); returns those runs."""
+    """Start a process for every queued run that has none (after a reboot); returns those runs.
+
+    A run that was not queued in this home is `imported`, never `queued`, and waits for the user.
+    """
     woken = []
     for run in list_runs():
         state, last = run.observe()
@@ -189,6 +193,7 @@ def wake_queued() -> list[Run]:
             if last["type"] == "created":
                 start(run)
             else:
+                files.check_tree(run.path)
                 spawn(run, resume=bool(last.get("resume")))
             woken.append(run)
         except MoleError:

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from mole.config import RunConfig
-from mole.core import checkpoint, locks
+from mole.config.yaml_loader import MAX_YAML_LENGTH
+from mole.core import checkpoint, files, locks
 from mole.core.errors import BusyError, InputError, RunError
-from mole.runs import job
+from mole.runs import job, origin
 from mole.runs.event_reader import EventReader, events_backwards, lines_of, number, numbers, parse_event, text_in
 
-STATES = ("queued", "running", "finished", "stopped", "interrupted", "failed")
+STATES = ("queued", "running", "finished", "stopped", "interrupted", "failed", "imported", "unreadable")
+"""`imported`: its events say that it waits, but it was not queued in this home, so the user has to start it;
+`unreadable`: the system refuses to read its files, e.g. because they belong to root."""
+NO_EVENT: dict[str, Any] = {"type": "", "step": 0, "time": 0.0}
 WAITING = ("created", "queued")
 HEAD_BYTES = 1 << 13
 """Beginning of the events that is read for how the run was made."""
@@ -68,15 +72,24 @@ class Run:
         """The settings in `run.yaml`. Raises `InputError` when the file is missing or damaged."""
         return RunConfig.load(self.config_path)
 
+    def config_text(self) -> str:
+        """The text of `run.yaml`. Raises `OSError`, or `ValueError` if it is not text."""
+        with open(self.config_path, encoding="utf-8", opener=files.unlinked) as file:
+            return file.read(MAX_YAML_LENGTH)
+
     # Events ------------------------------------------------------------------------------------------------
 
     def append_event(self, type: str, step: int, **values: Any) -> None:
         """Append one line to `events.jsonl` in a single write; a half-written last line is ended first.
 
-        Numbers that are not finite become null, which is what JSON has for them.
+        Numbers that are not finite become null, which is what JSON has for them. An event that makes the run wait tells
+        that it was written in this home.
         """
-        line = json.dumps(_finite({"time": time.time(), "type": type, "step": int(step), **values})) + "\n"
-        descriptor = os.open(self.events_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        event = _finite({"time": time.time(), "type": type, "step": int(step), **values})
+        if type in WAITING:
+            event[origin.FIELD] = origin.sign(self.name, event)
+        line = json.dumps(event) + "\n"
+        descriptor = files.unlinked(self.events_path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -116,14 +129,14 @@ class Run:
     @property
     def last_event(self) -> dict[str, Any]:
         """The last event; an empty one (type `""`) when there is none."""
-        return next(self.events_backwards(), {"type": "", "step": 0, "time": 0.0})
+        return next(self.events_backwards(), NO_EVENT)
 
     @property
     def _head(self) -> list[dict[str, Any]]:
         """The first events, up to `started`: how the run was made and how many steps it plans."""
         events: list[dict[str, Any]] = []
         try:
-            with self.events_path.open("rb") as file:
+            with open(self.events_path, "rb", opener=files.unlinked) as file:
                 lines = file.read(HEAD_BYTES).split(b"\n")[:-1]
         except OSError:
             return events
@@ -136,7 +149,7 @@ class Run:
     def log_lines(self, max_bytes: int) -> list[str]:
         """The lines in the last `max_bytes` bytes of `train.log`, progress bars reduced to their last state."""
         try:
-            with self.log_path.open("rb") as file:
+            with open(self.log_path, "rb", opener=files.unlinked) as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
                 text = file.read().decode("utf-8", errors="replace")
         except OSError:
@@ -157,6 +170,12 @@ class Run:
 
     def observe(self) -> tuple[str, dict[str, Any]]:
         """The state and the last event it was derived from."""
+        try:
+            return self._observe()
+        except OSError:
+            return "unreadable", NO_EVENT
+
+    def _observe(self) -> tuple[str, dict[str, Any]]:
         held = self.held  # before the events: a process writes its last event before it releases the lock
         last = self.last_event
         if held:
@@ -168,10 +187,10 @@ class Run:
 
     def state_unheld(self, last: dict[str, Any]) -> str:
         """The state when no process holds the run, by its last event."""
-        if (self.adapter_dir / checkpoint.MANIFEST).is_file():
+        if files.is_folder(self.adapter_dir) and files.is_file(self.adapter_dir / checkpoint.MANIFEST):
             return "finished"
         if last["type"] in WAITING:
-            return "queued"
+            return "queued" if origin.is_from_here(self.name, last) else "imported"
         return last["type"] if last["type"] in ("stopped", "failed") else "interrupted"
 
     @property
@@ -191,7 +210,12 @@ class Run:
 
     def _created_in(self, head: list[dict[str, Any]]) -> float:
         times = [event["time"] for event in head if event["type"] == "created"]
-        return float(times[0]) if times else self.config_path.stat().st_mtime
+        if times:
+            return float(times[0])
+        try:
+            return self.config_path.lstat().st_mtime
+        except PermissionError:  # the folder may not be entered
+            return self.path.lstat().st_mtime
 
     def status(self) -> dict[str, Any]:
         """Name, state, step, total_steps (0 while unknown), router, model and created (unix seconds)."""
@@ -234,6 +258,8 @@ class Run:
         `error` is what went wrong, null when nothing did; `advice` what to do about it.
         """
         status = self.status()
+        if status["state"] == "unreadable":
+            raise RunError(self.why_unreadable())
         metrics: dict[str, Any] = {}
         error = advice = None
         for place, event in enumerate(self.events_backwards()):
@@ -249,6 +275,8 @@ class Run:
         if status["state"] == "interrupted":
             error = self.exit_reason()
             advice = f"Continue from the last checkpoint: mole runs resume {self.name}"
+        elif status["state"] == "imported":
+            advice = f"It was queued elsewhere, so it does not start by itself. Start it: mole runs resume {self.name}"
         elif status["state"] == "queued" and self._has_no_process():
             error = "It is queued, but no process waits for its turn: it was killed, or the machine went down."
             advice = f"Start it again: mole runs resume {self.name}"
@@ -259,6 +287,21 @@ class Run:
         if shutil.disk_usage(self.path).free < NO_ROOM:
             return f"The process exited because the disk is full ({self.path}). Free some space first."
         return job.EXITED
+
+    def why_unreadable(self) -> str:
+        """Why the run's files cannot be read, and what to do."""
+        try:
+            self._observe()
+        except OSError as error:
+            problem = f"{error.strerror}: {error.filename or self.path}"
+        else:
+            problem = "it could not be read a moment ago; look again"
+        try:
+            foreign = self.path.lstat().st_uid != os.getuid() or self.lock_path.lstat().st_uid != os.getuid()
+        except OSError:
+            foreign = True
+        advice = f'Make it yours with: sudo chown -R "$USER" {self.path}' if foreign else "Check its permissions."
+        return f"The run {self.name} cannot be read ({problem}). {advice}"
 
     def _has_no_process(self) -> bool:
         """Whether no process holds this queued run and none can still be starting."""
@@ -278,11 +321,11 @@ class Run:
 
     def request_stop(self) -> None:
         """Ask the run's process to save and stop; it checks after every step."""
-        self.stop_path.touch()
+        os.close(files.unlinked(self.stop_path, os.O_WRONLY | os.O_CREAT))
 
     def stop_requested(self) -> bool:
         """Whether a stop was requested."""
-        return self.stop_path.exists()
+        return os.path.lexists(self.stop_path)
 
     def clear_stop(self) -> None:
         """Withdraw a request to stop."""

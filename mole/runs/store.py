@@ -9,10 +9,11 @@ import secrets
 import shutil
 import zipfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from mole.config import ModelConfig, RunConfig
-from mole.core import checkpoint
+from mole.core import checkpoint, files
 from mole.core.errors import BusyError, ConfigError, RunError, writing
 from mole.core.paths import check_name, home, local_path, runs_dir
 from mole.core.text import one_line
@@ -103,7 +104,8 @@ def absolute(config: RunConfig) -> RunConfig:
 def get(name: str) -> Run:
     """The run of that name. Raises `RunError` when there is none, or the name is not allowed."""
     path = runs_dir() / check_name(name)
-    if path.is_symlink() or not (path / "run.yaml").is_file():
+    unreadable = files.is_folder(path) and not os.access(path, os.X_OK)  # `Run.state` says so
+    if not unreadable and not (files.is_folder(path) and files.is_file(path / "run.yaml")):
         raise RunError(f"There is no run called {name!r}; `mole runs list` shows those there are.", field="name")
     return Run(name, path)
 
@@ -126,7 +128,9 @@ def list_runs() -> list[Run]:
 def delete(run: Run) -> None:
     """Remove a run's folder. Raises `RunError` while a process holds it."""
     try:
-        lock = run.lock()
+        # No process can hold a lock that is a link or a pipe, and such a folder must be easy to get rid of.
+        odd = os.path.lexists(run.lock_path) and not files.is_file(run.lock_path)
+        lock = nullcontext() if odd else run.lock()
     except BusyError:
         raise RunError(f"The run {run.name} is {run.state}; stop it first: mole runs stop {run.name}") from None
     with lock:
@@ -142,7 +146,7 @@ def export(run: Run, dest: str | os.PathLike[str]) -> Path:
     the adapter does not verify.
     """
     target = local_path(os.fspath(dest)).absolute()
-    if not (run.adapter_dir / checkpoint.MANIFEST).is_file():
+    if not files.is_file(run.adapter_dir / checkpoint.MANIFEST):
         raise RunError(f"The run {run.name} is {run.state} and has no adapter yet; export it when it has finished.")
     try:
         if target.exists() or target.is_symlink():
@@ -153,15 +157,16 @@ def export(run: Run, dest: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:
         raise RunError(f"{target} cannot be written: {one_line(error)}.", field="dest") from None
     checkpoint.verify(run.adapter_dir)
-    files = [path for path in run.adapter_dir.rglob("*") if path.is_file()] + [run.config_path, run.events_path]
+    files.check_tree(run.path)
+    exported = [path for path in run.adapter_dir.rglob("*") if path.is_file()] + [run.config_path, run.events_path]
     aside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
         if target.suffix == ".zip":
             with zipfile.ZipFile(aside, "x", zipfile.ZIP_DEFLATED) as archive:
-                for path in files:
+                for path in exported:
                     archive.write(path, path.relative_to(run.path))
         else:
-            for path in files:
+            for path in exported:
                 copy = aside / path.relative_to(run.path)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)

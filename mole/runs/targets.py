@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from mole.config import ModelConfig, RunConfig
-from mole.core import checkpoint
+from mole.core import checkpoint, files
 from mole.core.errors import ModelError, RunError
 from mole.core.paths import local_path
 from mole.models.adapter_files import read_adapter_config
@@ -57,7 +57,7 @@ def locate(target: str) -> tuple[str, Path | None]:
         ) from error
     if at:
         return run.config.model.name, checkpoint_of(run, step)
-    if not (run.adapter_dir / "adapter_config.json").is_file():
+    if not (files.is_folder(run.adapter_dir) and files.is_file(run.adapter_dir / "adapter_config.json")):
         advice = {
             "queued": "it waits for its device",
             "running": "wait until it has finished",

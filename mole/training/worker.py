@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from mole import runs
-from mole.core import processes
+from mole.core import files, processes
 from mole.core.errors import MoleError, RunError, TrainingError
 from mole.core.redaction import redacted
 from mole.core.text import explain
@@ -33,12 +33,13 @@ def perform(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     Raises `BusyError` when another process holds the run, and `MoleError` when training failed, with the message of the
     `failed` event.
     """
+    files.check_tree(run.path)
     with run.lock(), logging_to(run), stopping_on_signals(run, progress):
         last = run.last_event
         if last["type"] not in WAITING:  # another process started for it was faster
             raise RunError(f"The run {run.name} is {run.state_unheld(last)} and does not wait to be trained.")
         try:
-            device = str(run.last_event.get("device") or runs.device_of(run.config))
+            device, _ = runs.place_in_queue(run)
             report = print_status if progress else log.info
             with device_turn(device, run.stop_requested, report, lambda: runs.acquire_device(device, run)) as held:
                 if not held:
@@ -74,6 +75,9 @@ def record_failure(run: Run, error: Exception) -> tuple[str, str]:
 
 class LogFile(logging.FileHandler):
     """A log file whose write errors are ignored: on a full disk the run may go on, or fail with its own error."""
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=files.unlinked)
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):

@@ -110,6 +110,6 @@ def run_buttons(state: str) -> list[gr.Button]:
     locked = bool(settings.space_id())
     return [
         gr.Button(visible=state in ACTIVE_STATES and not locked),
-        gr.Button(visible=state in ("stopped", "interrupted", "failed") and not locked),
+        gr.Button(visible=state in ("stopped", "interrupted", "failed", "imported") and not locked),
         gr.Button(visible=state == "finished"),
     ]

@@ -250,8 +250,8 @@ def offer_actions(facts: dict[str, Any], target: str | None) -> list[Any]:
     values = [value for _, value in targets]
     kept = target if target in values else next(iter(values), None)
     try:
-        config = runs.get(name).config_path.read_text(encoding="utf-8")
-    except (OSError, RunError) as error:
+        config = runs.get(name).config_text()
+    except (OSError, ValueError, RunError) as error:
         config = str(error)
     return [
         gr.Button(visible=not locked),

@@ -3,7 +3,7 @@
 const NOTHING = { generation: 0, rows: [], columns: [], evals: [], marks: [], last: null, newest: null, alarms: [], watched: false };
 const view = { status: null, trouble: null, reading: null, mark: null, asking: false, ...NOTHING };
 const repaint = painter(element, paint);
-const STATES = { queued: "queued", running: "training", finished: "finished", stopped: "stopped", interrupted: "interrupted", failed: "failed" };
+const STATES = { queued: "queued", running: "training", finished: "finished", stopped: "stopped", interrupted: "interrupted", failed: "failed", imported: "imported", unreadable: "cannot be read" };
 
 function receive(value) {
   if (!value) return;

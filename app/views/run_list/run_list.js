@@ -4,7 +4,7 @@
 const list = $(".rows");
 const runs = new Map(), items = new Map(), groups = new Map();
 const view = { words: [], state: "", sort: "created", chosen: "", marked: new Set(), ahead: 0, order: "" };
-const STATES = ["running", "queued", "finished", "stopped", "interrupted", "failed"];
+const STATES = ["running", "queued", "finished", "stopped", "interrupted", "failed", "imported", "unreadable"];
 const MANY = 100;
 const SCORES = { exact_match: "exact match", accuracy: "accuracy" };
 
