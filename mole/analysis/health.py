@@ -29,8 +29,6 @@ ALL = 0.99
 """From this share of its experts on, a layer counts as using all of them."""
 EARLY, LATE = 1 / 3, 2 / 3
 """Share of the run before a router is expected to have a preference, and before it is expected to be sparse."""
-ADAPTIVE = ("dynmole", "adamole", "topp", "threshold", "sparsegen")
-"""Routers whose number of experts depends on the token."""
 MOST_COEF = 0.1
 """The largest loss coefficient that is suggested."""
 NAMED = 6
@@ -194,7 +192,7 @@ def check_flat(window: RoutingWindow) -> Alarm | None:
 def check_always_all(window: RoutingWindow) -> Alarm | None:
     """An adaptive router uses all experts of every layer in every step, checked in the last third of the run."""
     layers = [layer for layer in window.layers if window.counts[layer] > 1]
-    if window.router not in ADAPTIVE or window.progress < LATE or not layers:
+    if not window.adapter.params.adaptive or window.progress < LATE or not layers:
         return None
     if any(min(window.active(layer)) < ALL * window.counts[layer] for layer in layers):
         return None

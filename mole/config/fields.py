@@ -35,6 +35,8 @@ class Spec:
         label: name in the form; None derives it from the field's name.
         flag: short command-line flag, e.g. `--rank`; every setting is also reachable as `--set section.name=`.
         from_paper: whether the default is the paper's (or its authors' code's); the form then says so.
+        steerable: whether it only affects how a trained router selects experts: Chat then offers it as a routing
+            override.
     """
 
     help: str
@@ -45,6 +47,7 @@ class Spec:
     label: str | None = None
     flag: str | None = None
     from_paper: bool = False
+    steerable: bool = False
 
     def range_text(self) -> str:
         """The allowed range in words, e.g. `"greater than 0 and at most 1"`; empty without bounds."""

@@ -19,12 +19,14 @@ class RouterParams:
     """Base of all routers' parameters: the coefficients of the auxiliary losses, added to the language-model loss.
 
     `name` is the value of `adapter.router`; `title`, `paper` (link) and `summary` describe the method to the user.
+    `adaptive` says whether the number of experts depends on the token: an alarm is then raised if all use all experts.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str] = ""
     summary: ClassVar[str]
+    adaptive: ClassVar[bool] = False
 
     balance_loss_coef: float = setting(0.0, BALANCE_HELP, ge=0)
     entropy_loss_coef: float = setting(0.0, "Coefficient of the mean router entropy (normalised to 0…1).", ge=0)
@@ -50,7 +52,7 @@ class TopKParams(RouterParams):
     summary = "The k most probable experts, their probabilities renormalised to sum to 1."
 
     balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, from_paper=True)
-    top_k: int = setting(2, "Experts used per token (k).", ge=1, from_paper=True)
+    top_k: int = setting(2, "Experts used per token (k).", ge=1, from_paper=True, steerable=True)
 
 
 @dataclass
@@ -59,9 +61,12 @@ class TopPParams(RouterParams):
     title = "Top-p (MixLoRA-dynamic)"
     paper = "https://arxiv.org/abs/2404.15159"
     summary = "The fewest experts whose probabilities sum to at least top_p, renormalised to sum to 1."
+    adaptive = True
 
     balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0)
-    top_p: float = setting(0.8, "Cumulative probability the selected experts must reach.", gt=0, le=1, from_paper=True)
+    top_p: float = setting(
+        0.8, "Cumulative probability the selected experts must reach.", gt=0, le=1, from_paper=True, steerable=True
+    )
 
 
 @dataclass
@@ -70,9 +75,10 @@ class ThresholdParams(RouterParams):
     title = "Static threshold"
     paper = "https://arxiv.org/abs/2405.00361"
     summary = "Experts with probability ≥ τ, renormalised; no update where none reaches τ. AdaMoLE's ablation."
+    adaptive = True
 
     balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0)
-    threshold: float = setting(0.125, "Minimum probability for an expert to be used (τ).", ge=0, le=1)
+    threshold: float = setting(0.125, "Minimum probability for an expert to be used (τ).", ge=0, le=1, steerable=True)
 
 
 @dataclass
@@ -93,10 +99,15 @@ class AdaMoLEParams(RouterParams):
     title = "AdaMoLE"
     paper = "https://arxiv.org/abs/2405.00361"
     summary = "A small network predicts, for each token, the minimum probability for an expert to be used."
+    adaptive = True
 
     balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, from_paper=True)
     max_threshold: float | None = setting(
-        None, "Largest threshold τ_max the network can predict; empty means 1/E, as in the paper.", gt=0, le=1
+        None,
+        "Largest threshold τ_max the network can predict; empty means 1/E, as in the paper.",
+        gt=0,
+        le=1,
+        steerable=True,
     )
     balance_on_margin: bool = setting(
         False, "Balance the margin p − τ instead of the probability p, as the authors' released code does."
@@ -109,6 +120,7 @@ class DynMoLEParams(RouterParams):
     title = "DynMoLE"
     paper = "https://arxiv.org/abs/2504.00661"
     summary = "All experts where the router is uncertain (high Tsallis entropy), only the top-p where it is certain."
+    adaptive = True
 
     balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, from_paper=True)
     entropy_loss_coef: float = setting(
@@ -119,6 +131,7 @@ class DynMoLEParams(RouterParams):
         "Normalised entropy (0…1) above which a token uses all experts; from 1 on, none does.",
         ge=0,
         from_paper=True,
+        steerable=True,
     )
     entropy_index: float = setting(
         1.1,
@@ -129,7 +142,11 @@ class DynMoLEParams(RouterParams):
     )
     entropy_type: str = setting("tsallis", "Kind of entropy.", choices=("tsallis", "renyi"), from_paper=True)
     keep_top_k: int = setting(
-        2, "Minimum number of experts for a token below the entropy threshold.", ge=1, from_paper=True
+        2,
+        "Minimum number of experts for a token below the entropy threshold.",
+        ge=1,
+        from_paper=True,
+        steerable=True,
     )
     top_p: float = setting(
         0.75,
@@ -137,9 +154,12 @@ class DynMoLEParams(RouterParams):
         gt=0,
         le=1,
         from_paper=True,
+        steerable=True,
     )
     inclusive_top_p: bool = setting(
-        False, "Include the expert that crosses top_p (as nucleus sampling does; the authors' code excludes it)."
+        False,
+        "Include the expert that crosses top_p (as nucleus sampling does; the authors' code excludes it).",
+        steerable=True,
     )
 
 
@@ -149,6 +169,7 @@ class SparsegenParams(RouterParams):
     title = "Sparsegen (LD-MoLE)"
     paper = "https://arxiv.org/abs/2509.25684"
     summary = "A projection onto the simplex with a learned sparsity λ(x): differentiable, at least one expert."
+    adaptive = True
 
     lambda_hidden: int = setting(16, "Hidden width of the network that predicts the sparsity λ(x).", ge=1)
 

@@ -14,20 +14,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mole.config import MAX_INTEGER, ROUTERS, RouterParams, coerce, params_class, unknown_setting
+from mole.config import MAX_INTEGER, ROUTERS, RouterParams, coerce, params_class, spec_of, unknown_setting
 from mole.core.errors import InputError, brief
 
 if TYPE_CHECKING:
     from torch import nn
-
-STEERABLE: dict[str, tuple[str, ...]] = {
-    "dynmole": ("entropy_threshold", "top_p", "keep_top_k", "inclusive_top_p"),
-    "adamole": ("max_threshold",),
-    "topk": ("top_k",),
-    "topp": ("top_p",),
-    "threshold": ("threshold",),
-}
-"""By router, the settings that only affect how a trained router selects experts. The others affect what is trained."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,8 @@ AS_TRAINED = Steering()
 
 def steerable(router: str) -> tuple[str, ...]:
     """The settings of a router that may be overridden; none if it is not a router of this library (`"none"`)."""
-    return STEERABLE.get(router, ())
+    params = ROUTERS.get(router)
+    return tuple(item.name for item in dataclasses.fields(params) if spec_of(item).steerable) if params else ()
 
 
 def override_params(params: RouterParams, settings: Mapping[str, Any]) -> RouterParams:

@@ -13,7 +13,7 @@ from routing_cases import CASES, INPUTS, make, own_settings, random_inputs
 
 from mole.config import ROUTERS
 from mole.mixture.routers import Router
-from mole.mixture.steering import STEERABLE, Steering
+from mole.mixture.steering import Steering, steerable
 
 IDS = {"ids": lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))}
 MIXTURES = [case for case in CASES if case[0] != "lora"]
@@ -90,5 +90,5 @@ def test_all_experts_allowed_is_no_restriction(name: str) -> None:
 
 
 def test_every_setting_that_can_be_steered_matters_to_its_formula() -> None:
-    for name, keys in STEERABLE.items():
-        assert set(keys) <= set(own_settings(ROUTERS[name]())), name
+    for name, params in ROUTERS.items():
+        assert set(steerable(name)) <= set(own_settings(params())), name
