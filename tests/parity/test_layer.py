@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from mole import MoleConfig
 from mole.config import ROUTERS
 from mole.mixture.experts import add_experts, dropout
+from mole.mixture.routers.dense import DenseRouter
 
 INPUTS, OUTPUTS, EXPERTS, RANK = 10, 7, 4, 3
 ROUTED = [name for name in ROUTERS if name != "lora"]
@@ -60,6 +61,17 @@ def slow_forward(layer: Any, x: Tensor, weights: Tensor, experts: tuple[Tensor, 
     for i, (a, b) in enumerate(zip(*experts, strict=True)):
         y = y + 5 / RANK * weights[..., i : i + 1] * ((x @ a.T) @ b.T)
     return y
+
+
+def test_a_gate_may_have_a_bias_which_starts_at_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DenseRouter, "gate_bias", True)
+    assert not adapted("dense", fresh=True)[1].mole_studio_gate["default"].bias.any()
+    net, layer = adapted("dense")
+    x, gate = torch.randn(6, INPUTS, dtype=torch.float64), layer.mole_studio_gate["default"]
+    weights = (x @ gate.weight.T + gate.bias).softmax(-1)
+    torch.testing.assert_close(net(x), slow_forward(layer, x, weights, experts_of(layer)), rtol=0, atol=1e-10)
+    torch.testing.assert_close(layer.routers["default"](x).weights, weights, rtol=0, atol=1e-12)
+    assert gate.bias.abs().min() > 0 and "proj.mole_studio_gate.default.bias" in net.state_dict()
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 5)], ids=["tokens", "batch-seq"])

@@ -39,7 +39,16 @@ class Routing(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a method's rule returns: the fields of a `Routing` that differ between methods."""
+    """What a method's rule returns, for the E' experts it was given.
+
+    Attributes:
+        weights: `(…, E')`, the factor of each expert's update; 0 for an expert that is not used.
+        probs: `(…, E')`, `logits.softmax(-1)`, also of a method whose rule works on the logits: P of the balance loss,
+            and what is recorded and shown.
+        entropy: `(…)` in 0…1, only if the method defines an entropy of its own or its rule computes it; else None, and
+            Shannon's entropy of `probs` is computed where it is needed.
+        threshold: `(…)`, a threshold that the method computes for each token; else None.
+    """
 
     weights: Tensor
     probs: Tensor
@@ -51,12 +60,12 @@ ParamsT = TypeVar("ParamsT", bound=RouterParams)
 
 
 class Router(nn.Module, Generic[ParamsT]):
-    """Base class of the routers: a bias-free linear gate and the method's rule, `route`.
+    """Base class of the routers: a linear gate and the method's rule, `route`.
 
     Shape: `x (…, in_features)` → `Routing` of `(…, num_experts)`.
 
-    A subclass implements `route`. If its rule needs more than the gate's logits, the subclass creates further linear
-    layers in `__init__` and lists them in `linears` and `input_linears`.
+    A subclass implements `route`. If the paper's gate has a bias, it sets `gate_bias`. If its rule needs more than the
+    gate's logits, it creates further linear layers in `__init__` and lists them in `linears` and `input_linears`.
 
     Args:
         in_features: width of the input.
@@ -68,6 +77,8 @@ class Router(nn.Module, Generic[ParamsT]):
     """Names of the linear layers. The adapted layer holds their weights where PEFT looks for them."""
     input_linears: ClassVar[tuple[str, ...]] = ("gate",)
     """Those of `linears` that are applied to the input itself, in the order in which `route` takes their outputs."""
+    gate_bias: ClassVar[bool] = False
+    """Whether the gate has a bias `(E,)`, which starts at 0: the logits are `x Wᵀ + b` then, else `x Wᵀ`."""
     allowed: Tensor | None = None
     """Indices `(E',)` of the experts to route among, as if the others did not exist; None for all.
     Set temporarily by `mole.mixture.steering`."""
@@ -77,7 +88,9 @@ class Router(nn.Module, Generic[ParamsT]):
         self.num_experts = num_experts
         self.params = params
         if "gate" in self.linears:
-            self.gate = nn.Linear(in_features, num_experts, bias=False)
+            self.gate = nn.Linear(in_features, num_experts, bias=self.gate_bias)
+            if self.gate_bias:
+                nn.init.zeros_(self.gate.bias)
 
     def forward(self, x: Tensor) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
@@ -105,8 +118,9 @@ class Router(nn.Module, Generic[ParamsT]):
     def route(self, logits: Tensor, *others: Tensor) -> Choice:
         """The method's rule: from the outputs of `input_linears` to the weights of the experts.
 
-        It works along the last dimension only, so that the tokens of several projections can be routed at once. While
-        `allowed` is set, that dimension has E' < E entries.
+        `logits (…, E)` is the gate's output `x Wᵀ` (with `gate_bias` `x Wᵀ + b`), before any softmax. The rule works
+        along the last dimension only, so that the tokens of several projections can be routed at once. While `allowed`
+        is set, that dimension has E' < E entries.
         """
         raise NotImplementedError
 
