@@ -46,8 +46,8 @@ ARROWS = {name: set(imported_modules(path)) - {name} for name, path in FILES.ite
 
 
 def room(module: str) -> int:
-    """The place of a module's package in `ROOMS`; -1 for `mole` itself."""
-    return ROOMS.index(module.split(".")[1]) if module.count(".") else -1
+    """The place of a module's package in `ROOMS`; -1 for `mole` itself; `python -m mole` is above all of them."""
+    return [*ROOMS, "__main__"].index(module.split(".")[1]) if module.count(".") else -1
 
 
 def test_every_package_of_the_library_is_a_room() -> None:

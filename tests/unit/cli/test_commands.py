@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from mole import runs
+from mole import __version__, runs
 from mole.cli import parser
 from mole.cli.commands.train import train_settings
 from mole.config import SECTIONS, RunConfig, spec_of
@@ -348,6 +348,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").warning("which other machines
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("module", ["mole", "mole.cli"])
+def test_the_command_can_be_run_as_a_module(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"mole {__version__}\n", "")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(home: Path) -> None:

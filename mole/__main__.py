@@ -1,0 +1,7 @@
+"""`python -m mole` is the command `mole`."""
+
+import sys
+
+from mole.cli import main
+
+sys.exit(main())
