@@ -16,8 +16,9 @@ from collections import OrderedDict
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
+import httpx
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -34,6 +35,8 @@ POLICY = (
     "object-src 'none'; base-uri 'self'; form-action 'self'{frame}"
 )
 """The page loads nothing from other hosts, whatever a model writes into it: an address could carry a secret away."""
+ADDRESS_HEADERS = ("origin", "host", "x-forwarded-host", "x-gradio-server")
+"""The request headers that are read as addresses: by `AccessRules`, and by Gradio for the page's own address."""
 UPLOAD_PATH = "/gradio_api/upload"
 
 
@@ -53,21 +56,44 @@ class AccessRules:
 
     def refusal(self, headers: Headers) -> str:
         """Why a request is rejected; empty if it is not."""
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host = headers.get("host", "")
         name = hostname(f"//{host}")
         if self.local and not is_loopback(name) and name not in self.names:
             return "This studio answers on this machine only: open it as http://127.0.0.1 or http://localhost."
-        if origin is None or self.anywhere or urlsplit(origin).netloc == host or hostname(origin) in self.names:
-            return ""
-        return "Cross-origin request rejected: only the studio's own page may send it."
+        for header in ADDRESS_HEADERS:
+            if not all(map(is_address, headers.getlist(header))):
+                return f"Request rejected: its header {header} holds no valid address."
+        for origin in [] if self.anywhere else headers.getlist("origin"):
+            if split(origin).netloc != host and hostname(origin) not in self.names:
+                return "Cross-origin request rejected: only the studio's own page may send it."
+        return ""
+
+
+def is_address(value: str) -> bool:
+    """Whether a header can be read as an address, or as a list of them: `host`, `host:port`, `scheme://host:port`.
+
+    Gradio builds the page's own address from some headers with httpx, and starlette from `Host` with urllib; each
+    rejects what the other accepts.
+    """
+    first = value.partition(",")[0].strip()
+    text = first if "://" in first else f"http://{first}"
+    try:
+        return value.isascii() and str(httpx.URL(text)) != "" and (urlsplit(text).port or 0) >= 0
+    except (httpx.InvalidURL, ValueError):
+        return False
 
 
 def hostname(address: str) -> str:
     """The host name in an address, in lower case; empty if there is none."""
+    return split(address).hostname or ""
+
+
+def split(address: str) -> SplitResult:
+    """The parts of an address; all empty if it is none."""
     try:
-        return urlsplit(address).hostname or ""
+        return urlsplit(address)
     except ValueError:
-        return ""
+        return urlsplit("")
 
 
 class Guard:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import selectors
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -285,6 +286,54 @@ def test_also_with_a_cookie(locked: Studio) -> None:
     own = {"origin": locked.url, "content-type": "application/json"}
     answer = visiting(locked, cookies=cookies).http.get("/config", headers=own)
     assert answer.status_code == 200, "the studio's own page says where it is from, too"
+
+
+NO_ADDRESS = [
+    b"http://[", b"http://[::1", b"http://]", b"[::1", b"http://[v1.x]", b"http://127.0.0.1:abc", b"127.0.0.1:99999",
+    b"http://[::1]:99999", "http://\u00fc".encode(), b"a\xe2\x84\x80b", b"\xff\xfe", b"http://x,[", b"\t", b"", b"//",
+    b"http://user:secret@evil.example", b"a" * 7000, b"http://" + b"a." * 3000, b"%00", b"localhost:-1",
+]  # fmt: skip
+NO_VALUE = [
+    b"", b"\xff", b"9" * 400, b"-1", b"1e3", b"bytes=9-1", b"bytes=" + b"0-0," * 900, b"=;=;", b'access-token="',
+    b"a=b; " * 900, b"multipart/form-data", b"multipart/form-data; boundary=\xff", b"text/\x80; charset=nonsense",
+]  # fmt: skip
+ADDRESSES = ("Host", "Origin", "Referer", "X-Forwarded-Host", "X-Gradio-Server", "Forwarded")
+VALUES = (
+    "Content-Length", "Content-Type", "Cookie", "Range", "If-Range", "X-Forwarded-For", "X-Forwarded-Proto",
+    "X-Gradio-User", "Sec-Fetch-Site", "Accept-Encoding", "Accept-Language", "Authorization", "Transfer-Encoding",
+)  # fmt: skip
+
+
+def status_line(port: int, first: str, lines: list[bytes]) -> str:
+    """The first line of the answer to a request of these very bytes; httpx would not send some of them."""
+    text = b"".join(line + b"\r\n" for line in [f"{first} HTTP/1.1".encode(), *lines, b"Connection: close", b""])
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
+        connection.sendall(text)
+        return connection.makefile("rb").readline().decode()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["before log-in", "after log-in"])
+def test_no_header_ends_in_a_traceback(locked: Studio, inside: bool) -> None:
+    """Headers that are no address, number, range or cookie, once and twice: refused or ignored, one line each."""
+    port, cookie = int(locked.url.rpartition(":")[2]), b""
+    if inside:
+        answer = visiting(locked).http.post("/login", data={"username": USER, "password": PASSWORD})
+        cookie = "; ".join(f"{name}={value}" for name, value in answer.cookies.items()).encode()
+    asked = [(name, value) for name in ADDRESSES for value in NO_ADDRESS]
+    asked += [(name, value) for name in VALUES for value in NO_VALUE]
+    for first in ("GET /", "GET /theme.css", f"POST {API}/upload"):
+        for name, value in asked if first != "GET /" else asked[: len(ADDRESSES) * len(NO_ADDRESS)]:
+            for again in ([], [f"{name}: http://x".encode()]) if first != "GET /" else ([],):
+                lines = [f"{name}: ".encode() + value, *again]
+                lines += [b"Host: 127.0.0.1"] if name != "Host" else []
+                lines += [b"Cookie: " + cookie] if name != "Cookie" else []
+                lines += [b"Content-Length: 0"] if name not in ("Content-Length", "Transfer-Encoding") else []
+                if name in ("Content-Length", "Transfer-Encoding") and first.startswith("POST") and not again:
+                    continue  # the studio would wait for the body
+                status = status_line(port, first, lines)
+                assert re.match(r"HTTP/1.1 [1-4]\d\d ", status), (first, name, value, status)
+    log = (locked.home / "studio.log").read_text(errors="replace")
+    assert "Traceback" not in log and "InvalidURL" not in log, log[-2000:]
 
 
 def test_a_proxy_s_name_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
