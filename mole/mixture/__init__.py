@@ -14,18 +14,22 @@ from typing import TYPE_CHECKING
 from mole.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from mole.mixture.layer import MoleLinear
     from mole.mixture.model import MoleConfig
     from mole.mixture.routers import Routing, build_router
     from mole.mixture.routing_log import auxiliary_loss
     from mole.mixture.steering import Steering, steer
     from mole.mixture.trace import record_routing
 
-__all__ = ["MoleConfig", "Routing", "Steering", "auxiliary_loss", "build_router", "record_routing", "steer"]
+__all__ = [
+    "MoleConfig", "MoleLinear", "Routing", "Steering", "auxiliary_loss", "build_router", "record_routing", "steer",
+]  # fmt: skip
 
 __getattr__ = lazy_exports(
     __name__,
     {
         "MoleConfig": "mole.mixture.model",
+        "MoleLinear": "mole.mixture.model",  # not `layer`, which PEFT's first import must not meet half-imported
         "Routing": "mole.mixture.routers",
         "Steering": "mole.mixture.steering",
         "auxiliary_loss": "mole.mixture.routing_log",

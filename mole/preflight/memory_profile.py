@@ -88,7 +88,7 @@ def build_meta_model(config: Any, adapter: AdapterConfig, dtype: torch.dtype) ->
 
 def count_parameters(config: Any, adapter: AdapterConfig, dtype: torch.dtype) -> ParameterCounts:
     """Exact numbers of parameters of the adapted model, and their bytes."""
-    from mole.mixture.layer import MoleLinear
+    from mole.mixture import MoleLinear
 
     model = build_meta_model(config, adapter, dtype)
     weights = list(model.parameters())

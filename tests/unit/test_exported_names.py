@@ -13,7 +13,7 @@ import mole
 PUBLIC = {
     "mole": ["MoleConfig", "Routing", "auxiliary_loss", "build_router", "record_routing", "steer"],
     "mole.mixture": [
-        "MoleConfig", "Routing", "Steering", "auxiliary_loss", "build_router", "record_routing", "steer",
+        "MoleConfig", "MoleLinear", "Routing", "Steering", "auxiliary_loss", "build_router", "record_routing", "steer",
     ],
 }  # fmt: skip
 
