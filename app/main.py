@@ -48,6 +48,8 @@ def launch(host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | No
         show_error=True,
         quiet=True,
         prevent_thread_lock=True,
+        # Else Gradio asks for its own page, and exits if the answer takes longer than 3 s, as beside a training.
+        _frontend=False,
     )
     if page.share_url:
         rules.names.add(hostname(page.share_url))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import free_port
+from serving import free_port, is_served, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS_TO_SERVE = 5.0
@@ -52,6 +52,15 @@ def test_the_script_a_space_runs_finds_its_packages_from_any_folder(tmp_path: Pa
 @pytest.mark.parametrize("path", sources("app/ui"), ids=lambda path: path.name)
 def test_the_page_never_imports_torch(path: Path) -> None:
     assert not {name.split(".")[0] for name in imported(path)} & {"torch", "transformers", "peft"}
+
+
+def test_the_studio_starts_on_a_machine_too_busy_to_answer_itself(home: Path) -> None:
+    """Gradio gives the page 3 seconds to answer its own request, and raises `ValueError` after that."""
+    port = free_port()
+    refused = "from gradio import networking; networking.url_ok = lambda url: False"
+    code = f"{refused}; from app import main; main.launch(port={port})"
+    with serve([sys.executable, "-c", code], port, home) as studio:
+        assert is_served(studio.url)
 
 
 def seconds_to_serve(home: Path) -> float:
