@@ -37,7 +37,8 @@ def dot(a: Vector, b: Vector) -> float:
 
 
 def linear(x: Vector, weight: Matrix, bias: Vector | None = None) -> list[float]:
-    return [dot(x, row) + (bias[i] if bias is not None else 0.0) for i, row in enumerate(weight)]
+    added = [0.0] * len(weight) if bias is None else bias
+    return [dot(x, row) + b for row, b in zip(weight, added, strict=True)]
 
 
 def softmax(z: Vector) -> list[float]:
