@@ -9,8 +9,15 @@ from peft import get_peft_model
 from torch import Tensor
 
 from mole import MoleConfig
+from mole.config import ROUTERS
 from mole.mixture.model import MoleModel
 
+ROUTED = [name for name in ROUTERS if name != "lora"]
+"""The methods that have a router."""
+MAY_SUM_TO_LESS = ("dynmole",)
+"""Methods that do not renormalise: with them, a token's weights may sum to less than 1; with all others to 1."""
+MAY_SELECT_NONE = ("threshold", "adamole")
+"""Methods that may select no expert, if their threshold is above 1 / E; then all weights are 0."""
 TOKENS = torch.randint(5, 300, (3, 8), generator=torch.Generator().manual_seed(0))
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import reference
 import torch
+from hypothesis import strategies as st
+from torch import nn
 
-from mole.config import ROUTERS, RouterParams
+from mole.config import RouterParams
 from mole.mixture.routers import Router, Routing, build_router
 
 INPUTS = 16
@@ -33,9 +35,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sparsegen", {}),
     ("sparsegen", {"lambda_hidden": 3}),
 ]
-SUMS_TO_ONE = ("lora", "dense", "topk", "topp", "adamole", "sparsegen")
-"""The methods whose weights sum to 1, where at least one expert is selected."""
-ROUTED = [name for name in ROUTERS if name != "lora"]
+IDS: Any = {"ids": lambda value: value if isinstance(value, str) else "-".join(map(str, value.values()))}
+"""How a case is named, for `parametrize`."""
+
+
+def settings_of(name: str) -> st.SearchStrategy[dict[str, Any]]:
+    """One of a router's settings in `CASES`, for properties: a test is parametrised by router, so each of them runs."""
+    return st.sampled_from([params for router, params in CASES if router == name])
 
 
 def make(
@@ -49,6 +55,13 @@ def make(
         for key, weight in router.named_parameters():
             weight.normal_(std=(gate if key.startswith("gate") else 1.0) * inputs**-0.5)
     return router
+
+
+def zero(linear: nn.Linear) -> nn.Linear:
+    """The linear layer, its weight and its bias, if it has one, set to 0. To be called without gradients."""
+    for weight in linear.parameters():
+        weight.zero_()
+    return linear
 
 
 def random_inputs(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -85,5 +98,5 @@ def from_probs(name: str, probs: list[float], **params: Any) -> Routing:
     """The routing of a single token whose router probabilities are as given."""
     router = make(name, len(probs), inputs=len(probs), **params)
     with torch.no_grad():
-        router.gate.weight.copy_(torch.diag(torch.tensor(probs, dtype=torch.float64).log()))
+        zero(router.gate).weight.copy_(torch.diag(torch.tensor(probs, dtype=torch.float64).log()))
     return router(torch.ones(1, len(probs), dtype=torch.float64))

@@ -7,18 +7,20 @@ from typing import Any
 import pytest
 import reference
 import torch
+from adapting import MAY_SELECT_NONE, MAY_SUM_TO_LESS, ROUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_cases import (
     CASES,
     COUNTS,
+    IDS,
     INPUTS,
-    ROUTED,
-    SUMS_TO_ONE,
     hold_against_reference,
     make,
     own_settings,
     random_inputs,
+    settings_of,
+    zero,
 )
 
 from mole.config import ROUTERS
@@ -41,17 +43,13 @@ def test_the_fields_of_a_router_are_the_arguments_of_its_reference() -> None:
 
 @pytest.mark.parametrize("shape", [(8,), (2, 4)], ids=["tokens", "batch-seq"])
 @pytest.mark.parametrize("experts", COUNTS)
-@pytest.mark.parametrize(
-    ("name", "params"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
-)
+@pytest.mark.parametrize(("name", "params"), CASES, **IDS)
 def test_routing_equals_the_reference(name: str, params: dict[str, Any], experts: int, shape: tuple[int, ...]) -> None:
     router = make(name, experts, seed=experts, **params)
     hold_against_reference(router, random_inputs(*shape, INPUTS))
 
 
-@pytest.mark.parametrize(
-    ("name", "params"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
-)
+@pytest.mark.parametrize(("name", "params"), CASES, **IDS)
 @pytest.mark.parametrize("gate", [1e-3, 30.0, 3000.0], ids=["near-uniform", "sharp", "one-hot"])
 def test_nearly_uniform_and_nearly_one_hot_routers_equal_the_reference(
     name: str, params: dict[str, Any], gate: float
@@ -68,11 +66,11 @@ def test_nearly_uniform_and_nearly_one_hot_routers_equal_the_reference(
 def test_an_exactly_uniform_router_is_fully_unsure_and_treats_every_token_alike(name: str, experts: int) -> None:
     router = make(name, experts)
     with torch.no_grad():
-        router.gate.weight.zero_()
+        zero(router.gate)
     routing = hold_against_reference(router, random_inputs(5, INPUTS))
     assert torch.equal(routing.probs, torch.full_like(routing.probs, 1 / experts))
     torch.testing.assert_close(routing.entropy, torch.ones(5, dtype=torch.float64), rtol=0, atol=2e-2)
-    if name not in ("adamole", "threshold"):
+    if name not in MAY_SELECT_NONE:
         torch.testing.assert_close(routing.weights.sum(-1), torch.ones(5, dtype=torch.float64))
 
 
@@ -80,7 +78,7 @@ def test_an_exactly_uniform_router_is_fully_unsure_and_treats_every_token_alike(
 def test_a_one_hot_router_uses_its_expert_alone_and_has_no_entropy(name: str) -> None:
     router = make(name, 8)
     with torch.no_grad():
-        router.gate.weight.zero_()[5] = 1e3
+        zero(router.gate).weight[5] = 1e3
     routing = hold_against_reference(router, torch.ones(1, INPUTS, dtype=torch.float64))
     torch.testing.assert_close(routing.weights[0], torch.eye(8, dtype=torch.float64)[5])
     torch.testing.assert_close(routing.entropy, torch.zeros(1, dtype=torch.float64), rtol=0, atol=1e-3)
@@ -116,8 +114,8 @@ def test_sparsegen_sums_to_one_in_float32_however_large_the_logits(logit: float)
 def test_exact_ties_are_broken_the_same_way_every_time(name: str) -> None:
     router = make(name, 8)
     with torch.no_grad():
-        router.gate.weight[1:4] = router.gate.weight[0]
-        router.gate.weight[5:] = router.gate.weight[4]
+        for weight in router.gate.parameters():
+            weight[1:4], weight[5:] = weight[0].clone(), weight[4].clone()
     x = random_inputs(16, INPUTS)
     first = hold_against_reference(router, x)
     for rows in (slice(0, 1), slice(3, 9), slice(0, 16)):
@@ -170,9 +168,7 @@ def test_autocast_does_not_lower_the_routers_precision(name: str) -> None:
     assert torch.equal(inside, router(x).weights)
 
 
-@pytest.mark.parametrize(
-    ("name", "params"), CASES[1:], ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))
-)
+@pytest.mark.parametrize(("name", "params"), CASES[1:], **IDS)
 def test_gradients_are_those_of_the_formula(name: str, params: dict[str, Any]) -> None:
     """Against finite differences; a selection's own jumps are not part of the derivative, and not hit here."""
     router = make(name, 4, inputs=5, seed=3, **params)
@@ -186,24 +182,18 @@ def test_gradients_are_those_of_the_formula(name: str, params: dict[str, Any]) -
     assert torch.autograd.gradcheck(of, (x, *values), eps=1e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "learning"),
-    [
-        ("adamole", {"gate.weight", "threshold.weight", "threshold.bias"}),
-        (
-            "sparsegen",
-            {"gate.weight", *(f"lambda_{end}.{kind}" for end in ("in", "out") for kind in ("weight", "bias"))},
-        ),
-        *[(name, {"gate.weight"}) for name in ("dense", "topk", "topp", "threshold", "dynmole")],
-        ("lora", set()),
-    ],
-)
-def test_a_gradient_reaches_every_parameter_of_the_router(name: str, learning: set[str]) -> None:
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_parameters_of_a_router_are_those_of_its_linears(name: str) -> None:
     router = make(name, 8)
-    assert {key for key, _ in router.named_parameters()} == learning
+    assert {key.split(".")[0] for key, _ in router.named_parameters()} == set(router.linears)
+    assert ("gate.weight" in router.state_dict()) == (name != "lora")
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_a_gradient_reaches_every_parameter_of_the_router(name: str) -> None:
+    router = make(name, 8)
     weights = router(random_inputs(32, INPUTS)).weights
-    if learning:
-        (weights * random_inputs(*weights.shape, seed=9)).sum().backward()
+    (weights * random_inputs(*weights.shape, seed=9)).sum().backward()
     for key, weight in router.named_parameters():
         assert weight.grad is not None and weight.grad.abs().max() > 0, key
 
@@ -211,45 +201,49 @@ def test_a_gradient_reaches_every_parameter_of_the_router(name: str, learning: s
 # ---------------------------------------------------------------------------------------------------------
 # Properties, for inputs that hypothesis chooses
 
-a_case = st.sampled_from([case for case in CASES if case[0] != "lora"])
-many = settings(max_examples=40, deadline=None, derandomize=True)
+every_router = pytest.mark.parametrize("name", ROUTED)  # a router among the drawn values would be left to chance
+some = settings(max_examples=10, deadline=None, derandomize=True)
 
 
-@many
-@given(a_case, st.integers(2, 12), st.floats(0, 200), st.integers(0, 2**16))
+@every_router
+@some
+@given(st.data(), st.integers(2, 12), st.floats(0, 200), st.integers(0, 2**16))
 def test_weights_are_never_negative_and_sum_to_one_or_less(
-    case: tuple[str, dict[str, Any]], experts: int, gate: float, seed: int
+    name: str, data: st.DataObject, experts: int, gate: float, seed: int
 ) -> None:
-    name, params = case
-    routing = make(name, experts, gate=gate, seed=seed, **params)(random_inputs(8, INPUTS, seed=seed))
+    router = make(name, experts, gate=gate, seed=seed, **data.draw(settings_of(name)))
+    routing = router(random_inputs(8, INPUTS, seed=seed))
     sums = routing.weights.sum(-1)
     assert (routing.weights >= 0).all() and (sums <= 1 + 1e-9).all()
     torch.testing.assert_close(routing.probs.sum(-1), torch.ones(8, dtype=torch.float64))
     assert (routing.entropy > -2e-3).all() and (routing.entropy < 1 + 2e-3).all()
-    if name in SUMS_TO_ONE or name == "threshold":
-        selected = sums > 0 if name in ("adamole", "threshold") else torch.ones(8, dtype=torch.bool)
+    if name not in MAY_SUM_TO_LESS:
+        selected = sums > 0 if name in MAY_SELECT_NONE else torch.ones(8, dtype=torch.bool)
         torch.testing.assert_close(sums[selected], torch.ones_like(sums[selected]))
 
 
-@many
-@given(a_case, st.integers(2, 12), st.integers(0, 2**16))
-def test_renaming_the_experts_renames_the_weights(case: tuple[str, dict[str, Any]], experts: int, seed: int) -> None:
-    name, params = case
-    router, x = make(name, experts, seed=seed, **params), random_inputs(8, INPUTS, seed=seed)
+@every_router
+@some
+@given(st.data(), st.integers(2, 12), st.integers(0, 2**16))
+def test_renaming_the_experts_renames_the_weights(name: str, data: st.DataObject, experts: int, seed: int) -> None:
+    router = make(name, experts, seed=seed, **data.draw(settings_of(name)))
+    x = random_inputs(8, INPUTS, seed=seed)
     before = router(x)
     order = torch.randperm(experts)
     with torch.no_grad():
-        router.gate.weight.copy_(router.gate.weight[order].clone())
+        for weight in router.gate.parameters():
+            weight.copy_(weight[order].clone())
     after = router(x)
     torch.testing.assert_close(after.weights, before.weights[..., order], rtol=0, atol=1e-12)
     torch.testing.assert_close(after.entropy, before.entropy, rtol=0, atol=1e-12)
 
 
-@many
-@given(a_case, st.integers(1, 6), st.integers(0, 2**16))
-def test_a_tokens_routing_depends_on_that_token_alone(case: tuple[str, dict[str, Any]], place: int, seed: int) -> None:
-    name, params = case
-    router, x = make(name, 6, seed=seed, **params), random_inputs(2, 8, INPUTS, seed=seed)
+@every_router
+@some
+@given(st.data(), st.integers(1, 6), st.integers(0, 2**16))
+def test_a_tokens_routing_depends_on_that_token_alone(name: str, data: st.DataObject, place: int, seed: int) -> None:
+    router = make(name, 6, seed=seed, **data.draw(settings_of(name)))
+    x = random_inputs(2, 8, INPUTS, seed=seed)
     others = random_inputs(2, 8, INPUTS, seed=seed + 1)
     others[:, place] = x[:, place]
     alone = router(x[1, place])

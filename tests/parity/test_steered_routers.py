@@ -7,22 +7,23 @@ from typing import Any
 import pytest
 import reference
 import torch
+from adapting import ROUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing_cases import CASES, INPUTS, make, own_settings, random_inputs
+from routing_cases import CASES, IDS, INPUTS, make, own_settings, random_inputs, settings_of
 
 from mole.config import ROUTERS
 from mole.mixture.routers import Router
 from mole.mixture.steering import Steering, steerable
 
-IDS = {"ids": lambda v: v if isinstance(v, str) else "-".join(map(str, v.values()))}
 MIXTURES = [case for case in CASES if case[0] != "lora"]
 
 
 def restricted(router: Router[Any], x: torch.Tensor, left: list[int]) -> tuple[list[Any], list[Any], list[float]]:
     """The slow formula for a router that has never had any but the experts `left`; zeros put in for the others."""
     weights = {key: value.tolist() for key, value in router.state_dict().items()}
-    weights["gate.weight"] = [weights["gate.weight"][expert] for expert in left]
+    for name, _ in router.gate.named_parameters(prefix="gate"):
+        weights[name] = [weights[name][expert] for expert in left]
     values = own_settings(router.params)
     if "max_threshold" in values and values["max_threshold"] is None:
         values["max_threshold"] = 1 / router.num_experts  # what it was trained with
@@ -46,27 +47,21 @@ def hold_against_restricted(router: Router[Any], x: torch.Tensor, left: list[int
 
 
 @pytest.mark.parametrize("left", [[0], [5], [1, 4, 7], [0, 1, 2, 4, 5, 6, 7]], ids=str)
-@pytest.mark.parametrize(("name", "params"), MIXTURES, **IDS)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("name", "params"), MIXTURES, **IDS)
 def test_a_muted_expert_is_as_if_it_were_not_there(name: str, params: dict[str, Any], left: list[int]) -> None:
     hold_against_restricted(make(name, 8, **params), random_inputs(12, INPUTS), left)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    st.sampled_from(MIXTURES),
-    st.sets(st.integers(0, 11)),
-    st.sets(st.integers(0, 11)),
-    st.integers(2, 9),
-    st.integers(0, 2**16),
-)
+@pytest.mark.parametrize("name", ROUTED)
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.data(), st.sets(st.integers(0, 11)), st.sets(st.integers(0, 11)), st.integers(2, 9), st.integers(0, 2**16))
 def test_any_choice_of_muted_and_pinned_experts(
-    case: tuple[str, dict[str, Any]], muted: set[int], pinned: set[int], experts: int, seed: int
+    name: str, data: st.DataObject, muted: set[int], pinned: set[int], experts: int, seed: int
 ) -> None:
-    name, params = case
     steering = Steering(muted=frozenset(muted - pinned), pinned=frozenset(pinned))
     left = steering.allowed_experts(experts)
     assert set(left) == (({*pinned} & {*range(experts)}) or {*range(experts)}) - (muted - pinned)
-    router = make(name, experts, seed=seed, **params)
+    router = make(name, experts, seed=seed, **data.draw(settings_of(name)))
     if left:
         hold_against_restricted(router, random_inputs(6, INPUTS, seed=seed), left)
 
