@@ -26,13 +26,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from mole import MoleConfig, models
+from mole.config import ROUTERS as METHODS
 
 logging.disable_progress_bar()
 
 EXPERTS, RANK = 8, 8
 EQUAL = EXPERTS * RANK
 """The rank of the plain LoRA with as many parameters."""
-ROUTERS = ("dynmole", "adamole", "topk", "topp", "threshold", "dense", "sparsegen")
+ROUTERS = [name for name in METHODS if name != "lora"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
