@@ -29,20 +29,7 @@ from mole.config.presets import (
     save_preset,
     saved_presets,
 )
-from mole.config.router_params import (
-    ROUTERS,
-    AdaMoLEParams,
-    DenseParams,
-    DynMoLEParams,
-    LoraParams,
-    RouterParams,
-    SparsegenParams,
-    ThresholdParams,
-    TopKParams,
-    TopPParams,
-    params_class,
-    router_field_names,
-)
+from mole.config.router_params import ROUTERS, RouterParams, params_class, router_field_names
 from mole.config.schema import (
     SECTIONS,
     AdapterConfig,
@@ -56,11 +43,9 @@ from mole.config.schema import (
 from mole.config.yaml_loader import TextLoader, parse_yaml, read_yaml
 
 __all__ = [
-    "BUILT_IN_PRESETS", "MAX_INTEGER", "ROUTERS", "SECTIONS", "AdaMoLEParams", "AdapterConfig", "DataConfig",
-    "DenseParams", "DynMoLEParams", "LoraParams", "ModelConfig", "Preset", "RouterParams", "RunConfig",
-    "SparsegenParams", "Spec", "TextLoader", "ThresholdParams", "TopKParams", "TopPParams", "TrainingConfig",
-    "all_presets", "apply_overrides", "build_settings", "check_sections", "check_settings", "coerce",
-    "delete_preset", "find_preset", "merge_preset", "params_class", "parse_yaml", "preset_path", "presets_dir",
-    "read_yaml", "router_field_names", "save_preset", "saved_presets", "setting", "spec_of", "union_members",
-    "unknown_setting",
+    "BUILT_IN_PRESETS", "MAX_INTEGER", "ROUTERS", "SECTIONS", "AdapterConfig", "DataConfig", "ModelConfig",
+    "Preset", "RouterParams", "RunConfig", "Spec", "TextLoader", "TrainingConfig", "all_presets", "apply_overrides",
+    "build_settings", "check_sections", "check_settings", "coerce", "delete_preset", "find_preset", "merge_preset",
+    "params_class", "parse_yaml", "preset_path", "presets_dir", "read_yaml", "router_field_names", "save_preset",
+    "saved_presets", "setting", "spec_of", "union_members", "unknown_setting",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 from routing_cases import INPUTS, from_probs, hold_against_reference, make, random_inputs
 
-from mole.config import AdaMoLEParams, DynMoLEParams, TopKParams, TopPParams
+from mole.config.router_params import AdaMoLEParams, DynMoLEParams, TopKParams, TopPParams
 from mole.core.errors import ConfigError, InputError
 from mole.mixture.routers import build_router
 
