@@ -11,6 +11,13 @@ ROWS = 5_000_000
 """Rows of a data file."""
 FILE_BYTES = 4 << 30
 """Bytes of a data file, which is read into memory."""
+DECODED_BYTES = 256 << 20
+DECODED_TIMES = 64
+"""Bytes of the rows of a Parquet file: so many, or so many times its size if that is more, but at most `FILE_BYTES`."""
+ROW_BYTES = 16 << 20
+"""Bytes of a line of JSONL and characters of a field of CSV: ten times what the longest example needs."""
+COLUMNS = 4096
+"""Columns of a data file: those of a table, or the different keys of JSON rows."""
 LENGTH = 131_072
 """Tokens of an example."""
 RANK = 1024
@@ -19,7 +26,7 @@ RANK_TIMES_EXPERTS = 16_384
 """Rank × experts of one projection; beyond this an adapter outweighs its base model."""
 BATCH = 4096
 NAME = 1024
-"""Characters of a path or a hub id."""
+"""Characters of a path, a hub id or the name of a column."""
 
 UPLOAD_BYTES = 1 << 30
 """Bytes of an upload."""

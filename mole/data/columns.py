@@ -42,8 +42,7 @@ class DetectedColumns:
 
 def read_columns(path: str) -> tuple[str, ...]:
     """The columns of the first rows of a file or data set. Raises `DataError` when it cannot be read."""
-    records = read_records(path, SAMPLED_ROWS, peek=True)
-    return tuple(dict.fromkeys(str(key) for _, row in records.rows if isinstance(row, dict) for key in row))
+    return tuple(read_records(path, SAMPLED_ROWS, peek=True).columns)
 
 
 def detect_columns(

@@ -30,6 +30,8 @@ FIELDS = sorted({name for groups in SHAPES.values() for group in groups for name
 ROLES = ("system", "user", "assistant")
 ANSWER_FORMAT = re.compile(r"Answer format:[ \t]*(\S[^\n]*)")
 MAX_LABELS = 100
+LONGEST_NAME = 60
+"""Characters of a column's name in an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ def read_examples(
     a mapped column that is missing, or no usable row (with the first reasons).
     """
     records = read_records(path, limit, field, peek=peek)
-    found = list(dict.fromkeys(key for _, value in records.rows if isinstance(value, dict) for key in value))
+    found = records.columns
     mapping = check_mapping(columns or {}, found, path)
     shape = shape_of({*found, *mapping}, {*mapping}) if found else "none"
     if shape is None:
@@ -164,8 +166,14 @@ def check_mapping(columns: Mapping[str, str], found: list[str], path: str) -> di
 
 def join_names(names: list[str], most: int = 20) -> str:
     """Column names on one line, at most `most` of them."""
-    shown = [" ".join(name.split()) for name in names[:most]]
+    shown = [shortened(name, LONGEST_NAME) for name in names[:most]]
     return ", ".join(shown + ["…"] * (len(names) > most)) or "none"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text on one line, cut to at most `most` characters."""
+    text = " ".join(text[: 4 * most].split())
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def rename_columns(value: Any, mapping: Mapping[str, str]) -> Any:

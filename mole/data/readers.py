@@ -9,18 +9,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import itertools
 import json
 import re
 import threading
-from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mole.core import limits
-from mole.core.errors import DataError
+from mole.core.errors import DataError, brief
 from mole.core.paths import local_path
 from mole.core.text import one_line
+from mole.data.checks import check_columns, check_row_count, columns_of
+from mole.data.heads import check_row_size, read_head
+from mole.data.parquet import parse_parquet
 
 FILE_FORMATS = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
@@ -42,11 +45,13 @@ class Records(NamedTuple):
         rows: (number, value) pairs; the number counts from 1 (in JSONL, it is the line). The value is a `DataError`
             where a CSV row does not match the header.
         fingerprint: sha256 of the content that was read.
+        columns: the names in the rows, in the order in which they first occur.
         complete: whether these are all rows of the source.
     """
 
     rows: list[tuple[int, Any]]
     fingerprint: str
+    columns: list[str]
     complete: bool = True
 
 
@@ -92,44 +97,21 @@ def read_file(file: Path, limit: int | None, peek: bool = False) -> Records:
     if size > limits.FILE_BYTES:
         raise DataError(f"{file} has {size >> 20} MB; the maximum is {limits.FILE_BYTES >> 20} MB. Split the file.")
     part = limit + 1 if peek and limit is not None else None  # one more than asked for shows whether there are more
-    content = read_head(file, part, kind) if part else file.read_bytes()
-    if not content.strip():
-        raise DataError(f"{file} is empty.")
-    if kind == "parquet":
-        rows = parse_parquet(file, part)
-    else:
-        text = decode_text(content, file)
-        rows = parse_json(text, file) if kind == "json" else parse_csv(text, file)
+    with file.open("rb") as opened:
+        content = read_head(opened, part, kind, file) if part else opened.read()
+        if not content.strip():
+            raise DataError(f"{file} is empty.")
+        if kind == "parquet":
+            rows = parse_parquet(opened if part else content, file, size, part)
+        else:
+            text = decode_text(content, file)
+            rows = parse_json(text, file) if kind == "json" else parse_csv(text, file)
     if not rows:
         raise DataError(f"{file} contains no rows.")
     check_row_count(len(rows), file)
-    return Records(rows[:limit], hashlib.sha256(content).hexdigest(), limit is None or len(rows) <= limit)
-
-
-def check_row_count(count: int, file: Path) -> None:
-    """Raise `DataError` for more than `limits.ROWS` rows."""
-    if count > limits.ROWS:
-        raise DataError(f"{file} contains {count} rows; the maximum is {limits.ROWS}. Split the file.")
-
-
-def read_head(file: Path, rows: int, kind: str) -> bytes:
-    """The bytes of a file that contain its first `rows` rows: some lines; all of a UTF-16 file or JSON array."""
-    with file.open("rb") as lines:
-        start = lines.read(1 << 16)
-        if kind == "parquet":
-            return start
-        lines.seek(0)
-        if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or start.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
-            return lines.read()
-        read, whole, quotes = [], 0, 0
-        for line in lines:
-            read.append(line)
-            quotes += line.count(b'"')
-            # A line break inside quotes does not end a CSV row. The header counts as a row, hence > below.
-            whole += bool(line.strip()) and (kind == "json" or quotes % 2 == 0)
-            if whole > rows:
-                break
-    return b"".join(read)
+    complete = limit is None or len(rows) <= limit
+    rows = rows[:limit]
+    return Records(rows, hashlib.sha256(content).hexdigest(), columns_of(rows, file), complete)
 
 
 def decode_text(content: bytes, file: Path) -> str:
@@ -151,6 +133,7 @@ def parse_json(text: str, file: Path) -> list[tuple[int, Any]]:
     # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
+            check_row_size(len(line), number, file)
             if number == 1 and line.strip() == "{":
                 raise DataError(
                     f"{file} contains an object over several lines; use an array of objects, or one object per line."
@@ -175,15 +158,16 @@ def parse_csv(text: str, file: Path) -> list[tuple[int, Any]]:
     """One record per row, keyed by the header; the delimiter is the one of `,`, `;` and tab the header has most of."""
     header = text.lstrip().partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(limits.ROW_BYTES)  # of every reader in this process
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[int, Any]] = []
     try:
         lines = (line for line in reader if line)
         names = [name.strip() for name in next(lines, [])]
-        doubled = {name for name in names if names.count(name) > 1}
-        if doubled:
-            raise DataError(f"{file}: two columns have the name {doubled.pop()!r}.")
+        check_columns(names, file)
+        doubled = next((name for name, count in Counter(names).items() if count > 1), None)
+        if doubled is not None:
+            raise DataError(f"{file}: two columns have the name {brief(doubled)}.")
         for number, values in enumerate(lines, start=1):
             if len(values) == len(names):
                 rows.append((number, dict(zip(names, values, strict=True))))
@@ -192,28 +176,6 @@ def parse_csv(text: str, file: Path) -> list[tuple[int, Any]]:
     except csv.Error as error:
         raise DataError(f"{file}: malformed CSV on line {max(reader.line_num, 1)}: {error}.") from None
     return rows
-
-
-def parse_parquet(file: Path, limit: int | None = None) -> list[tuple[int, Any]]:
-    """One record per row, at most `limit` if given. Raises `DataError` when it is not a readable Parquet file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        if limit is None:
-            check_row_count(
-                pyarrow.parquet.read_metadata(file).num_rows, file
-            )  # a small file can declare millions of rows
-            table = pyarrow.parquet.read_table(file)
-        else:
-            with pyarrow.parquet.ParquetFile(file) as opened:
-                batches = list(itertools.islice(opened.iter_batches(batch_size=limit), 1))
-                table = pyarrow.Table.from_batches(batches, schema=opened.schema_arrow)
-        return list(enumerate(table.to_pylist(), start=1))
-    except (OSError, DataError):
-        raise
-    except Exception as error:  # of many types, e.g. dates that Python cannot represent
-        raise DataError(f"{file} cannot be read as Parquet: {one_line(error)}.") from None
 
 
 def read_hub_dataset(name: str, config: str | None, split: str, limit: int | None) -> Records:
@@ -231,11 +193,14 @@ def read_hub_dataset(name: str, config: str | None, split: str, limit: int | Non
         raise DataError(f"The data set {name} on the hub cannot be loaded: {one_line(error)}.") from error
     finally:
         datasets.enable_progress_bars()
+    check_columns(data.column_names, f"The data set {name} on the hub")
     rows = data.select(range(min(limit, len(data)))).to_list() if limit is not None else data.to_list()
     if not rows:
         raise DataError(f"The split {split} of the data set {name} on the hub contains no rows.")
     content = json.dumps(rows, sort_keys=True, default=str).encode()
-    return Records(list(enumerate(rows, start=1)), hashlib.sha256(content).hexdigest(), len(rows) == len(data))
+    return Records(
+        list(enumerate(rows, start=1)), hashlib.sha256(content).hexdigest(), data.column_names, len(rows) == len(data)
+    )
 
 
 def check_dataset_exists(name: str) -> None:
