@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from mole.core import limits
 from mole.core.errors import DataError, brief
+from mole.core.files import regular
 from mole.core.paths import local_path
 from mole.core.text import one_line
 from mole.data.checks import check_columns, check_row_count, columns_of
@@ -97,7 +98,7 @@ def read_file(file: Path, limit: int | None, peek: bool = False) -> Records:
     if size > limits.FILE_BYTES:
         raise DataError(f"{file} has {size >> 20} MB; the maximum is {limits.FILE_BYTES >> 20} MB. Split the file.")
     part = limit + 1 if peek and limit is not None else None  # one more than asked for shows whether there are more
-    with file.open("rb") as opened:
+    with open(file, "rb", opener=regular) as opened:
         content = read_head(opened, part, kind, file) if part else opened.read()
         if not content.strip():
             raise DataError(f"{file} is empty.")

@@ -31,7 +31,7 @@ ALLOWED = {
     "mole/preflight/dry_run.py": "/proc",
     "mole/preflight/job.py": "/proc",
     "mole/cli/console.py": "the file the user named for the output",
-    "mole/data/readers.py": "the data file the user named, after `is_file`",
+    "mole/data/parquet.py": "a file that `readers.py` has opened",
     "mole/cli/parser.py": "/dev/null",
     "app/settings.py": "an upload, copied to a temporary file that was just made",
     "app/ui/theme.py": "the page's own files",
