@@ -1,4 +1,4 @@
-"""Under your hand: what can be changed for a reply, what it does, and that the model is as before afterwards."""
+"""Routing overrides: what can be changed for a reply, what it does, and that the model is as before afterwards."""
 
 from __future__ import annotations
 
