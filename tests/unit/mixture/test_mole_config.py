@@ -13,38 +13,35 @@ from adapting import layers_of
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from mole import MoleConfig
-from mole.config import ROUTERS, AdapterConfig
+from mole.config import ROUTERS, AdapterConfig, spec_of
 from mole.core.errors import ConfigError, InputError
 from mole.mixture.model import mole_config
 
 Make = Callable[..., Any]
 
-NON_DEFAULT: dict[str, dict[str, Any]] = {
-    "topk": {"top_k": 3},
-    "topp": {"top_p": 0.31},
-    "threshold": {"threshold": 0.07},
-    "dense": {"cv_loss_coef": 0.11},
-    "adamole": {"max_threshold": 0.19, "balance_on_margin": True},
-    "dynmole": {
-        "entropy_threshold": 0.41, "entropy_index": 1.7, "entropy_type": "renyi", "keep_top_k": 3,
-        "top_p": 0.37, "inclusive_top_p": True,
-    },
-    "sparsegen": {"lambda_hidden": 5},
-}  # fmt: skip
-"""By router, another value for each of its own settings."""
 SHARED = {
     "num_experts": [2, 4], "r": 3, "lora_alpha": 7.0, "lora_dropout": 0.2, "target_modules": ["q_proj"],
     "balance_loss_coef": 0.21, "entropy_loss_coef": 0.22, "z_loss_coef": 0.23,
 }  # fmt: skip
 
 
+def other_value(item: dataclasses.Field[Any]) -> Any:
+    """A value of a setting that is not its default."""
+    if choices := spec_of(item).choices:
+        return next(choice for choice in choices if choice != item.default)
+    if isinstance(item.default, bool):
+        return not item.default
+    return item.default + 1 if isinstance(item.default, int) else 0.7 * (item.default or 0.3)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_setting_is_in_adapter_config_json_and_comes_back(router: str, tiny_model: Make, tmp_path: Path) -> None:
-    values = {"router": router, **SHARED, **NON_DEFAULT.get(router, {})}
+    own = {item.name: other_value(item) for item in dataclasses.fields(ROUTERS[router])}
+    values = {"router": router, **own, **SHARED}
     if router == "lora":
         values["num_experts"] = 1
     defaults = AdapterConfig.from_flat({"router": router}).to_flat()
-    assert set(values) == set(defaults), "every setting needs a value that is not its default, in NON_DEFAULT"
+    assert set(values) == set(defaults), "a new setting of all routers needs a value in SHARED"
     changed = {name for name in values if values[name] != defaults[name]}
     assert changed == set(values) - {"router"} - ({"num_experts"} if router == "lora" else set())
     model = get_peft_model(tiny_model(), MoleConfig(task_type="CAUSAL_LM", **values))
