@@ -6,6 +6,9 @@ those of `render_prompt`.
 
 from __future__ import annotations
 
+import itertools
+import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +18,9 @@ from mole.data.examples import Example, Message
 
 IGNORE_INDEX = -100
 """Label of tokens without loss, as in `torch.nn.functional.cross_entropy`."""
+FEW_ANSWERS, MOST_ANSWERS = 32, 500
+"""Answers of a conversation up to which each is found by rendering all messages before it, and the most for which this
+is done when they cannot be found together."""
 
 DEFAULT_CHAT_TEMPLATE = """\
 {{- bos_token if bos_token is defined and bos_token else '' -}}
@@ -171,24 +177,66 @@ def check_template_kept(part: str, text: str, rendered: str) -> None:
 
 
 def earlier_answer_spans(messages: list[Message], prompt: str, ending: str, tokenizer: Any) -> list[tuple[int, int]]:
-    """Character ranges in the prompt of the answers before the last, each with its end-of-turn text."""
+    """Character ranges in the prompt of the answers before the last, each with its end-of-turn text.
+
+    Raises `DataError` for a conversation that is too long for a template that changes earlier answers.
+    """
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    starts = marked_answers(messages, answers, prompt, tokenizer) if len(answers) > FEW_ANSWERS else None
+    if starts is None:
+        if len(answers) > MOST_ANSWERS:
+            raise DataError(f"has {len(messages)} messages, but the chat template changes answers: split it")
+        starts = [answer_after(messages[:turn], messages[turn]["content"], prompt, tokenizer) for turn in answers]
     ranges = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            content = message["content"].strip()
-            # Search only behind the messages before this one, where the same words may occur.
-            before = render_prompt(messages[:turn], tokenizer) if turn else ""
-            start = prompt.find(content, common_prefix_length(prompt, before))
-            if start >= 0:
-                end = start + len(content)
-                ranges.append((start, end + len(ending) * prompt.startswith(ending, end)))
+    for turn, start in zip(answers, starts, strict=True):
+        if start >= 0:
+            end = start + len(messages[turn]["content"].strip())
+            ranges.append((start, end + len(ending) * prompt.startswith(ending, end)))
     return ranges
+
+
+def answer_after(before: list[Message], content: str, prompt: str, tokenizer: Any) -> int:
+    """Where an answer begins in the prompt; it is searched behind the messages before it, which may have its words."""
+    rendered = render_prompt(before, tokenizer) if before else ""
+    return prompt.find(content.strip(), common_prefix_length(prompt, rendered))
+
+
+def marked_answers(messages: list[Message], answers: list[int], prompt: str, tokenizer: Any) -> list[int] | None:
+    """Where each answer begins in the prompt, found in one rendering with marks in the place of the answers.
+
+    The work grows with the length of the conversation, not with its square. None if the template does more with an
+    answer than to copy or trim it.
+    """
+    marked = [
+        {**message, "content": f"\ue000{turn}\ue001"} if message["role"] == "assistant" else message
+        for turn, message in enumerate(messages)
+    ]
+    try:
+        parts = re.split("\ue000([0-9]+)\ue001", render_prompt(marked, tokenizer))
+    except DataError:
+        return None
+    if parts[1::2] != [str(turn) for turn in answers]:
+        return None
+    contents = [messages[turn]["content"] for turn in answers]
+    for written in (contents, [content.strip() for content in contents]):
+        if "".join(part + content for part, content in zip(parts[::2], [*written, ""], strict=True)) == prompt:
+            starts, at = [], 0
+            for part, content in zip(parts[::2], written, strict=False):
+                starts.append(at + len(part) + len(content) - len(content.lstrip()))
+                at += len(part) + len(content)
+            return starts
+    return None
 
 
 def common_prefix_length(one: str, other: str) -> int:
     """Length of the common prefix of two texts, in characters."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    same, different = 0, min(len(one), len(other)) + 1
+    if one[: different - 1] == other[: different - 1]:
+        return different - 1
+    while different - same > 1:
+        middle = (same + different) // 2
+        same, different = (middle, different) if one[:middle] == other[:middle] else (same, middle)
+    return same
 
 
 def earlier_answer_mask(item: RenderedExample, prompt: list[int], tokenizer: Any) -> list[bool]:
@@ -196,10 +244,10 @@ def earlier_answer_mask(item: RenderedExample, prompt: list[int], tokenizer: Any
     if not item.answer_spans or not tokenizer.is_fast:  # only fast tokenizers return offsets
         return [False] * len(prompt)
     offsets = tokenizer(item.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return [
-        any(start < span_end and end > span_start for span_start, span_end in item.answer_spans)
-        for start, end in offsets["offset_mapping"]
-    ]
+    spans = sorted(item.answer_spans)
+    starts = [start for start, _ in spans]
+    ends = [0, *itertools.accumulate((end for _, end in spans), max)]  # of the spans so far, the farthest
+    return [ends[bisect_left(starts, end)] > start for start, end in offsets["offset_mapping"]]
 
 
 def join_and_truncate(

@@ -26,6 +26,7 @@ from mole.data import (
     chat_template,
     encode_example,
     encode_examples,
+    encoding,
     read_examples,
     render_prompt,
     split_by_length,
@@ -323,6 +324,39 @@ def test_loss_is_on_every_answer_and_its_end_and_nowhere_else(tiny_tokenizer: An
     encoded = encode_example(dialogue("yes?", "yes", "and yes?", "no"), tiny_tokenizer, 512)
     assert learnt(encoded, tiny_tokenizer) == "yes<|im_end|>no<|im_end|>"
     assert all(label in (-100, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain template", "own template"])
+def test_answers_found_together_are_those_found_one_by_one(
+    tiny_tokenizer: Any, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words of the template, of other messages and blanks around an answer mislead neither."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = None if plain else tokenizer.chat_template
+    words = ["user", " assistant\n", "a", "\n", "the same", "the same", "### User:", "é"]
+    example = dialogue(*[words[i * 3 % 8] + str(i % 5) for i in range(2 * encoding.FEW_ANSWERS + 8)])
+    together = encode_example(example, tokenizer, 10_000)
+    monkeypatch.setattr(encoding, "FEW_ANSWERS", 10_000)
+    one_by_one = encode_example(example, tokenizer, 10_000)
+    assert together == one_by_one
+    assert sum(label != -100 for label in together.labels) > 100
+
+
+@pytest.mark.parametrize("changes_answers", [False, True])
+def test_a_conversation_of_thousands_of_messages_is_encoded_or_rejected_in_seconds(
+    tiny_tokenizer: Any, changes_answers: bool
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    if changes_answers:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper")
+    example = dialogue(*(f"message {number}" for number in range(5_998)), "QUESTION", "ANSWER 5999")
+    begun = time.process_time()
+    (encoded,) = encode_examples([example], tokenizer, 2_000)
+    assert time.process_time() - begun < 10
+    if changes_answers:
+        assert isinstance(encoded, DataError) and "messages" in str(encoded)
+    else:
+        assert isinstance(encoded, EncodedExample) and "ANSWER 5999" in learnt(encoded, tokenizer)
 
 
 def test_a_greeting_of_the_assistant_is_learnt_too(tiny_tokenizer: Any) -> None:
