@@ -124,7 +124,7 @@ def test_a_muted_expert_has_no_part_in_the_reply_and_the_line_above_says_so(chat
     page.locator("#steer-top_p").focus()
     for _ in range(3):
         page.keyboard.press("ArrowLeft")
-    expect(page.locator("#steering-view .setting").nth(1)).to_contain_text("0.735 (trained 0.75)")
+    expect(page.locator("#steering-view .setting.changed")).to_contain_text("0.735 (trained 0.75)")
     ask(page, "once more")
     expect(replies(page).last).to_contain_text("Routing overrides: top p 0.75 → 0.735")
     assert replies(page).last.inner_text().count("muted") == 0
