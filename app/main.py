@@ -7,9 +7,12 @@ import sys
 import threading
 from pathlib import Path
 
-from mole.runs.job import STARTING_SECONDS
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mole.cli.serving import make_temporary_folder
+
+if __name__ == "__main__":
+    make_temporary_folder()  # before Gradio is imported
 
 from app import settings
 from app.guard import AccessRules, Guard, Login, hostname
@@ -18,6 +21,7 @@ from app.ui import theme
 from mole import runs
 from mole.cli.auth import is_loopback
 from mole.core import limits
+from mole.runs.job import STARTING_SECONDS
 
 from starlette.middleware import Middleware  # isort: skip  after `app`, which speeds up its import
 

@@ -17,7 +17,7 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import checkpoint, limits
 from mole.core.errors import ConfigError, DataError, InputError, ModelError, RunError
-from mole.core.paths import local_path
+from mole.core.paths import local_path, make_folder
 from mole.data import FILE_FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,7 @@ def keep_upload(path: str) -> Path:
     try:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem).strip(".-")[:60] or "data"
         kept = runs.home() / "uploads" / f"{stem}-{checkpoint.sha256(source)[:8]}{source.suffix.lower()}"
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(kept.parent)
         if not kept.exists():
             check_uploads(kept.parent)
             checkpoint.write_file(kept, lambda aside: shutil.copyfile(source, aside))

@@ -10,7 +10,7 @@ from typing import Any
 from mole.config.schema import SECTIONS, RunConfig, apply_overrides, check_sections, read_yaml
 from mole.core import checkpoint, limits
 from mole.core.errors import InputError, RunError, writing
-from mole.core.paths import check_name, home
+from mole.core.paths import check_name, home, make_folder
 
 KEPT_SETTINGS = (
     "model.name", "model.dtype", "model.quantization", "model.device",
@@ -226,7 +226,7 @@ def save_preset(name: str, config: RunConfig) -> Preset:
     Raises `RunError` for an invalid name, or when the limits on number or size are exceeded.
     """
     path, text = preset_path(name), config.to_yaml()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if len(text.encode()) > limits.PRESET_BYTES:
         raise RunError(
             f"The preset would be larger than {limits.PRESET_BYTES >> 10} KB; shorten data.columns or target_modules.",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mole.core import files
+from mole.core import files, paths
 from mole.core.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -44,7 +44,7 @@ def write(
     Returns:
         The checkpoint's folder.
     """
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(checkpoints)
     _check_own(checkpoints)
     sync(checkpoints.parent)
     target = checkpoints / f"step-{step}"
@@ -70,7 +70,7 @@ def write_folder(
     """
     _clear_leftovers(target.parent)
     aside = _aside(target)
-    aside.mkdir()
+    paths.make_folder(aside)
     try:
         writer(aside)
         _seal(aside, step, meta or {})
@@ -90,6 +90,7 @@ def write_file(target: Path, writer: Callable[[Path], Any]) -> None:
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         writer(aside)
+        paths.restrict(aside)
         sync(aside)
         aside.replace(target)
     except BaseException:
@@ -203,12 +204,16 @@ def _aside(target: Path) -> Path:
 def _seal(folder: Path, step: int, meta: dict[str, Any]) -> None:
     """Sync every file, write the manifest, sync it and the folders."""
     contents = {}
+    for path in sorted(folder.rglob("*")):  # a folder before what is in it
+        if not path.is_symlink():
+            paths.restrict(path)
     for path in _files(folder):
         sync(path)
         contents[path.relative_to(folder).as_posix()] = {"sha256": sha256(path), "size": path.stat().st_size}
     values = json.loads(json.dumps({"version": VERSION, "step": step, "files": contents, "meta": meta}))
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**values, "checksum": _checksum(values)}, indent=1), encoding="utf-8")
+    paths.restrict(manifest)
     sync(manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder)
 
 

@@ -38,7 +38,9 @@ def unlinked(path: str | os.PathLike[str], flags: int) -> int:
 
 def _open(path: str | os.PathLike[str], flags: int) -> int:
     # O_NONBLOCK: opening a pipe would wait for its other end, opening a terminal or tape might act on it.
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
+    # A new file gets the permissions of its folder, see `mole.core.paths.make_folder`.
+    mode = os.stat(os.path.dirname(path) or ".").st_mode & 0o666 if flags & os.O_CREAT else 0
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, mode)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.ELOOP, "Not a regular file", os.fspath(path))

@@ -18,7 +18,7 @@ from typing import Any
 from mole import runs
 from mole.core import files, locks, processes
 from mole.core.errors import ConfigError, DataError, RunError
-from mole.core.paths import local_path
+from mole.core.paths import local_path, make_folder
 from mole.core.text import explain
 from mole.runs import job
 from mole.runs.event_reader import number
@@ -179,7 +179,7 @@ def record_evaluation(
 def _claim(run: Run, values: dict[str, Any], **more: Any) -> Evaluation:
     """A new record with the next free number."""
     files.check_tree(run.path)
-    (run.path / FOLDER).mkdir(exist_ok=True)
+    make_folder(run.path / FOLDER)
     number = max((one.number for one in evaluations_of(run)), default=0)
     while True:
         number += 1

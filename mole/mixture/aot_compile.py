@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mole.config import AdapterConfig, params_class
 from mole.core import checkpoint, processes
-from mole.core.paths import home
+from mole.core.paths import home, make_folder
 from mole.mixture import decode_kernel, experts, fused_adapters, routers
 from mole.mixture.decode_kernel import KERNELS, DecodeCall, KernelSpec
 from mole.mixture.experts import in_dtype
@@ -132,7 +132,7 @@ def start_compiling(wanted: Sequence[KernelSpec]) -> None:
         return
     for spec in wanted:
         path = kernel_path(spec)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         path.with_suffix(".tried").touch()
     texts = json.dumps([spec.text for spec in wanted])
     processes.detach("mole.mixture.aot_compile", texts, log=path.parent / "log.txt")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from mole.core import checkpoint, locks
 from mole.core.checkpoint import sha256
 from mole.core.errors import ModelError
-from mole.core.paths import models_dir
+from mole.core.paths import make_folder, models_dir
 from mole.core.text import one_line
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ def convert_gguf(gguf: Path, folder: Path, progress: bool = False) -> Path:
     """
     if is_ready(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     lock = locks.acquire(folder.parent / ".lock", patience=float("inf"))
     assert lock is not None
     with lock:

@@ -28,7 +28,7 @@ from mole.config import RunConfig
 from mole.core import locks, processes
 from mole.core.devices import free_on_cpu
 from mole.core.errors import InputError, RunError
-from mole.core.paths import home, local_path
+from mole.core.paths import home, local_path, make_folder
 from mole.core.text import explain
 from mole.runs import job
 
@@ -118,7 +118,7 @@ class PreflightJob:
         """
         if self.alive:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         prune_jobs(self.folder)
         if kind != "estimate":
             (self.folder / "measurement.json").unlink(missing_ok=True)
@@ -210,7 +210,7 @@ def run_measurement(check: PreflightJob, config: RunConfig, request: dict[str, A
     with job.device_turn(
         device, lambda: False, lambda note: check.tell("measurement", "waiting", note), run="a measurement"
     ):
-        check.scratch.mkdir(exist_ok=True)
+        make_folder(check.scratch)
         with memory_limited(device, request["limit"]):
             check.tell("measurement", "working", "Loading the libraries …", 0.02)
             from mole.preflight import dry_run

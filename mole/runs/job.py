@@ -16,7 +16,7 @@ from typing import Any
 
 from mole.core import locks
 from mole.core.errors import BusyError
-from mole.core.paths import device_lock_path
+from mole.core.paths import device_lock_path, make_folder
 
 STARTING_SECONDS = 20.0
 """A job that was started so recently may have a process that has not taken its lock yet."""
@@ -66,7 +66,7 @@ def device_turn(
         note: what the lock says of its holder, see `mole.core.locks`.
     """
     path = device_lock_path(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     reported = ""
     while not stopped():
         lock = acquire() if acquire else locks.acquire(path, patience=0.0, **note)

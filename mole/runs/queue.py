@@ -16,7 +16,7 @@ from mole.config import RunConfig
 from mole.core import files, limits, locks, processes
 from mole.core.devices import is_physical_device, physical_device
 from mole.core.errors import BusyError, MoleError, RunError, writing
-from mole.core.paths import device_lock_path, home
+from mole.core.paths import device_lock_path, home, make_folder
 from mole.runs import job
 from mole.runs.event_reader import number
 from mole.runs.run import WAITING, Run
@@ -171,7 +171,7 @@ def _position(queued: dict[str, Any]) -> float:
 def _line(patience: float = 5.0) -> Iterator[None]:
     """A block in which no other process takes a device or changes the queue. Raises `BusyError`."""
     path = home() / "locks" / "queue.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = locks.acquire(path, patience)
     if lock is None:
         raise BusyError("Another process is changing the queue; try again.")
@@ -209,7 +209,7 @@ def device_of(config: RunConfig) -> str:
 def acquire_device(device: str, run: Run) -> locks.Lock | None:
     """The lock of a device, if it is free and `run` is the first that waits for it; None otherwise."""
     path = device_lock_path(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if locks.is_held(path):
         return None
     try:

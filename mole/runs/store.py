@@ -15,7 +15,7 @@ from pathlib import Path
 from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint, files
 from mole.core.errors import BusyError, ConfigError, RunError, writing
-from mole.core.paths import check_name, home, local_path, runs_dir
+from mole.core.paths import check_name, home, local_path, make_folder, restrict, runs_dir
 from mole.core.text import one_line
 from mole.runs.run import Run, creation_facts
 
@@ -41,7 +41,7 @@ def create(config: RunConfig, *, number: bool = False) -> Run:
     in the config become absolute, as the run is trained from another folder. Raises `RunError` for a taken name.
     """
     config = absolute(config)
-    runs_dir().mkdir(parents=True, exist_ok=True)
+    make_folder(runs_dir())
     if config.name is not None:
         check_name(config.name)
     if config.group is not None:
@@ -68,10 +68,11 @@ def _names(config: RunConfig, number: bool) -> Iterator[str]:
 def _claim(name: str, config: RunConfig) -> Run | None:
     """The run, written under a temporary name and renamed; None when the name was taken in the meantime."""
     aside = runs_dir() / f".new-{name}-{secrets.token_hex(4)}"
-    aside.mkdir()
+    make_folder(aside)
     try:
         made = Run(name, aside)
         made.config_path.write_text(dataclasses.replace(config, name=name).to_yaml(), encoding="utf-8")
+        restrict(made.config_path)
         made.append_event("created", 0, **creation_facts(config))
         checkpoint.sync(made.config_path, made.events_path, aside)
         aside.rename(runs_dir() / name)

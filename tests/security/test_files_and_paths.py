@@ -142,6 +142,11 @@ def test_only_data_files_are_kept(home: Path, tmp_path: Path, suffix: str) -> No
     assert not everything_in(home)
 
 
+def temporary(studio: Studio) -> Path:
+    """The studio's folder for uploads and downloads."""
+    return (studio.home / "tmp" / f"gradio-{os.getuid()}").resolve()
+
+
 UPLOAD_NAMES = [
     "../../x.jsonl", "..\\..\\x.jsonl", "/etc/x.jsonl", "a\0b.jsonl", "x" * 5000 + ".jsonl", ".bashrc", "",
     "．．／x.jsonl", "con.jsonl", "x\r\nSet-Cookie: a=b.jsonl", "<img src=x>.jsonl", "%2e%2e%2fx.jsonl",
@@ -158,8 +163,7 @@ def test_a_file_sent_under_a_hostile_name(stranger: Stranger, name: str, tmp_pat
     answer = stranger.http.post(f"{API}/upload", content=body, headers=headers)
     assert answer.status_code in (200, 400, 413, 422) and "Traceback" not in answer.text
     for path in answer.json() if answer.status_code == 200 else ():
-        folder = Path(os.environ.get("GRADIO_TEMP_DIR") or "/tmp/gradio").resolve()
-        assert Path(path).resolve().is_relative_to(folder), path
+        assert Path(path).resolve().is_relative_to(temporary(stranger.studio)), path
     for place in (
         "/etc/x.jsonl",
         ROOT / "x.jsonl",
@@ -209,7 +213,8 @@ def test_no_file_is_served_but_the_page_s_own(shared_studio: Studio, stranger: S
     for path in wanted:
         up = "../" * 12 + path.lstrip("/")
         spellings += [
-            path, up, f"/tmp/gradio/{up}", "/" + path, f"{path}/", f"file://{path}", path.replace("e", "%65"),
+            path, up, f"{temporary(shared_studio)}/{up}", f"{temporary(shared_studio)}/../..{path}",
+            "/" + path, f"{path}/", f"file://{path}", path.replace("e", "%65"),
             path.replace("/", "%5c"), path + "%00.png", path.upper(), f"./{path}", up.replace("../", "..%2f"),
             up.replace("../", "%2e%2e/"), up.replace("../", "....//"), quote(quote(up)),
         ]  # fmt: skip
