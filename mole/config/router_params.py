@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from mole.config.fields import check_settings, setting
+from mole.core import limits
 from mole.core.errors import ConfigError
 
 BALANCE_HELP = "Coefficient of the load-balancing loss E · Σ f_i · P_i."
@@ -28,9 +29,13 @@ class RouterParams:
     summary: ClassVar[str]
     adaptive: ClassVar[bool] = False
 
-    balance_loss_coef: float = setting(0.0, BALANCE_HELP, ge=0)
-    entropy_loss_coef: float = setting(0.0, "Coefficient of the mean router entropy (normalised to 0…1).", ge=0)
-    z_loss_coef: float = setting(0.0, "Coefficient of the router z-loss, mean (logsumexp of the logits)².", ge=0)
+    balance_loss_coef: float = setting(0.0, BALANCE_HELP, ge=0, le=limits.FACTOR)
+    entropy_loss_coef: float = setting(
+        0.0, "Coefficient of the mean router entropy (normalised to 0…1).", ge=0, le=limits.FACTOR
+    )
+    z_loss_coef: float = setting(
+        0.0, "Coefficient of the router z-loss, mean (logsumexp of the logits)².", ge=0, le=limits.FACTOR
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "adapter")
@@ -51,8 +56,8 @@ class TopKParams(RouterParams):
     paper = "https://arxiv.org/abs/2402.08562"
     summary = "The k most probable experts, their probabilities renormalised to sum to 1."
 
-    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, from_paper=True)
-    top_k: int = setting(2, "Experts used per token (k).", ge=1, from_paper=True, steerable=True)
+    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, le=limits.FACTOR, from_paper=True)
+    top_k: int = setting(2, "Experts used per token (k).", ge=1, le=limits.EXPERTS, from_paper=True, steerable=True)
 
 
 @dataclass
@@ -63,7 +68,7 @@ class TopPParams(RouterParams):
     summary = "The fewest experts whose probabilities sum to at least top_p, renormalised to sum to 1."
     adaptive = True
 
-    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0)
+    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, le=limits.FACTOR)
     top_p: float = setting(
         0.8, "Cumulative probability the selected experts must reach.", gt=0, le=1, from_paper=True, steerable=True
     )
@@ -77,7 +82,7 @@ class ThresholdParams(RouterParams):
     summary = "Experts with probability ≥ τ, renormalised; no update where none reaches τ. AdaMoLE's ablation."
     adaptive = True
 
-    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0)
+    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, le=limits.FACTOR)
     threshold: float = setting(0.125, "Minimum probability for an expert to be used (τ).", ge=0, le=1, steerable=True)
 
 
@@ -89,7 +94,7 @@ class DenseParams(RouterParams):
     summary = "All experts, weighted by the router's softmax."
 
     cv_loss_coef: float = setting(
-        0.0, "Coefficient of LoRAMoE's balance loss: CV² of the experts' summed weights.", ge=0
+        0.0, "Coefficient of LoRAMoE's balance loss: CV² of the experts' summed weights.", ge=0, le=limits.FACTOR
     )
 
 
@@ -101,7 +106,7 @@ class AdaMoLEParams(RouterParams):
     summary = "A small network predicts, for each token, the minimum probability for an expert to be used."
     adaptive = True
 
-    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, from_paper=True)
+    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, le=limits.FACTOR, from_paper=True)
     max_threshold: float | None = setting(
         None,
         "Largest threshold τ_max the network can predict; empty means 1/E, as in the paper.",
@@ -122,14 +127,19 @@ class DynMoLEParams(RouterParams):
     summary = "All experts where the router is uncertain (high Tsallis entropy), only the top-p where it is certain."
     adaptive = True
 
-    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, from_paper=True)
+    balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, le=limits.FACTOR, from_paper=True)
     entropy_loss_coef: float = setting(
-        1e-2, "Coefficient of the mean router entropy, which makes the router more certain.", ge=0, from_paper=True
+        1e-2,
+        "Coefficient of the mean router entropy, which makes the router more certain.",
+        ge=0,
+        le=limits.FACTOR,
+        from_paper=True,
     )
     entropy_threshold: float = setting(
         0.9,
         "Normalised entropy (0…1) above which a token uses all experts; from 1 on, none does.",
         ge=0,
+        le=limits.FACTOR,
         from_paper=True,
         steerable=True,
     )
@@ -145,6 +155,7 @@ class DynMoLEParams(RouterParams):
         2,
         "Minimum number of experts for a token below the entropy threshold.",
         ge=1,
+        le=limits.EXPERTS,
         from_paper=True,
         steerable=True,
     )
@@ -171,7 +182,9 @@ class SparsegenParams(RouterParams):
     summary = "A projection onto the simplex with a learned sparsity λ(x): differentiable, at least one expert."
     adaptive = True
 
-    lambda_hidden: int = setting(16, "Hidden width of the network that predicts the sparsity λ(x).", ge=1)
+    lambda_hidden: int = setting(
+        16, "Hidden width of the network that predicts the sparsity λ(x).", ge=1, le=limits.HIDDEN
+    )
 
 
 ROUTERS: dict[str, type[RouterParams]] = {

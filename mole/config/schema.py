@@ -161,9 +161,16 @@ class TrainingConfig:
     """The training loop's settings, named as in transformers' `TrainingArguments`."""
 
     max_steps: int = setting(
-        32, "Optimizer steps; 0 trains for num_train_epochs instead.", ge=0, label="Steps", flag="--steps"
+        32,
+        "Optimizer steps; 0 trains for num_train_epochs instead.",
+        ge=0,
+        le=limits.STEPS,
+        label="Steps",
+        flag="--steps",
     )
-    num_train_epochs: float = setting(1.0, "Passes over the training data if max_steps is 0.", gt=0, label="Epochs")
+    num_train_epochs: float = setting(
+        1.0, "Passes over the training data if max_steps is 0.", gt=0, le=limits.STEPS, label="Epochs"
+    )
     per_device_train_batch_size: int = setting(
         16, "Examples per device and micro-batch.", ge=1, le=limits.BATCH, label="Batch size", flag="--batch-size"
     )
@@ -176,14 +183,22 @@ class TrainingConfig:
         "Learning rate schedule after the warm-up.",
         choices=("constant", "constant_with_warmup", "linear", "cosine"),
     )
-    warmup_steps: int = setting(4, "Steps over which the learning rate rises from 0.", ge=0)
-    weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0)
-    max_grad_norm: float = setting(1.0, "Gradient norm above which gradients are clipped; 0 disables clipping.", ge=0)
+    warmup_steps: int = setting(4, "Steps over which the learning rate rises from 0.", ge=0, le=limits.STEPS)
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0, le=limits.FACTOR)
+    max_grad_norm: float = setting(
+        1.0, "Gradient norm above which gradients are clipped; 0 disables clipping.", ge=0, le=limits.FACTOR
+    )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, slower.")
-    eval_steps: int = setting(0, "Steps between evaluations of the held-out loss; 0 evaluates only at the end.", ge=0)
-    save_steps: int = setting(20, "Steps between checkpoints: at most this much work is lost in a crash.", ge=1)
-    save_total_limit: int = setting(2, "Number of valid checkpoints to keep.", ge=1)
-    logging_steps: int = setting(1, "Steps between logged events (loss, learning rate, routing).", ge=1)
+    eval_steps: int = setting(
+        0, "Steps between evaluations of the held-out loss; 0 evaluates only at the end.", ge=0, le=limits.STEPS
+    )
+    save_steps: int = setting(
+        20, "Steps between checkpoints: at most this much work is lost in a crash.", ge=1, le=limits.STEPS
+    )
+    save_total_limit: int = setting(2, "Number of valid checkpoints to keep.", ge=1, le=limits.STEPS)
+    logging_steps: int = setting(
+        1, "Steps between logged events (loss, learning rate, routing).", ge=1, le=limits.STEPS
+    )
     seed: int = setting(0, "Seed of the expert weights, the data order and dropout.", ge=0, le=2**32 - 1, flag="--seed")
 
     def __post_init__(self) -> None:

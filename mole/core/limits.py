@@ -25,6 +25,12 @@ EXPERTS = 256
 RANK_TIMES_EXPERTS = 16_384
 """Rank × experts of one projection; beyond this an adapter outweighs its base model."""
 BATCH = 4096
+HIDDEN = 4096
+"""Hidden width of a router's network."""
+STEPS = 10**9
+"""Steps, epochs and checkpoints kept."""
+FACTOR = 1e30
+"""A coefficient, a weight decay, a gradient norm: float32 holds it."""
 NAME = 1024
 """Characters of a path, a hub id or the name of a column."""
 

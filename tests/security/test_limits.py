@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
 import socket
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,17 @@ from app import settings
 from app.services import answering, endpoints
 from app.services.conversation import Turn
 from mole import runs
-from mole.config import BUILT_IN_PRESETS, RunConfig, parse_yaml, read_yaml, save_preset
+from mole.config import (
+    BUILT_IN_PRESETS,
+    ROUTERS,
+    SECTIONS,
+    RunConfig,
+    parse_yaml,
+    read_yaml,
+    save_preset,
+    spec_of,
+    union_members,
+)
 from mole.core import limits
 from mole.core.errors import BusyError, ConfigError, DataError, InputError, RunError
 from mole.data import read_examples
@@ -37,6 +49,9 @@ def config(**sections: Any) -> RunConfig:
     [
         ("data", {"max_length": limits.LENGTH + 1}, "data.max_length", limits.LENGTH),
         ("data", {"max_length": 10**12}, "data.max_length", limits.LENGTH),
+        ("adapter", {"router": "sparsegen", "lambda_hidden": 10**9}, "adapter.lambda_hidden", limits.HIDDEN),
+        ("adapter", {"router": "topk", "top_k": 10**9}, "adapter.top_k", limits.EXPERTS),
+        ("training", {"max_steps": 10**18}, "training.max_steps", r"1e\+09"),
         ("adapter", {"r": limits.RANK + 1}, "adapter.r", limits.RANK),
         ("adapter", {"num_experts": limits.EXPERTS + 1}, "adapter.num_experts", limits.EXPERTS),
         ("adapter", {"num_experts": [2, 10**9]}, "adapter.num_experts", limits.EXPERTS),
@@ -46,7 +61,7 @@ def config(**sections: Any) -> RunConfig:
         ("training", {"gradient_accumulation_steps": 10**9}, "training.gradient_accumulation_steps", limits.BATCH),
     ],
 )
-def test_the_size_of_a_run(section: str, values: dict[str, Any], field: str, most: int) -> None:
+def test_the_size_of_a_run(section: str, values: dict[str, Any], field: str, most: int | str) -> None:
     with pytest.raises(ConfigError, match=f"at most {most}") as caught:
         config(**{section: values})
     assert caught.value.field == field and len(str(caught.value)) < 600
@@ -264,3 +279,13 @@ def test_an_evaluation_takes_no_more_rows_than_there_may_be(home: Path, tmp_path
     run = runs.create(config(name="mine"))
     with pytest.raises(ConfigError, match="at least 1"):
         evaluation_job.data_columns(run, str(tmp_path), 0)
+
+
+def test_every_number_among_the_settings_has_an_upper_limit() -> None:
+    """None is a way to ask for any amount of memory or time; the limit is in the error and under the form's field."""
+    for section in (*SECTIONS.values(), *ROUTERS.values()):
+        for item in dataclasses.fields(section):
+            kinds = set(union_members(typing.get_type_hints(section)[item.name]))
+            if kinds & {int, float} and "spec" in item.metadata and item.name != "num_experts":
+                spec = spec_of(item)
+                assert spec.le is not None and "at most" in spec.range_text(), f"{section.__name__}.{item.name}"
