@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -21,9 +24,14 @@ from app.ui import theme
 from mole import runs
 from mole.cli.auth import is_loopback
 from mole.core import limits
+from mole.core.errors import StorageError
+from mole.core.paths import HOME_GONE, home, is_home_gone, make_folder
 from mole.runs.job import STARTING_SECONDS
 
 from starlette.middleware import Middleware  # isort: skip  after `app`, which speeds up its import
+
+HOME_SECONDS = 0.5
+"""Between two looks at whether the home is still there."""
 
 
 def launch(host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | None = None, share: bool = False) -> None:
@@ -31,6 +39,7 @@ def launch(host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | No
     on_space = bool(settings.space_id())
     host = "0.0.0.0" if on_space else host
     rules = AccessRules(local=is_loopback(host), names=settings.names(), anywhere=on_space)
+    make_folder(home())
     page = build_page()
     # Handlers can be called through the queue only, where requests are counted.
     page.queue(max_size=limits.LINE, default_concurrency_limit=4, api_open=False)
@@ -57,12 +66,24 @@ def launch(host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | No
     )
     if page.share_url:
         rules.names.add(hostname(page.share_url))
-    print(f"{settings.TITLE} is ready: http://{host}:{port}", flush=True)
+    with suppress(OSError):  # the terminal may be gone
+        print(f"{settings.TITLE} is ready: http://{host}:{port}", flush=True)
     runs.wake_queued()
     later = threading.Timer(STARTING_SECONDS + 1, runs.wake_queued)  # those that were too fresh to judge
     later.daemon = True
     later.start()
+    threading.Thread(target=end_without_home, args=(page,), daemon=True).start()
     page.block_thread()
+    if is_home_gone():
+        page.close(verbose=False)
+        raise StorageError(HOME_GONE.format(home=home()))
+
+
+def end_without_home(page: Any) -> None:
+    """Let the studio end when its home was moved, renamed or deleted: it would be created again at the old place."""
+    while not is_home_gone():
+        time.sleep(HOME_SECONDS)
+    page.is_running = False
 
 
 if __name__ == "__main__":

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import time
 from typing import Any
 
 from mole.core.errors import InputError
 from mole.core.paths import local_path
+
+
+def prepare_streams() -> None:
+    """Make stdin, stdout and stderr usable, whatever the terminal or the caller gave.
+
+    A stream that was closed (`mole … >&-`) becomes the null device; otherwise the next file that is opened would get
+    its number, and messages would be written into that file. Characters that a terminal's encoding lacks are replaced.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  kept until the end
+        reconfigure = getattr(getattr(sys, name), "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+def print_error(message: str) -> None:
+    """Print a line to stderr; does nothing if the terminal is gone or the disk behind it full."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:

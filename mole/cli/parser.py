@@ -15,8 +15,10 @@ from typing import Any, NoReturn
 
 from mole import __version__
 from mole.cli.commands import chat, data, models, runs, studio, train
+from mole.cli.console import prepare_streams, print_error
 from mole.config import ROUTERS, SECTIONS, spec_of
 from mole.core.errors import MoleError
+from mole.core.paths import check_home
 from mole.core.redaction import redacted
 
 TARGET_HELP = "Name of a run, RUN@STEP for one of its checkpoints, an adapter folder, or base:MODEL."
@@ -35,9 +37,11 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mole` with `arguments` (default: `sys.argv[1:]`) and return the exit code."""
+    prepare_streams()
     options = build_parser().parse_args(arguments)
     debug = getattr(options, "debug", False)
     try:
+        check_home()
         options.command(options)
         sys.stdout.flush()
         return 0
@@ -45,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("mole: aborted.", file=sys.stderr)
+        print_error("mole: aborted.")
         return 1
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"mole: {error_line(error)}", file=sys.stderr)
+        print_error(f"mole: {error_line(error)}")
         return error.exit_code if isinstance(error, MoleError) else MoleError.exit_code
 
 

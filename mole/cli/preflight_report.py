@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import signal
 import time
 from typing import Any
 
+from mole.cli.console import print_error
 from mole.config import RunConfig
 from mole.core.errors import BusyError, InputError, MoleError
 from mole.core.text import bytes_text, duration_text
@@ -46,15 +47,23 @@ def run_job(check: PreflightJob, config: RunConfig, kind: str, wait: bool = Fals
     """Start a preflight job, print its progress to stderr, and return its final state; Ctrl-C cancels it."""
     check.start(config, kind, wait=wait)
     printed = ""
+    # As Ctrl-C: the job ends with the one who asked for it. A signal that is ignored (`nohup`) stays so.
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         while (state := check.state())["phase"] not in FINAL:
             if state["text"] != printed:
                 printed = state["text"]
-                print(printed, file=sys.stderr, flush=True)
+                print_error(printed)
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         check.cancel()
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if state["phase"] == "busy":
         raise BusyError(f"{state['text']} Add --wait to measure once it is free.")
     if state["phase"] == "failed":

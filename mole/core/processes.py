@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mole.core import checkpoint, files
-from mole.core.errors import MoleError
-from mole.core.paths import home
+from mole.core.errors import MoleError, StorageError
+from mole.core.paths import HOME_GONE, home, is_home_gone, make_folder
 from mole.core.redaction import child_environment, redacted
 
 
@@ -45,7 +45,14 @@ def detach(module: str, *arguments: str, log: Path) -> None:
 def exit_code(work: Callable[[], Any]) -> int:
     """Run a process's work and return 0, or print the one line of a `MoleError` to stderr and return its exit code."""
     try:
-        work()
+        make_folder(home())
+        try:
+            work()
+        except OSError:
+            if not is_home_gone():
+                raise
+        if is_home_gone():  # also where the work just ended because its files are gone
+            raise StorageError(HOME_GONE.format(home=home()))
     except MoleError as error:
         with suppress(OSError):  # the log is on the full disk
             print(f"mole: {redacted(str(error))}", file=sys.stderr, flush=True)

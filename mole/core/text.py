@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from mole.core.errors import MoleError
+from mole.core.paths import HOME_GONE, home, is_home_gone
 from mole.core.redaction import redacted
 
 FAILURES = (
@@ -49,6 +50,8 @@ def explain(error: Exception) -> tuple[str, str]:
     text = redacted(" ".join(str(error).split()))
     if isinstance(error, MoleError):
         return text, ""
+    if isinstance(error, FileNotFoundError) and is_home_gone():
+        return HOME_GONE.format(home=home()), ""
     kind = type(error).__name__
     for pattern, cause, advice in FAILURES:
         if re.search(pattern, f"{kind}: {text}", re.IGNORECASE):

@@ -29,9 +29,9 @@ log = logging.getLogger("mole")
 def perform(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     """Train a queued run in this process: wait for its device, train, and log to its events and `train.log`.
 
-    The first Ctrl-C or SIGTERM saves and stops, a second Ctrl-C aborts. `progress` shows progress on the terminal.
-    Raises `BusyError` when another process holds the run, and `MoleError` when training failed, with the message of the
-    `failed` event.
+    The first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) saves and stops, a second Ctrl-C aborts. `progress`
+    shows progress on the terminal. Raises `BusyError` when another process holds the run, and `MoleError` when training
+    failed, with the message of the `failed` event.
     """
     files.check_tree(run.path)
     with run.lock(), logging_to(run), stopping_on_signals(run, progress):
@@ -117,18 +117,33 @@ def logging_to(run: Run) -> Iterator[None]:
 
 @contextmanager
 def stopping_on_signals(run: Run, progress: bool) -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop; does nothing outside the main thread."""
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; does nothing outside the main thread.
+
+    SIGHUP says that the terminal was closed. It stays ignored where it is (`nohup`).
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    terminals = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
+
     def on_signal(number: int, frame: Any) -> None:
-        run.request_stop()
+        with suppress(OSError):  # the folder is gone: the next step finds out
+            run.request_stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if progress:
+        if number == signal.SIGHUP:
+            # Every further write to that terminal fails with EIO, which must not keep the run from being saved.
+            null = os.open(os.devnull, os.O_RDWR)
+            for descriptor in terminals:
+                os.dup2(null, descriptor)
+            os.close(null)
+        elif progress:
             os.write(2, b"\nStopping after this step and saving; Ctrl-C again aborts.\n")
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield
     finally:
@@ -137,8 +152,9 @@ def stopping_on_signals(run: Run, progress: bool) -> Iterator[None]:
 
 
 def print_status(message: str) -> None:
-    """Print a message to the terminal."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a message to the terminal; does nothing when it is gone."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str]) -> int:
