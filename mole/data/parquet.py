@@ -25,6 +25,10 @@ REPEATED_BYTES = 4 * BATCH_BYTES
 """What the repeated texts of a row group may decode to before they are measured."""
 VALUE_BYTES = 32
 """Bytes of a value in memory beside its content, at least: its place in a row."""
+FOOTER_BYTES = 32 << 20
+"""It takes sixteen times as much memory, or more."""
+MOST_PAGES = 1_000_000
+"""A page usually has 1 MB, so that the largest file has a few thousand."""
 HEADER_BYTES = (256, 1 << 16)
 """Bytes to read of a page's header: of most, and of those with long texts in their statistics."""
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
@@ -57,6 +61,7 @@ class Budget:
     file: Path
     size: int
     used: int = 0
+    pages: int = 0
 
     @property
     def allowed(self) -> int:
@@ -67,6 +72,12 @@ class Budget:
         """Count bytes."""
         self.check(more)
         self.used += more
+
+    def turn_page(self) -> None:
+        """Count a page, whose header takes time to read."""
+        self.pages += 1
+        if self.pages > MOST_PAGES:
+            raise DataError(f"{self.file} has more than {MOST_PAGES} pages, the maximum. Write it with larger pages.")
 
     def check(self, more: int) -> None:
         """Raise `DataError` if so many bytes more were too many."""
@@ -87,6 +98,7 @@ def parse_parquet(content: Any, file: Path, size: int, limit: int | None = None)
 
     try:
         source = pyarrow.BufferReader(content) if isinstance(content, bytes) else content
+        check_footer(source, file, size)
         metadata = pyarrow.parquet.read_metadata(source)
         check_columns(metadata.schema.names, file)
         if limit is None:
@@ -105,16 +117,27 @@ def parse_parquet(content: Any, file: Path, size: int, limit: int | None = None)
         raise DataError(f"{file} cannot be read as Parquet: {one_line(error)}.") from None
 
 
+def check_footer(source: Any, file: Path, size: int) -> None:
+    """Raise `DataError` when the description of the columns and row groups, at the file's end, is too long."""
+    source.seek(max(size - 8, 0))
+    length = int.from_bytes(source.read(4), "little")
+    if FOOTER_BYTES < length < size:  # a length beyond the file's is an error for the reader
+        raise DataError(
+            f"{file} has a footer of {length >> 20} MB; the maximum is {FOOTER_BYTES >> 20} MB. Write it with larger "
+            "row groups."
+        )
+
+
 def decode_group(source: Any, metadata: Any, group: int, budget: Budget, limit: int | None) -> Iterator[list[Any]]:
     """The rows of a row group, at most `limit` if given, in parts. Raises `DataError`."""
     import pyarrow
     import pyarrow.parquet
 
     columns = [metadata.row_group(group).column(index) for index in range(metadata.num_columns)]
-    scanned = [scan(source, column, metadata.schema.column(index)) for index, column in enumerate(columns)]
+    scanned = [scan(source, column, metadata.schema.column(index), budget) for index, column in enumerate(columns)]
     size = sum(pages.bytes + VALUE_BYTES * pages.values for pages in scanned)
     budget.check(size)
-    share = REPEATED_BYTES // len(scanned)
+    share = REPEATED_BYTES // max(len(scanned), 1)
     repeated = {i: pages for i, pages in enumerate(scanned) if pages.repeated * pages.longest > share}
     count = max(min(BATCH_ROWS, BATCH_BYTES * metadata.row_group(group).num_rows // max(size, 1)), 1)
     names = [metadata.schema.column(index).path for index, pages in repeated.items() if pages.by_dictionary]
@@ -167,7 +190,7 @@ def decoded_bytes(array: Any) -> int:
     return array.nbytes
 
 
-def scan(source: Any, column: Any, schema: Any) -> Pages:
+def scan(source: Any, column: Any, schema: Any, budget: Budget) -> Pages:
     """What the pages of a column hold in a row group, from their headers. Raises `ValueError` for broken ones."""
     at = column.data_page_offset
     if column.has_dictionary_page and 0 < column.dictionary_page_offset < at:
@@ -177,6 +200,7 @@ def scan(source: Any, column: Any, schema: Any) -> Pages:
     by_dictionary = schema.physical_type == "BYTE_ARRAY"
     dictionary: tuple[int, int, int] | None = None
     while at < end:
+        budget.turn_page()
         header, length = read_header(source, at)
         unpacked, packed = header[2], header[3]
         size += unpacked

@@ -45,6 +45,7 @@ from mole.data import (
     detect_columns,
     encode_examples,
     guess_mapping,
+    parquet,
     read_columns,
     read_examples,
 )
@@ -397,6 +398,23 @@ def memory_to_refuse(file: Path) -> int:
     command = [sys.executable, "-c", code, str(small), str(file)]
     before, after = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     return after - before
+
+
+def test_a_parquet_file_of_empty_pages_is_refused_in_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / "pages.parquet"
+    pq.write_table(pa.table({"text": [str(number) for number in range(3000)]}), file, data_page_size=1,
+                   write_batch_size=1, use_dictionary=False)  # fmt: skip
+    assert len(read_examples(str(file)).examples) == 3000
+    monkeypatch.setattr(parquet, "MOST_PAGES", 1000)
+    assert "more than 1000 pages" in str(refusal(lambda: read_examples(str(file))))
+
+
+def test_a_parquet_file_of_more_description_than_rows_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / "groups.parquet"
+    pq.write_table(pa.table({"text": ["a"] * 300}), file, row_group_size=1)
+    assert len(read_examples(str(file)).examples) == 300
+    monkeypatch.setattr(parquet, "FOOTER_BYTES", 10_000)
+    assert "has a footer of" in str(refusal(lambda: read_examples(str(file))))
 
 
 def test_a_glance_at_a_parquet_file_or_json_array_reads_its_first_rows_only(folder: Path) -> None:
