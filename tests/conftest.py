@@ -12,6 +12,7 @@ def test_a_real_run(embedded_home):                 # `home` in which smollm2-13
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # torch's threads wait for each other by spinning, in the way of what runs beside them
 }
 """The environment of the tests and of all that they start, unless a test says otherwise."""
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:  # `nohup make test &` would hand it on to all that the tests start
+        signal.signal(_number, _handler)
 SLOWEST_FIRST = ("reliability", "security", "ui", "unit", "parity")
 """The folders in the order in which workers take their files, so that no long file begins when the others end."""
 
