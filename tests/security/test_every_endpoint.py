@@ -233,7 +233,7 @@ def test_on_a_space_nothing_of_the_page_starts_keeps_or_deletes_anything(space: 
         assert not wrong(visitor.call(endpoint, own, {"name": "mine", "action": "up", "number": 1, "at": 0}))
     for name, data in (("start_run", [{"data": {"path": "x"}}]), ("stop_run", ["x"]), ("resume_run", ["x"])):
         assert "switched off" in visitor.call(visitor.named(name), data)["error"]
-    made = {path.name for path in space.home.iterdir()} - {"studio.log", "presets", "uploads", "models"}
+    made = {path.name for path in space.home.iterdir()} - {"studio.log", "presets", "uploads", "models", "tmp"}
     assert not made, made
     assert everything_in(space.home / "presets") == before
     assert "Traceback" not in visitor.log()
