@@ -7,17 +7,21 @@ a secret that never leaves `$MOLE_HOME/key`. Moving the whole home keeps it vali
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
+import math
 import os
 import secrets
+from pathlib import Path
 from typing import Any
 
-from mole.core import files
+from mole.core import checkpoint, files, locks
 from mole.core.paths import home
 
 FIELD = "origin"
+KEY_BYTES = 32
 SIGNED = ("type", "step", "device", "resume", "position", "moved")
 """The values of an event that decide how a waiting run is started, and when."""
 
@@ -44,17 +48,18 @@ def _code(key: bytes, name: str, event: dict[str, Any]) -> str:
 def _key(make: bool = False) -> bytes:
     path = home() / "key"
     if make and not os.path.lexists(path):
-        aside = path.with_name(f".key-{secrets.token_hex(4)}")
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.write(descriptor, secrets.token_bytes(32))
-        finally:
-            os.close(descriptor)
-        try:
-            os.link(aside, path)  # of two processes at once, the first one's key is kept
-        except FileExistsError:
-            pass
-        finally:
-            os.unlink(aside)
+        lock = locks.acquire(home() / ".key.lock", patience=math.inf)
+        assert lock is not None
+        with lock:  # of two processes at once, the first one's key is kept
+            if not os.path.lexists(path):
+                checkpoint.write_file(path, _write_key)
     with open(path, "rb", opener=files.unlinked) as file:
-        return file.read(64)
+        key = file.read(KEY_BYTES + 1)
+    if len(key) != KEY_BYTES:  # anyone could sign with an empty one
+        raise OSError(errno.EIO, f"Not a key of {KEY_BYTES} bytes; delete it to get a new one", str(path))
+    return key
+
+
+def _write_key(path: Path) -> None:
+    path.touch(0o600)
+    path.write_bytes(secrets.token_bytes(KEY_BYTES))

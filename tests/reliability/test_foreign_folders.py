@@ -207,6 +207,15 @@ class TestOrigin:
         assert (home / "key").stat().st_mode & 0o777 == 0o600
         assert len((home / "key").read_bytes()) == 32
 
+    @pytest.mark.parametrize("key", [b"", b"short", bytes(33)])
+    def test_a_damaged_key_signs_nothing(self, make_tiny: Make, home: Path, key: bytes) -> None:
+        """Anyone could sign with an empty one."""
+        run = make_tiny("ours")
+        (home / "key").write_bytes(key)
+        assert run.state == "imported"
+        with pytest.raises(OSError, match="Not a key of 32 bytes; delete it to get a new one"):
+            make_tiny("another")
+
 
 UNREADABLE = """
 import os, sys

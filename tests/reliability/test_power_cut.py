@@ -93,7 +93,8 @@ def _act(home: str, prepare: Any, act: Any, config: dict[str, Any]) -> None:
     ("act", "expected"),
     [
         (
-            make_run,
+            make_run,  # the home's first run makes its key
+            "fsync .key.#, rename .key.# → key, fsync ., "
             "fsync runs/.new-made/run.yaml, fsync runs/.new-made/events.jsonl, fsync runs/.new-made, "
             "rename runs/.new-made → runs/made, fsync runs, fsync .",
         ),

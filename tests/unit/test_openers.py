@@ -19,7 +19,7 @@ ALLOWED = {
     "mole/core/devices.py": "/proc and /sys",
     "mole/core/checkpoint.py": "fsync of a folder; the manifest is written into a folder that was just made",
     "mole/core/processes.py": "a record is written to a temporary file that was just made",
-    "mole/runs/origin.py": "the home's own key, made with O_EXCL",
+    "mole/runs/origin.py": "the home's own key is written to a temporary file that was just made",
     "mole/runs/store.py": "a run that is just made; an adapter that was verified, in a folder without links",
     "mole/config/presets.py": "a preset is written to a temporary file that was just made",
     "mole/training/state.py": "a checkpoint that was verified",
