@@ -47,6 +47,11 @@ def _open(path: str | os.PathLike[str], flags: int) -> int:
     return descriptor
 
 
+def create(path: Path, *, exclusive: bool = False) -> None:
+    """Create an empty file if there is none; with `exclusive`, an existing one raises `FileExistsError`."""
+    os.close(unlinked(path, os.O_WRONLY | os.O_CREAT | (os.O_EXCL if exclusive else 0)))
+
+
 def is_file(path: Path) -> bool:
     """Whether a regular file is at `path`, not a link to one; False if that cannot be told."""
     return _kind(path) == stat.S_IFREG

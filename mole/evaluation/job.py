@@ -108,7 +108,7 @@ class Evaluation:
         state = self.status()["state"]
         if state not in ALIVE:
             raise RunError(f"The evaluation {self.number} of {self.run.name} is {state}; there is nothing to cancel.")
-        os.close(files.unlinked(self.file("stop"), os.O_WRONLY | os.O_CREAT))
+        files.create(self.file("stop"))
         job.signal_holder(self.file("lock"), signal.SIGTERM)
 
 
@@ -185,7 +185,7 @@ def _claim(run: Run, values: dict[str, Any], **more: Any) -> Evaluation:
         number += 1
         evaluation = Evaluation(run, number)
         try:
-            os.close(files.unlinked(evaluation.file("json"), os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+            files.create(evaluation.file("json"), exclusive=True)
         except FileExistsError:
             continue  # another process took the number
         evaluation.update(**values, **more)

@@ -321,7 +321,7 @@ class Run:
 
     def request_stop(self) -> None:
         """Ask the run's process to save and stop; it checks after every step."""
-        os.close(files.unlinked(self.stop_path, os.O_WRONLY | os.O_CREAT))
+        files.create(self.stop_path)
 
     def stop_requested(self) -> bool:
         """Whether a stop was requested."""

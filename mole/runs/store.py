@@ -105,8 +105,8 @@ def absolute(config: RunConfig) -> RunConfig:
 def get(name: str) -> Run:
     """The run of that name. Raises `RunError` when there is none, or the name is not allowed."""
     path = runs_dir() / check_name(name)
-    unreadable = files.is_folder(path) and not os.access(path, os.X_OK)  # `Run.state` says so
-    if not unreadable and not (files.is_folder(path) and files.is_file(path / "run.yaml")):
+    # A folder that may not be entered is a run that is unreadable.
+    if not files.is_folder(path) or (os.access(path, os.X_OK) and not files.is_file(path / "run.yaml")):
         raise RunError(f"There is no run called {name!r}; `mole runs list` shows those there are.", field="name")
     return Run(name, path)
 
