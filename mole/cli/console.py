@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -29,12 +28,6 @@ def prepare_streams() -> None:
         reconfigure = getattr(getattr(sys, name), "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
-
-
-def print_error(message: str) -> None:
-    """Print a line to stderr; does nothing if the terminal is gone or the disk behind it full."""
-    with contextlib.suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:

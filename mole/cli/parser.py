@@ -15,11 +15,12 @@ from typing import Any, NoReturn
 
 from mole import __version__
 from mole.cli.commands import chat, data, models, runs, studio, train
-from mole.cli.console import prepare_streams, print_error
+from mole.cli.console import prepare_streams
 from mole.config import ROUTERS, SECTIONS, spec_of
 from mole.core.errors import MoleError
 from mole.core.paths import check_home
 from mole.core.redaction import redacted
+from mole.core.text import print_error
 
 TARGET_HELP = "Name of a run, RUN@STEP for one of its checkpoints, an adapter folder, or base:MODEL."
 

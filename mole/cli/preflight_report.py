@@ -6,10 +6,9 @@ import signal
 import time
 from typing import Any
 
-from mole.cli.console import print_error
 from mole.config import RunConfig
 from mole.core.errors import BusyError, InputError, MoleError
-from mole.core.text import bytes_text, duration_text
+from mole.core.text import bytes_text, duration_text, print_error
 from mole.preflight.job import FINAL, PreflightJob
 
 VERDICTS = {

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from mole.core import checkpoint, files
 from mole.core.errors import MoleError, StorageError
 from mole.core.paths import HOME_GONE, home, is_home_gone, make_folder
 from mole.core.redaction import child_environment, redacted
+from mole.core.text import print_error
 
 
 def detach(module: str, *arguments: str, log: Path) -> None:
@@ -54,8 +54,7 @@ def exit_code(work: Callable[[], Any]) -> int:
         if is_home_gone():  # also where the work just ended because its files are gone
             raise StorageError(HOME_GONE.format(home=home()))
     except MoleError as error:
-        with suppress(OSError):  # the log is on the full disk
-            print(f"mole: {redacted(str(error))}", file=sys.stderr, flush=True)
+        print_error(f"mole: {redacted(str(error))}")
         return error.exit_code
     return 0
 

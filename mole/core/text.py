@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from contextlib import suppress
 
 from mole.core.errors import MoleError
 from mole.core.paths import HOME_GONE, home, is_home_gone
@@ -43,6 +45,12 @@ def one_line(error: Exception, longest: int = 200) -> str:
     """An exception's message in at most `longest` characters on one line, without final full stop, tokens hidden."""
     text = redacted(" ".join(str(error).split())) or type(error).__name__
     return (text if len(text) <= longest else text[: longest - 1] + "…").rstrip(".")
+
+
+def print_error(message: str) -> None:
+    """Print a line to stderr; does nothing if the terminal is gone or the disk behind it full."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def explain(error: Exception) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from mole import runs
 from mole.core import files, processes
 from mole.core.errors import MoleError, RunError, TrainingError
 from mole.core.redaction import redacted
-from mole.core.text import explain
+from mole.core.text import explain, print_error
 from mole.runs.job import device_turn
 from mole.runs.run import WAITING, Run
 
@@ -40,7 +40,7 @@ def perform(run: Run, *, resume: bool = False, progress: bool = False) -> None:
             raise RunError(f"The run {run.name} is {run.state_unheld(last)} and does not wait to be trained.")
         try:
             device, _ = runs.place_in_queue(run)
-            report = print_status if progress else log.info
+            report = print_error if progress else log.info
             with device_turn(device, run.stop_requested, report, lambda: runs.acquire_device(device, run)) as held:
                 if not held:
                     if run.last_event["type"] != "stopped":
@@ -149,12 +149,6 @@ def stopping_on_signals(run: Run, progress: bool) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def print_status(message: str) -> None:
-    """Print a message to the terminal; does nothing when it is gone."""
-    with suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str]) -> int:
