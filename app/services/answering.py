@@ -12,6 +12,7 @@ from app.services import device_policy
 from app.services.chat_targets import check_target, target_label
 from app.services.conversation import Turn, align_turns, history_of, model_messages, turns_of
 from app.services.engine import ENGINE, PartialReply
+from app.services.reply_messages import Stage
 from app.services.steering_options import overrides_text
 from mole import runs
 from mole.analysis.tables import escaped
@@ -24,6 +25,7 @@ MAX_COLUMNS = 4
 UPDATE_SECONDS = 0.08
 """Minimum time between two updates of the page: more of them cannot be read, and the browser would fall behind."""
 WAIT_SECONDS = 0.5
+STAGES = {Stage.LOADING: "Loading {target} …", Stage.ENCODING: "…", Stage.GENERATING: "Reading the prompt …"}
 NOTE = "Routing overrides: "
 """How the note above a reply with routing overrides begins."""
 
@@ -119,23 +121,25 @@ def answer_column(place: int, column: ChatColumn, request: ReplyRequest, records
     yield from wait_for_device(place, request)
     training = device_policy.competing_run()
     device = device_policy.reply_device(request.where, training)
-    if not ENGINE.holds(column.target, device):
-        yield UIUpdate(place, status=f"Loading {escaped(target_label(column.target))} …")
     turn, (against, against_label) = pending_turn(column), records.to_compare(column)
     updated, sent = 0.0, 0
-    reply = None
+    last: PartialReply | None = None
     for reply in ENGINE.reply(
         column.target, model_messages(column.turns, request.system), request.settings, request.should_stop,
         steering=column.steering, against=against, device=device,
     ):  # fmt: skip
+        if isinstance(reply, Stage):
+            yield UIUpdate(place, status=STAGES[reply].format(target=escaped(target_label(column.target))))
+            continue
+        last = reply
         if not reply.finished and time.monotonic() - updated < UPDATE_SECONDS:
             continue
         reply.record.meta["against_label"] = against_label
         turns = [*column.turns[:-1], replace(turn, answer=reply.text or None)]
         yield UIUpdate(place, history_of(turns), reply.record.since(sent), reply_status(reply, training))
         updated, sent = time.monotonic(), len(reply.record.tokens)
-    if reply is not None:
-        records.by_target[column.target] = [reply.record.meta["id"], turn.note.removeprefix(NOTE)]
+    if last is not None:
+        records.by_target[column.target] = [last.record.meta["id"], turn.note.removeprefix(NOTE)]
 
 
 def wait_for_device(place: int, request: ReplyRequest) -> Iterator[UIUpdate]:

@@ -11,7 +11,7 @@ from app import settings
 from app.services import device_policy, run_control
 from app.services.chat_targets import chat_targets, check_target
 from app.services.conversation import Turn, model_messages
-from app.services.engine import ENGINE
+from app.services.engine import ENGINE, PartialReply
 from app.services.messages import short_message
 from mole import runs
 from mole.analysis.compare import flatten
@@ -97,14 +97,16 @@ def api_chat(
     def generate() -> dict[str, Any]:
         check_target(target)
         settings.check_asked(message, system, max_new_tokens)
-        *_, last = ENGINE.reply(
+        parts = ENGINE.reply(
             target,
             model_messages([Turn(message)], system),
             {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
             steering=Steering.from_dict(steering),
             device=device_policy.reply_device(device_policy.CPU, device_policy.competing_run()),
+            with_trace=True,
         )
-        return {"text": last.text, "trace": last.trace_json()}
+        *_, last = (part for part in parts if isinstance(part, PartialReply))
+        return {"text": last.text, "trace": last.trace}
 
     return with_api_errors(generate)
 

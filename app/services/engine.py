@@ -1,31 +1,36 @@
-"""The chat models in memory: loaded on first use, switched, unloaded. torch is imported inside functions only.
+"""The chat's models in a process of their own: asked for replies, ended when it hangs or its memory is needed.
 
 One reply at a time: two streams on one base model would switch each other's adapter and record each other's routing.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app.services import device_policy
-from app.services.routing_stream import RoutingRecord, append_step, open_record
-from mole.config import ModelConfig
+from app.services.reply_messages import STOP, Opened, Part, ReplyJob, Stage
+from app.services.routing_stream import ROUTING_RECORDS, RoutingRecord
+from mole.core.child import DONE, Child, ChildExited, Failed
 from mole.core.errors import ModelError
 from mole.mixture.steering import AS_TRAINED, Steering
-from mole.models.loading import IMPORTING, import_ahead
-
-if TYPE_CHECKING:
-    from mole.chat.model_cache import ModelCache
-    from mole.mixture.trace import Trace
 
 WATCH_SECONDS = 1.0
+POLL_SECONDS = 0.1
+"""Between two looks at whether a reply is to be stopped."""
+LIMITS = {Stage.STARTING: 300.0, Stage.LOADING: 3600.0, Stage.ENCODING: 30.0, Stage.GENERATING: 600.0}
+"""Seconds without a message, by stage: a model may have to be downloaded, and a long prompt to be read."""
+STOP_SECONDS = 10.0
+"""The process is ended if a reply goes on for so long after it was to stop; its models are loaded again then."""
+HANGS = {
+    Stage.STARTING: "the process for it does not start",
+    Stage.LOADING: "the model takes too long to load",
+    Stage.ENCODING: "the model's chat template or tokenizer does not come to an end with this conversation",
+    Stage.GENERATING: "the model takes too long for a step",
+}
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,8 @@ class PartialReply:
         count: number of its tokens.
         seconds: since the prompt was read.
         finished: whether this is the last part.
-        tokens: texts of all tokens, the prompt's too.
-        trace: the routing of `tokens`; None if not recorded.
-        prompt_tokens: number of the prompt's tokens.
         notice: what the person should know about the model, or None.
+        trace: the routing as `mole chat --trace` writes it, in the last part if asked for; else None.
     """
 
     text: str
@@ -49,58 +52,29 @@ class PartialReply:
     count: int
     seconds: float
     finished: bool
-    tokens: list[str]
-    trace: Trace | None
-    prompt_tokens: int
     notice: str | None
-
-    def trace_json(self) -> dict[str, Any] | None:
-        """The routing as `mole chat --trace` writes it; None if not recorded."""
-        return self.trace.to_dict(self.tokens, self.prompt_tokens) if self.trace is not None else None
+    trace: dict[str, Any] | None
 
 
 class Engine:
-    """The chat models in memory, and whose turn it is to use them; safe to call from any thread."""
+    """The process of the chat's models, and whose turn it is to use it; safe to call from any thread."""
 
     def __init__(self) -> None:
         # Not an RLock: a reply is a generator, and the server runs its steps in different threads.
         self._in_use = Lock()
-        self._cache: ModelCache | None = None
+        self._child = Child("app.services.chat_process")
         self._watcher: Thread | None = None
         self._gpu_insisted = False
         """Whether the last reply was to be computed on the GPU although a run trains there."""
 
-    @property
-    def cache(self) -> ModelCache:
-        """The models in memory."""
-        if self._cache is None:
-            with IMPORTING:
-                from mole.chat.model_cache import ModelCache
-
-            leave_a_core()
-            self._cache = ModelCache()
-        return self._cache
-
-    def holds(self, target: str, device: str = "auto") -> bool:
-        """Whether the target is in memory in its current version. Raises `MoleError` if it does not exist."""
-        return self.cache.holds(target, ModelConfig(device=device))
+    def warm_up(self) -> None:
+        """Start the process, which imports what a first reply needs while the message is being typed."""
+        self._child.start()
 
     def unload(self) -> None:
         """Release the memory of all models, once the reply being generated is complete."""
         with self._in_use:
-            if self._cache is not None:
-                self._cache.clear()
-
-    def warm_up(self) -> None:
-        """Import what a first reply needs, in the background, while the message is being typed."""
-
-        def import_libraries() -> None:
-            with IMPORTING:
-                importlib.import_module("mole.chat.generate")
-                import_ahead()
-
-        if "mole.chat.generate" not in sys.modules:
-            Thread(target=import_libraries, name="warm-up", daemon=True).start()
+            self._child.kill()
 
     def reply(
         self,
@@ -112,64 +86,101 @@ class Engine:
         steering: Steering = AS_TRAINED,
         against: str | None = None,
         device: str = "auto",
-    ) -> Iterator[PartialReply]:
-        """Generate the reply to a conversation, one `PartialReply` per token; none when stopped before its turn.
+        with_trace: bool = False,
+    ) -> Iterator[PartialReply | Stage]:
+        """Generate the reply to a conversation: its stages as they begin, then one `PartialReply` per token.
+
+        When it is stopped before its turn there is nothing.
 
         Args:
             target: what answers, see `mole.runs.targets.locate`.
             messages: the conversation, each with `role` and `content`.
             settings: those of `mole.chat.generate.ChatSettings`.
-            should_stop: called before every token; returning true ends the reply.
+            should_stop: asked all the time; returning true ends the reply.
             steering: routing overrides for this reply.
             against: id of an earlier routing record to show the difference from.
             device: as in `model.device`.
+            with_trace: whether the last part has the whole routing.
 
-        Raises `MoleError`: what is wrong with the target, the settings or the conversation, or too little memory.
+        Raises `MoleError`: what is wrong with the target, the settings or the conversation, too little memory, or a
+        model that does not come to an end.
         """
         while not self._in_use.acquire(timeout=0.2):
             if should_stop():
                 return
         try:
             self._gpu_insisted = device == "auto" and bool(device_policy.competing_run())
-            yield from self._generate(target, messages, settings, should_stop, steering, against, device)
-        except RuntimeError as error:
-            if "out of memory" not in str(error).lower():
-                raise
-            self.cache.clear()
-            raise ModelError(
-                "There is not enough memory for this reply. Shorten the conversation, compare fewer models, or wait "
-                "until a run that trains has ended."
-            ) from None
+            job = ReplyJob(target, messages, settings, steering.to_dict(), device, with_trace)
+            yield from self._parts(self._messages(job, should_stop), against)
         finally:
             self._in_use.release()
 
-    def _generate(
-        self, target: str, messages: list[dict[str, str]], settings: dict[str, Any], should_stop: Callable[[], bool],
-        steering: Steering, against: str | None, device: str,
-    ) -> Iterator[PartialReply]:  # fmt: skip
-        with IMPORTING:
-            from mole.chat.generate import ChatSettings, stream
-            from mole.mixture.aot_compile import prepare_kernels
-
-        chat_settings = ChatSettings(**settings)
-        with self.cache.use(target, ModelConfig(device=device)) as loaded:
-            if loaded.model.device.type == "cuda":
-                self._watch_gpu()
-            record: RoutingRecord | None = None
-            tokens: list[str] = []
-            started = time.monotonic()
-            for step in stream(loaded, messages, chat_settings, should_stop=should_stop, steering=steering):
-                tokens += [text for _, text in step.tokens]
-                if record is None:
-                    record, started = open_record(loaded, step, steering, against), time.monotonic()
-                append_step(record, step)
-                record.meta["finished"] = step.finished
-                count, seconds = max(len(tokens) - step.prompt_tokens, 0), time.monotonic() - started
+    def _parts(self, messages: Iterator[Any], against: str | None) -> Iterator[PartialReply | Stage]:
+        """The reply from the process's messages; its record grows with them."""
+        opened: Opened | None = None
+        record, read = RoutingRecord({}), 0
+        for message in messages:
+            if isinstance(message, Stage):
+                yield message
+            elif isinstance(message, Opened):
+                opened, record = message, ROUTING_RECORDS.new(**message.routing, against=against)
+                if opened.on_gpu:
+                    self._watch_gpu()
+            elif isinstance(message, Part) and opened is not None:
+                read += message.tokens
+                if message.routing:
+                    record.extend(**message.routing)
+                    ROUTING_RECORDS.trim()
+                record.meta["finished"] = message.finished
+                count = max(read - opened.prompt_tokens, 0)
                 yield PartialReply(
-                    step.text, record, count, seconds, step.finished, tokens, step.trace, step.prompt_tokens,
-                    loaded.notice,
-                )  # fmt: skip
-            prepare_kernels(loaded.model)
+                    message.text, record, count, message.seconds, message.finished, opened.notice, message.trace
+                )
+
+    def _messages(self, job: ReplyJob, should_stop: Callable[[], bool]) -> Iterator[Any]:
+        """The process's messages about a reply. However this ends, the process is ready for the next one, or gone."""
+        stage, stopping, ended, patience = Stage.STARTING, False, False, STOP_SECONDS
+        try:
+            self._child.start()
+            self._child.send(job)
+            deadline = time.monotonic() + LIMITS[stage]
+            while not ended:
+                if not stopping and should_stop():
+                    self._child.send(STOP)
+                    stopping, deadline = True, time.monotonic() + STOP_SECONDS
+                message = self._child.receive(POLL_SECONDS)
+                if message is None:
+                    if time.monotonic() <= deadline:
+                        continue
+                    patience = 0
+                    if stopping:
+                        return
+                    raise ModelError(f"No answer: {HANGS[stage]} ({LIMITS[stage]:.0f} s). Choose another model.")
+                stage = message if isinstance(message, Stage) else stage
+                ended = message == DONE or isinstance(message, Failed)
+                if isinstance(message, Failed):
+                    raise message.error
+                yield message
+                if not stopping:
+                    deadline = time.monotonic() + LIMITS[stage]
+        except ChildExited as error:
+            raise ModelError(f"No answer: {error}. The next reply starts it again.") from None
+        finally:
+            if not ended:
+                self._end_reply(patience)
+
+    def _end_reply(self, patience: float) -> None:
+        """End the reply that is still generated, and the process if that takes more than `patience` seconds."""
+        end = time.monotonic() + patience
+        try:
+            self._child.send(STOP)
+            while time.monotonic() < end:
+                message = self._child.receive(POLL_SECONDS)
+                if message == DONE or isinstance(message, Failed):
+                    return
+        except ChildExited:
+            pass
+        self._child.kill()
 
     def _watch_gpu(self) -> None:
         """Release the GPU's memory as soon as a run starts to train there, even while no one chats."""
@@ -178,25 +189,13 @@ class Engine:
             self._watcher.start()
 
     def _yield_gpu(self) -> None:
-        while self.cache.uses_device("cuda"):
+        while self._child.alive:
             time.sleep(WATCH_SECONDS)
             if not self._gpu_insisted and device_policy.competing_run() and self._in_use.acquire(blocking=False):
                 try:
-                    self.cache.clear("cuda")
+                    self._child.kill()
                 finally:
                     self._in_use.release()
-
-
-def leave_a_core() -> None:
-    """Leave one CPU core to the page, unless the person set the number of threads (`OMP_NUM_THREADS`).
-
-    torch's threads wait for each other by spinning: one that has to wait for the page holds up all of them, and on two
-    cores a reply takes twice as long.
-    """
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), max((os.cpu_count() or 2) - 1, 1)))
 
 
 ENGINE = Engine()

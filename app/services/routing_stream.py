@@ -1,36 +1,19 @@
-"""A reply's routing as bytes, small enough to keep and to send to the page while the reply is generated.
-
-torch is imported inside `append_step` only.
-"""
+"""A reply's routing as bytes, small enough to keep and to send to the page while the reply is generated."""
 
 from __future__ import annotations
 
 import base64
-import re
 import secrets
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-from mole.config import AdapterConfig
-
-if TYPE_CHECKING:
-    import torch
-
-    from mole.chat.generate import Step
-    from mole.mixture.steering import Steering
-    from mole.models.loading import Loaded
 
 KEPT_RECORDS = 32
 KEPT_BYTES = 128 * 2**20
 """The most memory that all records take together."""
-NO_ADAPTER = "This is the base model without an adapter: it has no experts, so there is no routing to show."
-ONE_EXPERT = "This adapter is plain LoRA: one expert per layer, always used, so there is no routing to show."
-NO_ROUTER = "This adapter has no router, so there is no routing to show."
 
 
 @dataclass
@@ -147,95 +130,6 @@ class RoutingRecords:
 
 
 ROUTING_RECORDS = RoutingRecords()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# From the model to a record
-
-
-def open_record(
-    loaded: Loaded, step: Step, steering: Steering | None = None, against: str | None = None
-) -> RoutingRecord:
-    """An empty record for a reply.
-
-    Args:
-        loaded: the model that generates it.
-        step: the first step of the reply.
-        steering: the routing overrides of this reply.
-        against: id of an earlier record to show the difference from.
-    """
-    trace = step.trace
-    meta: dict[str, Any] = {"prompt": step.prompt_tokens, "router": loaded.router, "about": model_summary(loaded)}
-    if trace is None or trace.experts < 2:
-        note = NO_ADAPTER if loaded.adapter_dir is None else ONE_EXPERT if loaded.router == "lora" else NO_ROUTER
-        return ROUTING_RECORDS.new(note=note, **meta)
-    meta["about"] += f" · {trace.experts} experts · {trace.layers} layers"
-    meta |= {"layers": trace.layers, "experts": trace.experts, "against": against}
-    meta |= routing_shape(loaded.adapter_dir, trace.layers, trace.experts, steering)
-    return ROUTING_RECORDS.new(names=short_names(trace.modules), layer_of=trace.layer_of, **meta)
-
-
-def model_summary(loaded: Loaded) -> str:
-    """A loaded target in a few words."""
-    base = Path(loaded.base).name
-    return f"{base}, base model" if loaded.adapter_dir is None else f"{loaded.router} on {base}"
-
-
-def routing_shape(folder: Path | None, layers: int, experts: int, steering: Steering | None) -> dict[str, Any]:
-    """What the adapter's config says about its routing, with this reply's overrides.
-
-    Returns:
-        `counts`: experts of each layer; `even`: the weight of each expert when all that take part share evenly, by
-        layer; `muted`: the experts that take no part; `threshold`: DynMoLE's entropy threshold; `limit`: AdaMoLE's
-        largest τ. The last two are None for other methods.
-    """
-    from mole.models.adapter_files import read_adapter_config
-
-    values = read_adapter_config(folder) if folder else {}
-    allocation = AdapterConfig(num_experts=values.get("num_experts", experts))
-    counts = allocation.experts_by_layer(layers)
-    router = values.get("router")
-    values = {**values, **(steering.settings if steering else {})}
-    among = [steering.allowed_experts(count) if steering else range(count) for count in counts]
-    return {
-        "counts": counts,
-        "even": [1 / max(len(allowed), 1) for allowed in among],
-        "muted": sorted(set(range(experts)) - set().union(*among)),
-        "threshold": values.get("entropy_threshold") if router == "dynmole" else None,
-        "limit": (values.get("max_threshold") or 1 / min(counts)) if router == "adamole" else None,
-    }
-
-
-def short_names(modules: list[str]) -> list[str]:
-    """The names of projections inside their layer: the last part of the name where it is unambiguous."""
-    inside = [re.sub(r"^.*?\.\d+\.", "", f".{name}").lstrip(".") for name in modules]
-    by_last_part: dict[str, set[str]] = {}
-    for name in inside:
-        by_last_part.setdefault(name.rsplit(".", 1)[-1], set()).add(name)
-    return [name if len(by_last_part[last := name.rsplit(".", 1)[-1]]) > 1 else last for name in inside]
-
-
-def append_step(record: RoutingRecord, step: Step) -> None:
-    """Append a step's tokens and their routing to the record, as bytes."""
-    delta, experts = step.routing, record.meta["experts"]
-    if delta is None or not experts or not step.tokens:
-        return
-
-    import torch
-
-    def bytes_of(values: torch.Tensor, full: float = 1.0) -> bytes:
-        return values.mul(255 / full).clamp(0, 255).round().to(torch.uint8).numpy().tobytes()
-
-    limit = record.meta["limit"]
-    record.extend(
-        [text for _, text in step.tokens],
-        weights=bytes_of(delta.weights),
-        entropy=bytes_of(delta.entropy),
-        active=bytes_of(delta.active, experts),
-        thresholds=b"" if limit is None or delta.threshold is None else bytes_of(delta.threshold, limit),
-        projections=bytes_of(delta.projections),
-    )
-    ROUTING_RECORDS.trim()
 
 
 # ---------------------------------------------------------------------------------------------------------

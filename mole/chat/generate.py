@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,7 @@ def stream(
     record: bool = True,
     should_stop: Callable[[], bool] | None = None,
     steering: Steering = AS_TRAINED,
+    encoding: AbstractContextManager[Any] | None = None,
 ) -> Iterator[Step]:
     """Generate the reply to a conversation, one `Step` per token.
 
@@ -95,11 +97,13 @@ def stream(
         record: whether to record the routing.
         should_stop: called before every token; returning true ends the reply.
         steering: routing overrides for this reply; the model is restored when it ends.
+        encoding: entered while the chat template and the tokenizer work, which may be anyone's.
 
     Raises `InputError` when the conversation fills the model's context, or the steering does not fit the model.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
-    prompt = prompt_ids(messages, tokenizer)
+    with encoding or contextlib.nullcontext():
+        prompt, stop = prompt_ids(messages, tokenizer), stop_ids(model, tokenizer)
     context_left = context_length(model) - len(prompt)
     if context_left < 1:
         raise InputError(
@@ -108,7 +112,7 @@ def stream(
         )
     texts, reply, text, seen = TokenTexts(tokenizer), list[int](), "", 0
     with steer(model, steering), record_routing(model) if record else contextlib.nullcontext() as trace:
-        for read in generate(model, prompt, settings, stop_ids(model, tokenizer), context_left, read_last=record):
+        for read in generate(model, prompt, settings, stop, context_left, read_last=record):
             if seen:
                 reply += read
                 text = tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False)

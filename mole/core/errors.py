@@ -38,6 +38,9 @@ class MoleError(Exception):
         line = " ".join(message.encode(errors="backslashreplace").decode().splitlines())
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…")
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a subclass may take other arguments than its line
+        return _unpickled, (type(self), self.args), self.__dict__
+
 
 class InputError(MoleError):
     """The input is wrong: a setting, a file, a name (exit code 2)."""
@@ -98,6 +101,12 @@ class TrainingError(MoleError):
 
 class StorageError(MoleError):
     """A file could not be written: the disk is full or read-only."""
+
+
+def _unpickled(kind: type[MoleError], args: tuple[Any, ...]) -> MoleError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
 
 
 @contextmanager

@@ -23,16 +23,11 @@ def detach(module: str, *arguments: str, log: Path) -> None:
 
     It inherits only the environment variables that `mole.core.redaction` lists.
     """
-    root = Path(__file__).resolve().parents[2]
-    # PYTHONSAFEPATH: a file in the working directory must not shadow a module.
-    environment = {**child_environment(), "MOLE_HOME": str(home()), "PYTHONSAFEPATH": "1"}
-    if root.name not in ("site-packages", "dist-packages"):
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     with open(log, "ab", opener=files.unlinked) as output:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=home(),
-            env=environment,
+            env=python_environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -40,6 +35,16 @@ def detach(module: str, *arguments: str, log: Path) -> None:
         )
     # Waiting for it avoids a zombie; if we end first, init adopts it.
     threading.Thread(target=process.wait, name=f"reap-{process.pid}", daemon=True).start()
+
+
+def python_environment() -> dict[str, str]:
+    """The environment of a `python -m` of ours: the variables that are inherited, and where this package is found."""
+    root = Path(__file__).resolve().parents[2]
+    # PYTHONSAFEPATH: a file in the working directory must not shadow a module.
+    environment = {**child_environment(), "MOLE_HOME": str(home()), "PYTHONSAFEPATH": "1"}
+    if root.name not in ("site-packages", "dist-packages"):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    return environment
 
 
 def exit_code(work: Callable[[], Any]) -> int:

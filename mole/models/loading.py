@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from mole.config import ModelConfig
@@ -26,16 +25,12 @@ if TYPE_CHECKING:
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEMPLATE = 1 << 20
 """Longest chat template that is read, in characters; the longest on the hub have some twenty thousand."""
-IMPORTING = RLock()
-"""Held while transformers, or a library built on it, is first imported with other threads running: it resolves names
-lazily, and one of two threads doing so at once sees a half-imported module."""
 
 
 def import_ahead() -> None:
     """Import what transformers defers until the first model is loaded: two of that load's three seconds."""
-    with IMPORTING:
-        from peft import AutoPeftModelForCausalLM  # noqa: F401
-        from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+    from peft import AutoPeftModelForCausalLM  # noqa: F401
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 
 @dataclass
@@ -160,10 +155,9 @@ def load_tokenizer(name: str, folder: Path | None = None) -> Any:
     """The fast tokenizer of a base model, with a padding token. Raises `ModelError` if it cannot be loaded."""
     folder = folder or local_folder(resolve(name), progress=True)
     try:
-        with IMPORTING:
-            from transformers import AutoTokenizer
+        from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(f"The tokenizer of {name} cannot be loaded: {reason(error)}.") from error
     if tokenizer.eos_token is None:

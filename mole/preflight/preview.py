@@ -24,7 +24,7 @@ from mole.data import (
     read_examples,
     split_rows,
 )
-from mole.models.loading import IMPORTING, load_tokenizer, local_folder, resolve
+from mole.models.loading import load_tokenizer, local_folder, resolve
 from mole.preflight.plan import character_count
 
 MAX_ROWS = 2000
@@ -217,8 +217,7 @@ class TokenLabeller:
     """Labels the tokens of encoded examples with their texts; joined, the texts are the text of the row."""
 
     def __init__(self, tokenizer: Any) -> None:
-        with IMPORTING:
-            from mole.chat.generate import TokenTexts, special_ids
+        from mole.chat.generate import TokenTexts, special_ids
 
         self.tokenizer = tokenizer
         self.special = special_ids(tokenizer)

@@ -52,8 +52,8 @@ class Seen:
         replies: replies that came to their end.
         refused: requests that were refused because the line was full.
         errors: whatever else went wrong.
-        memory: MB of the studio, every second.
-        threads: its threads at most.
+        memory: MB of the studio and its processes, every second.
+        threads: their threads at most.
     """
 
     looks: list[float] = field(default_factory=list)
@@ -129,7 +129,7 @@ async def talk(
 
 
 async def measure(process: psutil.Process, seen: Seen, end: float) -> None:
-    """How large the studio is, every second."""
+    """How large the studio and the process of its models are, every second."""
     while time.monotonic() < end:
         seen.memory.append(process.memory_info().rss / 2**20)
         seen.threads = max(seen.threads, process.num_threads())

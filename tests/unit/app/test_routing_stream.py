@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.services.chat_process import describe_routing, routing_bytes, short_names
 from app.services.routing_stream import (
+    ROUTING_RECORDS,
     RoutingRecord,
     RoutingRecords,
-    append_step,
     fetch_projections,
     fetch_routing,
-    open_record,
-    short_names,
 )
 
 HALF = 0.5 / 255 + 1e-6
@@ -32,10 +31,12 @@ def recorded(tiny_adapter: Path) -> tuple[RoutingRecord, Any]:
     loaded = load_target(str(tiny_adapter))
     steps = stream(loaded, MESSAGES, ChatSettings(max_new_tokens=6))
     step = next(steps)
-    record = open_record(loaded, step)
-    append_step(record, step)
+    routing = describe_routing(loaded, step)
+    record = ROUTING_RECORDS.new(**routing)
+    record.extend(**routing_bytes(step, routing))
     for step in steps:
-        append_step(record, step)
+        if added := routing_bytes(step, routing):
+            record.extend(**added)
     return record, step.trace
 
 
@@ -88,11 +89,11 @@ def test_the_entropy_threshold_shown_is_the_one_this_reply_used(tiny_adapter: Pa
 
     loaded = load_target(str(tiny_adapter))
     step = next(stream(loaded, MESSAGES, ChatSettings(max_new_tokens=1)))
-    assert open_record(loaded, step).meta["threshold"] == 0.9
+    assert describe_routing(loaded, step)["threshold"] == 0.9
     changed = Steering({"entropy_threshold": 0.25}, muted=frozenset({2}))
-    meta = open_record(loaded, step, changed, against="before").meta
-    assert (meta["threshold"], meta["muted"], meta["against"]) == (0.25, [2], "before")
-    assert meta["even"] == [1 / 2] * meta["layers"]
+    routing = describe_routing(loaded, step, changed)
+    assert (routing["threshold"], routing["muted"]) == (0.25, [2])
+    assert routing["even"] == [1 / 2] * routing["layers"]
 
 
 def test_adamoles_threshold_of_every_token_is_filmed(tiny_model: Any) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from adapting import TOKENS, adapt
 
-from app.services.engine import Engine
+from app.services.chat_process import ReplyGenerator
+from app.services.reply_messages import Part, ReplyJob
 from mole.mixture import aot_compile
 from mole.mixture.aot_compile import prepare_kernels
 from mole.mixture.decode_kernel import KERNELS
@@ -30,8 +31,19 @@ def switched_on(monkeypatch: pytest.MonkeyPatch, auto_dtype: Callable[[str], Non
     KERNELS.clear()
 
 
-def reply(engine: Engine, target: Path) -> Any:
-    *_, last = engine.reply(str(target), HELLO, {"max_new_tokens": 12}, device="cpu")
+class Parts(list[Any]):
+    """What a reply sends, in this process."""
+
+    send = list.append
+
+    def poll(self) -> bool:
+        return False
+
+
+def reply(generator: ReplyGenerator, target: Path) -> Part:
+    sent: Any = Parts()
+    generator.answer(ReplyJob(str(target), HELLO, {"max_new_tokens": 12}, {}, "cpu", with_trace=True), sent)
+    last: Part = sent[-1]
     return last
 
 
@@ -51,21 +63,21 @@ def wait_for(count: int, seconds: float = 590) -> None:
 def test_the_first_reply_waits_for_nothing_and_later_ones_say_the_same(
     targets: Any, count: int, home: Path, make_adapter: Callable[..., Path]
 ) -> None:
-    engine, adapter = Engine(), make_adapter(router="dynmole", num_experts=3, target_modules=targets)
+    engine, adapter = ReplyGenerator(), make_adapter(router="dynmole", num_experts=3, target_modules=targets)
     first = reply(engine, adapter)
     assert not KERNELS
     wait_for(count)
     second = reply(engine, adapter)
     assert second.text == first.text
     for name in ("weights", "entropy", "active"):
-        before, after = (torch.tensor(said.trace_json()[name]) for said in (first, second))
+        before, after = (torch.tensor((said.trace or {})[name]) for said in (first, second))
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
     files = sorted((home / "compiled").glob("*.pt2"))
     made = {path: path.stat().st_mtime_ns for path in files}
     assert len(files) == count
 
     KERNELS.clear()  # another start of the studio
-    reply(Engine(), adapter)
+    reply(ReplyGenerator(), adapter)
     wait_for(count)
     assert {path: path.stat().st_mtime_ns for path in files} == made, "taken from their files, not made again"
 
@@ -103,7 +115,7 @@ def test_without_a_compiler_replies_go_on_as_before(
 ) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setattr(aot_compile, "COMPILE_WAIT_SECONDS", 0)  # its thread ends once the attempt has begun
-    engine = Engine()
+    engine = ReplyGenerator()
     first = reply(engine, tiny_adapter)
     folder = home / "compiled"
     attempts = finished_attempts(folder)
@@ -127,5 +139,5 @@ def finished_attempts(folder: Path) -> dict[Path, int]:
 
 def test_it_can_be_switched_off(home: Path, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOLE_COMPILE", "0")
-    reply(Engine(), tiny_adapter)
+    reply(ReplyGenerator(), tiny_adapter)
     assert not (home / "compiled").exists()

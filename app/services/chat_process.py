@@ -1,0 +1,201 @@
+"""The process the chat's models live in: loads them and generates the replies that `engine` asks for."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.services.reply_messages import Opened, Part, ReplyJob, Stage
+from mole.chat.generate import ChatSettings, Step, stream
+from mole.chat.model_cache import ModelCache
+from mole.config import AdapterConfig, ModelConfig
+from mole.core.child import memory_limit, serve
+from mole.core.errors import ModelError
+from mole.mixture.aot_compile import prepare_kernels
+from mole.mixture.steering import Steering
+from mole.models.adapter_files import read_adapter_config
+from mole.models.loading import Loaded, import_ahead
+
+ENCODING_MEMORY = 2 << 30
+"""Bytes that chat template and tokenizer may take for a conversation, which is at most a few hundred kB."""
+NO_ADAPTER = "This is the base model without an adapter: it has no experts, so there is no routing to show."
+ONE_EXPERT = "This adapter is plain LoRA: one expert per layer, always used, so there is no routing to show."
+NO_ROUTER = "This adapter has no router, so there is no routing to show."
+
+
+class ReplyGenerator:
+    """Generates one reply after another, with the models in this process's memory."""
+
+    def __init__(self) -> None:
+        self.cache = ModelCache()
+
+    def answer(self, job: ReplyJob, connection: Connection) -> None:
+        """Generate a reply; sends its stages, an `Opened` and a `Part` for each step.
+
+        Raises `MoleError`: what is wrong with the target, the settings or the conversation, or too little memory.
+        """
+        try:
+            self._generate(job, connection)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
+                raise
+            self.cache.clear()
+            raise ModelError(
+                "There is not enough memory for this reply. Shorten the conversation, compare fewer models, or wait "
+                "until a run that trains has ended."
+            ) from None
+
+    def _generate(self, job: ReplyJob, connection: Connection) -> None:
+        config, steering = ModelConfig(device=job.device), Steering.from_dict(job.steering)
+        settings = ChatSettings(**job.settings)
+        if not self.cache.holds(job.target, config):
+            connection.send(Stage.LOADING)
+        with self.cache.use(job.target, config) as loaded:
+            steps = stream(
+                loaded, job.messages, settings,
+                should_stop=connection.poll,  # while a reply is generated, nothing but `STOP` is sent to us
+                steering=steering, encoding=encoding_stage(connection),
+            )  # fmt: skip
+            send_parts(steps, loaded, job, connection)
+            prepare_kernels(loaded.model)
+
+
+def send_parts(steps: Iterator[Step], loaded: Loaded, job: ReplyJob, connection: Connection) -> None:
+    """Send an `Opened`, and a `Part` for each step as it is generated."""
+    texts, routing, started = list[str](), dict[str, Any](), 0.0
+    for step in steps:
+        if not texts:
+            routing, started = describe_routing(loaded, step, Steering.from_dict(job.steering)), time.monotonic()
+            on_gpu = loaded.model.device.type == "cuda"
+            connection.send(Opened(routing, step.prompt_tokens, loaded.notice, on_gpu))
+        texts += [text for _, text in step.tokens]
+        trace = step.trace if job.with_trace and step.finished else None
+        whole = trace.to_dict(texts, step.prompt_tokens) if trace is not None else None
+        seconds = time.monotonic() - started
+        connection.send(Part(step.text, len(step.tokens), routing_bytes(step, routing), seconds, step.finished, whole))
+
+
+@contextmanager
+def encoding_stage(connection: Connection) -> Iterator[None]:
+    """A block in which template and tokenizer turn the conversation into tokens, within `ENCODING_MEMORY`."""
+    connection.send(Stage.ENCODING)
+    with memory_limit(ENCODING_MEMORY):
+        yield
+    connection.send(Stage.GENERATING)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From the model to the page's bytes
+
+
+def describe_routing(loaded: Loaded, step: Step, steering: Steering | None = None) -> dict[str, Any]:
+    """The arguments of `RoutingRecords.new` for a reply.
+
+    Args:
+        loaded: the model that generates it.
+        step: the first step of the reply.
+        steering: the routing overrides of this reply.
+    """
+    trace = step.trace
+    meta: dict[str, Any] = {"prompt": step.prompt_tokens, "router": loaded.router, "about": model_summary(loaded)}
+    if trace is None or trace.experts < 2:
+        note = NO_ADAPTER if loaded.adapter_dir is None else ONE_EXPERT if loaded.router == "lora" else NO_ROUTER
+        return {"note": note, **meta}
+    meta["about"] += f" · {trace.experts} experts · {trace.layers} layers"
+    meta |= {"layers": trace.layers, "experts": trace.experts}
+    meta |= routing_shape(loaded.adapter_dir, trace.layers, trace.experts, steering)
+    return {"names": short_names(trace.modules), "layer_of": trace.layer_of, **meta}
+
+
+def model_summary(loaded: Loaded) -> str:
+    """A loaded target in a few words."""
+    base = Path(loaded.base).name
+    return f"{base}, base model" if loaded.adapter_dir is None else f"{loaded.router} on {base}"
+
+
+def routing_shape(folder: Path | None, layers: int, experts: int, steering: Steering | None) -> dict[str, Any]:
+    """What the adapter's config says about its routing, with this reply's overrides.
+
+    Returns:
+        `counts`: experts of each layer; `even`: the weight of each expert when all that take part share evenly, by
+        layer; `muted`: the experts that take no part; `threshold`: DynMoLE's entropy threshold; `limit`: AdaMoLE's
+        largest τ. The last two are None for other methods.
+    """
+    values = read_adapter_config(folder) if folder else {}
+    allocation = AdapterConfig(num_experts=values.get("num_experts", experts))
+    counts = allocation.experts_by_layer(layers)
+    router = values.get("router")
+    values = {**values, **(steering.settings if steering else {})}
+    among = [steering.allowed_experts(count) if steering else range(count) for count in counts]
+    return {
+        "counts": counts,
+        "even": [1 / max(len(allowed), 1) for allowed in among],
+        "muted": sorted(set(range(experts)) - set().union(*among)),
+        "threshold": values.get("entropy_threshold") if router == "dynmole" else None,
+        "limit": (values.get("max_threshold") or 1 / min(counts)) if router == "adamole" else None,
+    }
+
+
+def short_names(modules: list[str]) -> list[str]:
+    """The names of projections inside their layer: the last part of the name where it is unambiguous."""
+    inside = [re.sub(r"^.*?\.\d+\.", "", f".{name}").lstrip(".") for name in modules]
+    by_last_part: dict[str, set[str]] = {}
+    for name in inside:
+        by_last_part.setdefault(name.rsplit(".", 1)[-1], set()).add(name)
+    return [name if len(by_last_part[last := name.rsplit(".", 1)[-1]]) > 1 else last for name in inside]
+
+
+def routing_bytes(step: Step, described: dict[str, Any]) -> dict[str, Any]:
+    """A step's tokens and their routing as the arguments of `RoutingRecord.extend`; empty if there is no routing.
+
+    `described` is what `describe_routing` returned for this reply.
+    """
+    delta, experts = step.routing, described.get("experts", 0)
+    if delta is None or not experts or not step.tokens:
+        return {}
+
+    def bytes_of(values: torch.Tensor, full: float = 1.0) -> bytes:
+        return values.mul(255 / full).clamp(0, 255).round().to(torch.uint8).numpy().tobytes()
+
+    limit = described["limit"]
+    return {
+        "tokens": [text for _, text in step.tokens],
+        "weights": bytes_of(delta.weights),
+        "entropy": bytes_of(delta.entropy),
+        "active": bytes_of(delta.active, experts),
+        "thresholds": b"" if limit is None or delta.threshold is None else bytes_of(delta.threshold, limit),
+        "projections": bytes_of(delta.projections),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The process
+
+
+def leave_a_core() -> None:
+    """Leave one CPU core to the page, unless the person set the number of threads (`OMP_NUM_THREADS`).
+
+    torch's threads wait for each other by spinning: one that has to wait for the page holds up all of them, and on two
+    cores a reply takes twice as long.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), max((os.cpu_count() or 2) - 1, 1)))
+
+
+def main() -> None:
+    """Answer the requests of `app.services.engine`."""
+    import_ahead()
+    leave_a_core()
+    serve(ReplyGenerator().answer)
+
+
+if __name__ == "__main__":
+    main()
