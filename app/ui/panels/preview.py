@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.services.previews import PREVIEWER
+from app.services.data_process import preview_of
 from app.ui.forms import RunForm
 from app.ui.wiring import on_change
 from app.views.preview import STALE, preview_value, preview_view, rejected_value
@@ -39,7 +39,7 @@ def wire_preview(panel: PreviewPanel, form: RunForm, note: gr.HTML) -> None:
         try:
             config = form.config(values)
             settings.check_public(config)
-            return [problem_value(), preview_value(PREVIEWER.preview(config, PREVIEW_ROWS), config)]
+            return [problem_value(), preview_value(preview_of(config, PREVIEW_ROWS), config)]
         except MoleError as error:
             return [form.problem_of(values, error, reveal=True), rejected_value(getattr(error, "rejected", []))]
 

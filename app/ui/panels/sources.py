@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
+from app.services.data_process import columns_of
 from app.ui.forms import RunForm, command_text
 from app.ui.wiring import QUIET, on_change, run_or_warn
 from app.views.status_line import status_line, status_value
@@ -104,7 +105,8 @@ def build_data(form: RunForm) -> None:
         return gr.Dropdown(choices=[*samples, (kept.name, str(kept))], value=str(kept))
 
     upload.upload(keep, upload, path, **QUIET)
-    wire_columns(build_columns(form, path, detected_in(first, {}, None) if first else NO_COLUMNS))
+    detected = detect_columns(read_columns(first), {}, first) if first else NO_COLUMNS  # our own file: read here
+    wire_columns(build_columns(form, path, detected))
     with gr.Accordion("Held-out rows and length", open=False, elem_classes="accordion-card", elem_id="data-more"):
         with gr.Row():
             form.add("data", "eval_path", min_width=180)
@@ -150,7 +152,7 @@ def parse_mapping(text: str | None) -> dict[str, str]:
 
 def detected_in(path: str, mapping: dict[str, str], shape: str | None) -> DetectedColumns:
     """A file's columns under a mapping. Raises `DataError`."""
-    return detect_columns(read_columns(path), mapping, path, shape)
+    return detect_columns(columns_of(path), mapping, path, shape)
 
 
 def column_updates(path: str | None, text: str | None, shape: str | None) -> list[Any]:
@@ -191,7 +193,7 @@ def columns_for_file(path: str | None, text: str | None) -> list[Any]:
     """For `data.columns` and `outputs`, after a file was chosen: a mapping that does not fit it is guessed again."""
     try:
         if path and is_local_file(path):
-            there = read_columns(path)
+            there = columns_of(path)
             mapping = parse_mapping(text)
             if not mapping or not {*mapping.values()} <= {*there}:
                 known = detect_columns(there, {}, path).shape
@@ -205,7 +207,7 @@ def columns_for_shape(path: str | None, shape: str | None) -> list[Any]:
     """For `data.columns` and `outputs`, after the person chose a shape: its fields, as far as they can be guessed."""
     if not path or not shape or not is_local_file(path):
         return [gr.skip()] * (4 + MAX_FIELDS)
-    text = command_text(mapping_for_shape(read_columns(path), shape))
+    text = command_text(mapping_for_shape(columns_of(path), shape))
     return [text, *column_updates(path, text, shape)]
 
 
@@ -213,7 +215,7 @@ def columns_setting(path: str | None, text: str | None, shape: str | None, *slot
     """`data.columns` after the person chose a column; fields that are detected by their name are left out."""
     if not path or not is_local_file(path):
         return gr.skip()
-    there: Sequence[str] = read_columns(path)
+    there: Sequence[str] = columns_of(path)
     fields = detect_columns(there, parse_mapping(text), path, shape).fields
     wanted = dict(zip(fields, slots, strict=False))
     mapping = {name: column for name, column in wanted.items() if column}
