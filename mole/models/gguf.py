@@ -18,6 +18,7 @@ from mole.core.checkpoint import sha256
 from mole.core.errors import ModelError
 from mole.core.paths import make_folder, models_dir
 from mole.core.text import one_line
+from mole.models.gguf_header import check_gguf
 
 T = TypeVar("T")
 
@@ -134,6 +135,7 @@ def is_ready(folder: Path) -> bool:
 
 def write_converted(gguf: Path, folder: Path) -> None:
     """Load a `.gguf` file with transformers and save it as safetensors. Raises `ModelError` if it cannot be read."""
+    check_gguf(gguf)
     import torch
     import transformers
 
@@ -143,13 +145,16 @@ def write_converted(gguf: Path, folder: Path) -> None:
     with quiet():
         try:
             options |= {"gguf_file": gguf.name, "local_files_only": True}
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                gguf.parent, trust_remote_code=False, dtype=torch.float32, **options
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **options
             )
+            model, report = loaded
             options.pop("quantization_config", None)
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, trust_remote_code=False, **options)
         except Exception as error:
-            raise ModelError(f"{gguf} cannot be read as a GGUF model: {one_line(error)}") from error
+            raise ModelError(f"{gguf} cannot be read as a GGUF model: {one_line(error)}.") from error
+        if report["missing_keys"]:  # transformers gives them random numbers
+            raise ModelError(f"{gguf} is incomplete: it has no weights for {min(report['missing_keys'])}.")
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit:
             tokenizer.model_max_length = limit
@@ -190,13 +195,15 @@ def say(progress: bool, text: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide transformers' progress bars."""
+    """Hide transformers' progress bars, and its table of weights that do not fit: an error's line names one of them."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

@@ -8,11 +8,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from mole.core.errors import MoleError
+from mole.core.errors import ModelError, MoleError
 from mole.core.paths import local_path
 from mole.models.sources import EMBEDDED, cached_from_hub, resolve
+from mole.models.weights import shapes_in
 
 
 def files_of(model: str) -> list[Path]:
@@ -30,6 +29,6 @@ def parameters(files: Iterable[Path]) -> int:
     """Number of weights in safetensors files, read from their headers; missing files count as 0."""
     total = 0
     for path in files:
-        with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="np") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        with contextlib.suppress(ModelError):
+            total += sum(map(math.prod, shapes_in(path)))
     return total

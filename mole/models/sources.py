@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mole.core import files
-from mole.core.errors import ModelError
+from mole.core.errors import ModelError, brief
 from mole.core.paths import local_path, models_dir
 from mole.core.text import one_line
 from mole.models.gguf import EMBEDDED, HUB_SECONDS, convert_embedded, convert_gguf, within
+from mole.models.weights import check_model
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
@@ -93,9 +94,13 @@ def shards(folder: Path) -> list[str]:
     if not index.is_file():
         return []
     try:
-        return sorted({str(shard) for shard in files.read_json(index, files.regular)["weight_map"].values()})
+        names = sorted({str(shard) for shard in files.read_json(index, files.regular)["weight_map"].values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index} is not an index of weights: {one_line(error)}.") from None
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index} names {brief(name)}, which is no safetensors file of this folder.")
+    return names
 
 
 def pickled_only(where: str, file: str) -> str:
@@ -158,10 +163,11 @@ def local_folder(source: Source, progress: bool = False, *, weights: bool = True
     """The model's folder of safetensors, downloaded or converted first if needed.
 
     Without `weights`, a hub model's weights are not downloaded, which is enough for a tokenizer. Raises `ModelError` if
-    the download or conversion fails, or if the model requires code from the hub.
+    the download or conversion fails, if the model requires code from the hub, or if it claims to be larger than it is.
     """
     folder = fetched(source, progress, weights)
     check_programs(folder, source.name)
+    check_model(folder, source.name)
     return folder
 
 

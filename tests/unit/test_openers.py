@@ -26,7 +26,7 @@ ALLOWED = {
     "mole/training/state.py": "a checkpoint that was verified",
     "mole/training/trainer.py": "a checkpoint that was verified; files of a folder that was just made",
     "mole/models/adapter_files.py": "weights, after `is_file`",
-    "mole/models/sizes.py": "headers of weights in a folder that `check_folder` looked through",
+    "mole/models/weights.py": "headers of weights, after an opener has had them",
     "mole/models/gguf.py": "a package's own file, and a requirement in a temporary folder",
     "mole/mixture/aot_compile.py": "this package's sources, and the home's own kernels",
     "mole/preflight/dry_run.py": "/proc",
