@@ -16,6 +16,7 @@ from app.services.messages import short_message
 from mole import runs
 from mole.analysis.compare import flatten
 from mole.config import RunConfig, coerce
+from mole.core import limits
 from mole.core.errors import MoleError
 from mole.mixture.steering import Steering
 
@@ -46,8 +47,9 @@ def api_show_run(name: str) -> dict[str, Any]:
 
 
 def api_read_events(name: str, offset: int = 0) -> dict[str, Any]:
-    """The events from a byte offset on, and the offset to continue from."""
-    events, following = with_api_errors(lambda: runs.get(name).read_events(max(0, coerce(int, offset, "offset"))))
+    """The events from a byte offset on, at most about 4 MB of them, and the offset to continue from."""
+    start = max(0, coerce(int, offset, "offset"))
+    events, following = with_api_errors(lambda: runs.get(name).read_events(start, limits.EVENT_BYTES))
     return {"events": [not_a_file(event) for event in events], "offset": following}
 
 

@@ -56,7 +56,8 @@ class HeldOutLoss:
         try:
             if self.reader.refresh():
                 self.best = None
-            start, block = self.reader.next_block(most)
+            start = self.reader.offset
+            _, block = self.reader.next_block(most)
         except OSError:
             self.reader.at_end = True
             return 0
@@ -165,7 +166,8 @@ class Listing:
         if entry.stamp and stamp[0][0] != entry.stamp[0][0]:
             entry.run = runs.get(entry.run.name)  # another run took the name
         read = entry.held_out.read(min(left, READ_AT_ONCE))
-        row = run_row(entry.run, entry.held_out.best)
+        best = entry.held_out.best
+        row = {**entry.row, "loss": best} if stamp == entry.stamp else run_row(entry.run, best)
         if row != entry.row:
             entry.row, entry.change, self._change = row, change, change
         entry.stamp = stamp

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import statistics
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -161,16 +162,18 @@ class Comparison:
         }
 
 
-def compare(names: Sequence[str], most: int | None = None) -> Comparison:
+def compare(names: Sequence[str], most: int | None = None, seconds: float = math.inf) -> Comparison:
     """Read and compare runs by name, at most the first `most` of them.
 
-    Missing and unfinished runs, and those above `most`, are named in `notes`.
+    Missing and unfinished runs, and those above `most`, are named in `notes`, and so is how far the events were read
+    when that takes longer than `seconds`; the next comparison reads on.
     """
+    ends = time.perf_counter() + seconds
     found: list[ComparedRun] = []
     notes: list[str] = []
     for name in dict.fromkeys(names):
         try:
-            found.append(read_run(get(name)))
+            found.append(read_run(get(name), ends - time.perf_counter()))
         except (RunError, OSError):
             notes.append(f"The run {name} was deleted.")
     if most is not None and len(found) > most:
@@ -182,18 +185,20 @@ def compare(names: Sequence[str], most: int | None = None) -> Comparison:
         if not run.finished:
             state, step = run.status["state"], run.status["step"]
             notes.append(f"{run.name} is {state} at step {step}: its numbers are not final.")
+        if run.metrics.share < 1:
+            notes.append(f"The events of {run.name} are long: {run.metrics.share:.0%} of them have been read so far.")
     settings = differing({run.name: run.settings for run in found})
     facts = differing({run.name: run.metrics.facts for run in found}, missing_differs=False)
     return Comparison(tuple(found), group_by_seed(found), {**settings, **facts}, tuple(notes))
 
 
-def read_run(run: Run) -> ComparedRun:
-    """Read the settings, state, metrics and evaluations of a run."""
+def read_run(run: Run, seconds: float = math.inf) -> ComparedRun:
+    """Read the settings, state, metrics and evaluations of a run; of the metrics, what can be read in `seconds`."""
     try:
         settings = flatten(run.config.to_dict())
     except InputError:
         settings = {}
-    return ComparedRun(run, run.status(), settings, read_metrics(run), evaluation_results(run))
+    return ComparedRun(run, run.status(), settings, read_metrics(run, seconds), evaluation_results(run))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ torch.
 
 from __future__ import annotations
 
+import math
+import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,6 +102,7 @@ class RunMetrics:
         memory_mb: peak memory of the logged steps, in MiB.
         routing: the last routing statistics with their `step`; None without a router.
         facts: device, dtype and data of the run, by the names in `FACTS`.
+        share: share of the events that has been read, 0…1.
     """
 
     train: LossCurve = field(default_factory=LossCurve)
@@ -110,6 +113,7 @@ class RunMetrics:
     trainable_parameters: float | None = None
     routing: dict[str, Any] | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    share: float = 1.0
 
 
 class MetricsReader:
@@ -127,12 +131,13 @@ class MetricsReader:
         """Time of the last counted event; training time since then is not counted yet."""
         self._routed = b""
 
-    def read(self) -> RunMetrics:
-        """The metrics up to the last complete line of the events."""
+    def read(self, seconds: float = math.inf) -> RunMetrics:
+        """The metrics up to the last complete line of the events; after about so many seconds, up to where it came."""
+        ends = time.perf_counter() + seconds
         try:
             if self.reader.refresh():
                 self._start_over()
-            while not self.reader.at_end:
+            while not self.reader.at_end and time.perf_counter() < ends:
                 for _, line in lines_of(*self.reader.next_block()):
                     self._take(line)
         except OSError:
@@ -142,6 +147,7 @@ class MetricsReader:
         if last is not None and (routing := routing_of(last)):
             self.metrics.routing = {**routing, "step": last["step"]}
         self._routed = b""
+        self.metrics.share = 1.0 if self.reader.at_end else self.reader.offset / max(self.reader.size, 1)
         return replace(self.metrics, train=self.metrics.train.copy(), evals=self.metrics.evals.copy())
 
     def _take(self, line: bytes) -> None:
@@ -196,11 +202,11 @@ _READERS: OrderedDict[str, MetricsReader] = OrderedDict()
 _LOCK = Lock()
 
 
-def read_metrics(run: Run) -> RunMetrics:
-    """The current metrics of a run."""
+def read_metrics(run: Run, seconds: float = math.inf) -> RunMetrics:
+    """The current metrics of a run, or those that can be read in about so many seconds; the next call reads on."""
     with _LOCK:
         reader = _READERS.pop(str(run.path), None) or MetricsReader(run.events_path)
         _READERS[str(run.path)] = reader
         while len(_READERS) > CACHED_READERS:
             _READERS.popitem(last=False)
-        return reader.read()
+        return reader.read(seconds)

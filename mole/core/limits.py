@@ -44,6 +44,8 @@ PRESETS = 100
 """Presets saved by the user."""
 PRESET_BYTES = 64 << 10
 
+EVENT_BYTES = 4 << 20
+"""Bytes of events that one request to the studio's API reads; the next one continues."""
 NEW_TOKENS = 1024
 """New tokens of a reply in the studio; on the command line the model's context is the limit."""
 MESSAGE = 100_000

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ BLOCK = 1 << 20
 """Bytes read at a time; no line of an event is longer."""
 TAIL_BLOCK = 1 << 14
 """Bytes read at a time from the end."""
+MAX_DAMAGE = 2 << 20
+"""Bytes without an event after which the search for one from the end is given up."""
+SHORTEST = len('{"time":0,"type":"","step":0}')
+"""Bytes of the shortest line that is an event."""
 IDENTITY_BYTES = 64
 """First bytes of the file, which tell another file under the same name and number."""
 ROUTING_KEY = b'"routing":'
@@ -41,6 +46,7 @@ class EventReader:
         self.path, self.offset, self.size, self.at_end = path, offset, 0, False
         self._file: tuple[int, int] | None = None
         self._head = b""
+        self._in_overlong = False
 
     def refresh(self) -> bool:
         """Look at the file again; true when reading starts over: it is shorter, another one, or begins differently.
@@ -53,7 +59,7 @@ class EventReader:
         same = self._file in (None, identity) and head.startswith(self._head) and stat.st_size >= self.offset
         self._file, self._head, self.size, self.at_end = identity, head, stat.st_size, False
         if not same:
-            self.offset = 0
+            self.offset, self._in_overlong = 0, False
         return not same
 
     def next_block(self, most: int = BLOCK) -> tuple[int, bytes]:
@@ -61,37 +67,62 @@ class EventReader:
         with open(self.path, "rb", opener=files.unlinked) as file:
             file.seek(self.offset)
             data = file.read(most)
-        start, complete = self.offset, data.rfind(b"\n") + 1
         self.at_end = len(data) < most
-        if not complete and not self.at_end:
-            complete = len(data)  # no event is that long: what follows it on its line is not one either
-        self.offset += complete
-        return start, data[:complete]
+        begin, end = 0, data.rfind(b"\n") + 1
+        if self._in_overlong:  # no event is so long: what is left of its line is not one either
+            begin = data.find(b"\n") + 1
+        if not end:
+            self._in_overlong = self._in_overlong or not self.at_end
+            end = begin = len(data) if self._in_overlong else 0
+        else:
+            self._in_overlong = False
+        start = self.offset + begin
+        self.offset += end
+        return start, data[begin:end]
 
 
 def lines_of(start: int, block: bytes) -> Iterator[tuple[int, bytes]]:
-    """The lines of a block that begins at byte `start`, each with its own offset and without its newline."""
+    """The lines of a block that begins at byte `start`, each with its own offset and without its newline.
+
+    Lines too short for an event are left out.
+    """
     for line in block.split(b"\n")[:-1]:
-        yield start, line
+        if len(line) >= SHORTEST:
+            yield start, line
         start += len(line) + 1
 
 
-def events_backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """The events from the last to the first, reading no more of the file than is asked for."""
+def events_backwards(path: Path, most: int = sys.maxsize, holding: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The events from the last to the first, reading no more of the file than is asked for, and at most `most` bytes.
+
+    It ends early where `MAX_DAMAGE` bytes hold no event. Only lines with the text `holding` are parsed.
+    """
     if not files.is_file(path):
         return
     with open(path, "rb", opener=files.unlinked) as file:
-        start, rest, complete = file.seek(0, os.SEEK_END), b"", False
-        while start > 0:
+        end = start = file.seek(0, os.SEEK_END)
+        rest, damage = b"", 0
+        dropping = True  # what follows the last newline is still being written
+        while start > 0 and damage < MAX_DAMAGE and end - start < most:
             size = min(max(TAIL_BLOCK, len(rest)), start)  # doubled for a line that does not end
             start -= size
+            damage += size
             file.seek(start)
             rest, *lines = (file.read(size) + rest).split(b"\n")
-            if lines and not complete:
-                lines.pop()  # what follows the last newline is still being written
-                complete = True
-            yield from filter(None, map(parse_event, reversed(lines)))
-        if complete and (event := parse_event(rest)):
+            if lines and dropping:
+                lines.pop()
+                dropping = False
+            for line in reversed(lines):
+                if len(line) < SHORTEST:
+                    continue
+                if holding not in line:
+                    damage = 0  # it may be an event
+                elif event := parse_event(line):
+                    damage = 0
+                    yield event
+            if len(rest) > BLOCK:  # no event is so long; its beginning is dropped, too
+                rest, dropping = b"", True
+        if not start and not dropping and holding in rest and (event := parse_event(rest)):
             yield event
 
 
@@ -101,6 +132,8 @@ def events_backwards(path: Path) -> Iterator[dict[str, Any]]:
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
     """The event in a line; None for what is not one: damage, or the rest of a write that was cut off."""
+    if not SHORTEST <= len(line) < BLOCK:
+        return None
     try:
         event = json.loads(line, parse_int=_parse_int)
         if LONE_SURROGATE.search(line):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ STATES = ("queued", "running", "finished", "stopped", "interrupted", "failed", "
 `unreadable`: the system refuses to read its files, e.g. because they belong to root."""
 NO_EVENT: dict[str, Any] = {"type": "", "step": 0, "time": 0.0}
 WAITING = ("created", "queued")
+LOOK_BACK_BYTES = 1 << 26
+LOOK_BACK_EVENTS = 20
+"""How far back the last losses are searched: bytes of all events, and events that have them."""
 HEAD_BYTES = 1 << 13
 """Beginning of the events that is read for how the run was made."""
 NO_ROOM = 1 << 16
@@ -107,15 +111,17 @@ class Run:
         """All events."""
         return self.read_events(0)[0]
 
-    def read_events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    def read_events(self, offset: int = 0, most: float = math.inf) -> tuple[list[dict[str, Any]], int]:
         """The events of the complete lines from byte `offset` on, and the offset for the next call.
 
-        An offset beyond the end of the file, which is then another run's, starts over.
+        It stops after about `most` bytes. An offset beyond the end of the file, which is then another run's, starts
+        over.
         """
         reader, events = EventReader(self.events_path, offset), list[dict[str, Any]]()
         try:
             reader.refresh()
-            while not reader.at_end:
+            most += reader.offset
+            while not reader.at_end and reader.offset < most:
                 lines = lines_of(*reader.next_block())
                 events += [event for _, line in lines if (event := parse_event(line))]
         except OSError:
@@ -262,16 +268,16 @@ class Run:
             raise RunError(self.why_unreadable())
         metrics: dict[str, Any] = {}
         error = advice = None
-        for place, event in enumerate(self.events_backwards()):
-            for key in ("loss", "eval_loss"):
-                if (value := number(event.get(key))) is not None:
-                    metrics.setdefault(key, value)
-            if event["type"] == "finished":
-                metrics.update(numbers(event.get("metrics")))
-            if place == 0 and event["type"] == "failed":
-                error, advice = text_in(event, "error"), text_in(event, "advice")
-            if {"loss", "eval_loss"} <= metrics.keys() or place > 5_000:
-                break
+        for key in ("loss", "eval_loss"):
+            events = events_backwards(self.events_path, LOOK_BACK_BYTES, f'"{key}"'.encode())
+            values = (number(event.get(key)) for event in islice(events, LOOK_BACK_EVENTS))
+            if (value := next((value for value in values if value is not None), None)) is not None:
+                metrics[key] = value
+        last = self.last_event
+        if last["type"] == "finished":
+            metrics.update(numbers(last.get("metrics")))
+        elif last["type"] == "failed":
+            error, advice = text_in(last, "error"), text_in(last, "advice")
         if status["state"] == "interrupted":
             error = self.exit_reason()
             advice = f"Continue from the last checkpoint: mole runs resume {self.name}"

@@ -16,6 +16,8 @@ from mole.analysis import compare
 from mole.core.errors import RunError
 
 COMPARE_POLL_SECONDS = 3.0
+READ_SECONDS = 2.0
+"""For the events of all compared runs, in one poll; the next poll reads on."""
 
 
 @dataclass
@@ -62,11 +64,12 @@ def refresh_comparison(names: Sequence[str], seen: tuple[Any, ...] | None) -> li
     stamps = tuple(comparison_stamp(name) for name in names)
     if stamps == seen:
         return [gr.skip(), gr.skip(), gr.skip()]
-    comparison = compare.compare(names if len(names) > 1 else [], compare.MAX_DRAWN)
+    comparison = compare.compare(names if len(names) > 1 else [], compare.MAX_DRAWN, READ_SECONDS)
     if len(comparison.runs) < 2:
         return [{"names": []}, stamps, gr.Timer(active=False)]
     active = any(run.status["state"] in ACTIVE_STATES for run in comparison.runs)
-    return [comparison_value(comparison), stamps, gr.Timer(active=active)]
+    unread = any(run.metrics.share < 1 for run in comparison.runs)
+    return [comparison_value(comparison), None if unread else stamps, gr.Timer(active=active or unread)]
 
 
 def comparison_stamp(name: str) -> tuple[Any, ...]:
