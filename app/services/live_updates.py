@@ -8,6 +8,7 @@ from typing import Any
 from mole import runs
 from mole.analysis import health
 from mole.analysis.history import HISTORIES, STEP_COLUMNS, History
+from mole.core import locks
 from mole.core.errors import InputError, RunError
 from mole.runs.event_reader import number, text_in
 from mole.runs.run import Run
@@ -102,6 +103,8 @@ def live_status(run: Run) -> dict[str, Any]:
     status, _, last = run.summary()
     status["seconds"] = max(0.0, last["time"] - status["created"]) if status["state"] == "finished" else 0
     status["note"] = "The data is loaded; training starts." if last["type"] == "data" else ""
+    if pid := locks.suspended_holder(run.lock_path):
+        status["note"] = f"Its process {pid} is suspended and does not advance. Let it go on: kill -CONT {pid}"
     status["about"] = f"{status['router']} · {status['model']}"
     return status
 

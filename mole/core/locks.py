@@ -108,10 +108,28 @@ def holder(path: Path) -> dict[str, Any]:
     return note if isinstance(pid, int) and pid > 1 else {key: note[key] for key in note if key != "pid"}
 
 
+def suspended_holder(path: Path) -> int | None:
+    """The id of the process that holds the lock if it is suspended (SIGSTOP, Ctrl-Z), where `/proc` tells; else None.
+
+    It keeps its locks, and does nothing until it gets SIGCONT.
+    """
+    pid = holder(path).get("pid")
+    if not isinstance(pid, int) or not is_held(path):
+        return None
+    try:
+        with open(f"/proc/{pid}/stat", "rb", opener=files.regular) as file:
+            state = file.read().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):
+        return None
+    return pid if state in (b"T", b"t") else None
+
+
 def describe_holder(path: Path) -> str:
     """Describe the holder, e.g. `"run demo (process 4711)"`."""
     note = holder(path)
     process = f"process {note['pid']}" if "pid" in note else "another process"
+    if suspended_holder(path):
+        process += ", which is suspended"
     return f"run {note['run']} ({process})" if "run" in note else process
 
 

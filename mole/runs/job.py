@@ -41,11 +41,15 @@ def hold(lock_path: Path, what: str, patience: float = 0.5) -> locks.Lock:
 
 
 def signal_holder(lock_path: Path, number: signal.Signals, *, group: bool = False) -> None:
-    """Send a signal to the process that holds the lock, or to its whole session; does nothing when none holds it."""
+    """Send a signal to the process that holds the lock, or to its whole session; does nothing when none holds it.
+
+    A suspended process is continued, since it would not act on the signal.
+    """
     pid = locks.holder(lock_path).get("pid")
     if locks.is_held(lock_path) and isinstance(pid, int):  # while it is held, the number is still that process's
-        with contextlib.suppress(ProcessLookupError):
-            (os.killpg if group else os.kill)(pid, number)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            for each in (number, signal.SIGCONT):
+                (os.killpg if group else os.kill)(pid, each)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ No torch.
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -65,14 +66,19 @@ def spawn(run: Run, *, resume: bool = False) -> None:
 
 @writing()
 def stop(run: Run) -> None:
-    """Ask a running run to save and stop, or remove a queued one from the queue. Raises `RunError` in other states."""
+    """Ask a running run to save and stop, or remove a queued one from the queue.
+
+    A suspended process is continued, so that it can. Raises `RunError` in other states.
+    """
     if run.state not in ("queued", "running"):
         raise RunError(f"The run {run.name} is {run.state}; only a queued or running one can be stopped.")
     run.request_stop()
     try:
         lock = run.lock(patience=0.1)
-    except BusyError:
-        return  # its process sees the request
+    except BusyError:  # its process sees the request
+        if locks.suspended_holder(run.lock_path):
+            job.signal_holder(run.lock_path, signal.SIGCONT)
+        return
     with lock:
         if run.last_event["type"] in WAITING:
             run.append_event("stopped", run.step)
@@ -214,7 +220,8 @@ def acquire_device(device: str, run: Run) -> locks.Lock | None:
         return None
     try:
         with _line(patience=0.2):  # a move comes either before this check or after the run has the device
-            line = [other for other in waiting_runs(device) if other.held]
+            # A suspended process lets the others pass, and is the first again when it goes on.
+            line = [other for other in waiting_runs(device) if other.held and not other.suspended]
             if line and line[0].name != run.name:
                 return None
             return locks.acquire(path, patience=0.2, run=run.name)

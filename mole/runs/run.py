@@ -170,6 +170,11 @@ class Run:
         return locks.is_held(self.lock_path)
 
     @property
+    def suspended(self) -> bool:
+        """Whether its process is suspended, see `mole.core.locks.suspended_holder`."""
+        return locks.suspended_holder(self.lock_path) is not None
+
+    @property
     def state(self) -> str:
         """One of `STATES`, derived: lock held → running (or waiting); adapter there → finished; else the last event."""
         return self.observe()[0]
@@ -286,6 +291,9 @@ class Run:
         elif status["state"] == "queued" and self._has_no_process():
             error = "It is queued, but no process waits for its turn: it was killed, or the machine went down."
             advice = f"Start it again: mole runs resume {self.name}"
+        elif pid := locks.suspended_holder(self.lock_path):
+            error = f"Its process {pid} is suspended (SIGSTOP or Ctrl-Z): it does not advance, and keeps what it holds."
+            advice = f"Let it go on: kill -CONT {pid}"
         return {**status, "config": self.config.to_dict(), "metrics": metrics, "error": error, "advice": advice}
 
     def exit_reason(self) -> str:

@@ -71,6 +71,10 @@ def test_a_run_outlives_its_studio_and_obeys_the_next_one(home: Path, make_tiny:
         run = runs.get("survivor")
         wait_for(lambda: run.step >= 3 or run.state == "failed")
         begun = trainer(run)
+        os.kill(first.pid, signal.SIGSTOP)
+        goes_on(run)
+        os.kill(first.pid, signal.SIGCONT)
+        assert client.predict("survivor", api_name="/show_run")["step"] > 3, "a suspended studio misses nothing"
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
     goes_on(run)
