@@ -31,6 +31,7 @@ from mole.config.presets import (
 )
 from mole.config.router_params import ROUTERS, RouterParams, params_class, router_field_names
 from mole.config.schema import (
+    ALL_LINEAR,
     SECTIONS,
     AdapterConfig,
     DataConfig,
@@ -43,9 +44,9 @@ from mole.config.schema import (
 from mole.config.yaml_loader import TextLoader, parse_yaml, read_yaml
 
 __all__ = [
-    "BUILT_IN_PRESETS", "MAX_INTEGER", "ROUTERS", "SECTIONS", "AdapterConfig", "DataConfig", "ModelConfig",
-    "Preset", "RouterParams", "RunConfig", "Spec", "TextLoader", "TrainingConfig", "all_presets", "apply_overrides",
-    "build_settings", "check_sections", "check_settings", "coerce", "delete_preset", "find_preset", "merge_preset",
-    "params_class", "parse_yaml", "preset_path", "presets_dir", "read_yaml", "router_field_names", "save_preset",
-    "saved_presets", "setting", "spec_of", "union_members", "unknown_setting",
+    "ALL_LINEAR", "BUILT_IN_PRESETS", "MAX_INTEGER", "ROUTERS", "SECTIONS", "AdapterConfig", "DataConfig",
+    "ModelConfig", "Preset", "RouterParams", "RunConfig", "Spec", "TextLoader", "TrainingConfig", "all_presets",
+    "apply_overrides", "build_settings", "check_sections", "check_settings", "coerce", "delete_preset", "find_preset",
+    "merge_preset", "params_class", "parse_yaml", "preset_path", "presets_dir", "read_yaml", "router_field_names",
+    "save_preset", "saved_presets", "setting", "spec_of", "union_members", "unknown_setting",
 ]  # fmt: skip

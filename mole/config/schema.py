@@ -22,8 +22,11 @@ import yaml
 from mole.config.fields import build_settings, check_settings, setting, unknown_setting
 from mole.config.router_params import DynMoLEParams, RouterParams, params_class, router_field_names
 from mole.config.yaml_loader import read_yaml
-from mole.core import limits
+from mole.core import limits, patterns
 from mole.core.errors import ConfigError, InputError, brief
+
+ALL_LINEAR = "all-linear"
+"""The `target_modules` that stand for every linear layer except the output layer."""
 
 
 @dataclass
@@ -88,7 +91,7 @@ class AdapterConfig:
     lora_alpha: float = setting(16, "LoRA scaling: the update is multiplied by alpha / r.", gt=0, le=1e30)
     lora_dropout: float = setting(0.05, "Dropout probability of the experts' input during training.", ge=0, le=0.95)
     target_modules: str | list[str] = setting(
-        "all-linear", "Linear layers that get experts: all-linear, or a list of names."
+        ALL_LINEAR, "Linear layers that get experts: all-linear, a list of names, or a pattern of full names."
     )
     params: RouterParams = field(default_factory=DynMoLEParams)
 
@@ -97,6 +100,7 @@ class AdapterConfig:
         if type(self.params) is not expected:
             raise ConfigError("adapter.params", self.params, f"a {expected.__name__} for router {self.router!r}")
         check_settings(self, "adapter")
+        self._check_targets()
         counts = self.expert_counts
         if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
             raise ConfigError(
@@ -110,6 +114,13 @@ class AdapterConfig:
         if largest * self.r > limits.RANK_TIMES_EXPERTS:
             allowed = f"such that experts × rank ({largest} × {self.r}) is at most {limits.RANK_TIMES_EXPERTS}"
             raise ConfigError("adapter.num_experts", self.num_experts, allowed)
+
+    def _check_targets(self) -> None:
+        field = "adapter.target_modules"
+        if not isinstance(self.target_modules, str):
+            patterns.check_names(self.target_modules, field)
+        elif self.target_modules.lower() != ALL_LINEAR:
+            patterns.compile_pattern(self.target_modules, field)
 
     @property
     def expert_counts(self) -> list[int]:

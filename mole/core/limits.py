@@ -32,7 +32,15 @@ STEPS = 10**9
 FACTOR = 1e30
 """A coefficient, a weight decay, a gradient norm: float32 holds it."""
 NAME = 1024
-"""Characters of a path, a hub id or the name of a column."""
+"""Characters of a path, a hub id or the name of a column or module."""
+PATTERN = 1024
+"""Characters of a pattern for names of modules."""
+TARGETS = 10_000
+"""Names of modules in one setting, and keys of a table of patterns."""
+PATTERN_VALUES = 256
+"""Different values of a table of patterns. Python keeps 512 compiled patterns; more it would compile for each name."""
+PATTERN_WORK = 2_000_000
+"""Names times the characters of all patterns in a table that they are compared with: seconds, for the worst ones."""
 
 UPLOAD_BYTES = 1 << 30
 """Bytes of an upload."""

@@ -22,6 +22,7 @@ from mole.mixture.layer import PREFIX, MoleLinear, features, supports
 from mole.mixture.quantised import limit_packing
 from mole.mixture.routing_log import install_log, layer_index
 from mole.mixture.shared_input import SIBLINGS, InputGroup
+from mole.mixture.targets import resolve_targets
 
 METHOD_NAME = PREFIX.rstrip("_")
 
@@ -156,8 +157,9 @@ class MoleModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
+        config.target_modules = resolve_targets(config.target_modules, model)  # first: PEFT would run a pattern
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)  # the order of a set differs between processes
         limit_packing(model, trains=not config.inference_mode)

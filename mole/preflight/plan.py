@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mole.config import DataConfig, RunConfig
 from mole.core.devices import free_memory, pick_device, pick_dtype
-from mole.core.errors import DataError, ModelError
+from mole.core.errors import DataError, InputError, ModelError
 from mole.core.text import one_line
 from mole.data import IGNORE_INDEX, Example, encode_examples, read_examples
 
@@ -94,6 +94,8 @@ class Planner:
         try:
             hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             counts = memory_profile.count_parameters(hf_config, config.adapter, pick_dtype(model.dtype, device))
+        except InputError:  # a setting of the adapter that does not fit this model
+            raise
         except Exception as error:
             raise ModelError(f"The model {model.name} cannot be built: {reason(error)}.") from error
         return cls(hf_config, device, free_on(device), lengths, counts)

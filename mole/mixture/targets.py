@@ -1,0 +1,90 @@
+"""Which modules of a model `target_modules` names: patterns are resolved here, so that PEFT sees names only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from mole.config import ALL_LINEAR
+from mole.core import patterns
+from mole.core.errors import ConfigError
+from mole.mixture.layer import supports
+
+FIELD = "adapter.target_modules"
+LISTED = 12
+"""Names of linear layers that an error lists."""
+
+
+def resolve_targets(targets: str | Collection[str], model: nn.Module) -> str | list[str]:
+    """The names to give to PEFT in place of `target_modules`, for the same modules of `model`.
+
+    A pattern, which must match a module's full name, becomes the full names it matches; of a list, names that no module
+    has are dropped; `all-linear` stays.
+
+    Raises:
+        ConfigError: no module is named, or one that is not linear.
+    """
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return targets
+    modules = adaptable_modules(model)
+    if isinstance(targets, str):
+        pattern = patterns.compile_pattern(targets, FIELD)
+        names = [name for name in modules if pattern.fullmatch(name)]
+        found = names
+    else:
+        wanted = set(targets)
+        found = [name for name in modules if not wanted.isdisjoint(suffixes(name))]
+        names = sorted(wanted & {suffix for name in found for suffix in suffixes(name)})
+    if not found:
+        advice = "A pattern must match the full name, e.g. .*\\.q_proj." if isinstance(targets, str) else ""
+        raise ConfigError(FIELD, targets, f"the name of a linear layer ({linear_names(modules)})", advice)
+    for name in found:
+        if not supports(wrapped(modules[name])):
+            kind = type(wrapped(modules[name])).__name__
+            allowed = f"linear layers only ({linear_names(modules)}), and {name} is a {kind}"
+            raise ConfigError(FIELD, targets, allowed, "Name the projections to adapt, or use all-linear.")
+    if isinstance(targets, str):
+        check_ends(names, modules)
+    return sorted(names)
+
+
+def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by their full names, without the inner ones of those that have an adapter already."""
+    modules: dict[str, nn.Module] = {}
+    inside: str | None = None
+    for name, module in model.named_modules():  # an adapted module, then its inner ones
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
+        if name:
+            modules[name] = module
+    return modules
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """A full name and what follows each of its dots: `a.b.c`, `b.c`, `c`. PEFT takes any of them for the module."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def wrapped(module: nn.Module) -> nn.Module:
+    """The module itself, without the adapter it has already."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def linear_names(modules: dict[str, nn.Module]) -> str:
+    """The short names of a model's linear layers, for an error."""
+    names = sorted({name.rpartition(".")[2] for name, module in modules.items() if supports(wrapped(module))})
+    return ", ".join([*names[:LISTED], *(["…"] if len(names) > LISTED else [])]) or "this model has none"
+
+
+def check_ends(names: Collection[str], modules: Iterable[str]) -> None:
+    """Raise `ConfigError` if a full name is also the end of another module's: PEFT would adapt that one too."""
+    chosen = set(names)
+    for other in modules:
+        if other not in chosen and (name := next((end for end in suffixes(other) if end in chosen), None)):
+            allowed = f"a pattern for both {name} and {other}, or for neither, since the one name ends in the other"
+            raise ConfigError(FIELD, name, allowed)
