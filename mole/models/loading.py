@@ -14,8 +14,9 @@ from mole.core import files
 from mole.core.devices import pick_device, pick_dtype, restrict_to_gpu
 from mole.core.errors import ConfigError, ModelError
 from mole.core.text import one_line
-from mole.models.adapter_files import AdapterFiles
+from mole.models.adapter_files import AdapterFiles, our_type
 from mole.models.gguf import quiet
+from mole.models.peft_patterns import resolve_patterns
 from mole.models.sources import local_folder, resolve
 
 if TYPE_CHECKING:
@@ -185,16 +186,23 @@ def attach(base: Base, folder: Path, name: str | None = None, onto: Any = None, 
     """
     import mole.mixture.model  # noqa: F401  registers MoLE with PEFT
 
-    from peft import PeftModel  # isort: skip
+    from peft import PeftConfig, PeftModel  # isort: skip
 
     files = AdapterFiles.read(folder)
     device = str(base.device)
     try:
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.peft_type != our_type():  # ours are resolved when they are added
+            resolve_patterns(config, base.model if onto is None else onto.get_base_model())
         if onto is None:
-            onto = PeftModel.from_pretrained(base.model, str(folder), adapter_name=adapter, torch_device=device).eval()
+            onto = PeftModel.from_pretrained(
+                base.model, str(folder), adapter_name=adapter, config=config, torch_device=device
+            )
         else:
+            config.inference_mode = True
+            onto.add_adapter(adapter, config)
             onto.load_adapter(str(folder), adapter_name=adapter, torch_device=device)
-            onto.eval()
+        onto.eval()
     except Exception as error:
         raise ModelError(f"The adapter in {folder} does not load on {base.name}: {one_line(error)}.") from error
     files.check_complete(onto, adapter, base.name)

@@ -10,11 +10,13 @@ import contextlib
 import hashlib
 import os
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mole.core import files
+from mole.core import files, limits
 from mole.core.errors import ModelError, brief
 from mole.core.paths import local_path, models_dir
 from mole.core.text import one_line
@@ -25,6 +27,14 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 DUPLICATES = ("consolidated.safetensors",)
 """Copies of the same weights in the format of the authors' own code."""
+QUANTISATION = ("quantization_config", "compression_config")
+"""The parts of a `config.json` whose names of modules transformers, or the method's library, matches as patterns."""
+PROSE = ("dataset", "meta", "version", "quantizer", "tokenizer")
+"""The ends of keys there whose texts are no names."""
+HARMLESS = re.compile(r"[^*+?{}|]*(\*[^*+?{}|)]*){0,2}")
+"""A name or a pattern, such as `re:.*lm_head`, that Python's `re` matches in at most the square of a name's length."""
+MOST_NAMES = 2000
+"""Names in one list there; transformers compares each with every module."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SAMPLED = 1 << 20
 """Bytes at either end of a weight file that its fingerprint covers."""
@@ -166,13 +176,14 @@ def local_folder(source: Source, progress: bool = False, *, weights: bool = True
     the download or conversion fails, if the model requires code from the hub, or if it claims to be larger than it is.
     """
     folder = fetched(source, progress, weights)
-    check_programs(folder, source.name)
+    check_config(folder, source.name)
     check_model(folder, source.name)
     return folder
 
 
-def check_programs(folder: Path, name: str) -> None:
-    """Check that a model names no compiled kernels on the hub, which transformers would download and run."""
+def check_config(folder: Path, name: str) -> None:
+    """Check that a model names no compiled kernels on the hub, which transformers would download and run, and nothing
+    that transformers would match with names as a pattern."""
     try:
         values = files.read_json(folder / "config.json", files.regular)
     except (OSError, ValueError):
@@ -180,6 +191,35 @@ def check_programs(folder: Path, name: str) -> None:
     for key, value in values.items() if isinstance(values, dict) else ():
         if key.endswith("_implementation") and "/" in str(value):
             raise ModelError(f"The model {name} needs code from the hub (config.json has {key}), which is never run.")
+    check_quantisation(values, name)
+
+
+def check_quantisation(config: Any, name: str) -> None:
+    """Check that the quantisation in a `config.json` has no pattern that transformers would match for ages."""
+    found: Counter[str] = Counter()
+    for key, text in quantisation_texts(config):
+        found[key] += 1
+        if not HARMLESS.fullmatch(text) or len(text) > limits.NAME or found[key] > MOST_NAMES:
+            raise ModelError(
+                f"The model {name} is quantised in a way that is not supported: {key} in its config.json holds "
+                f"{brief(text)}; only names of modules may stand there, at most {MOST_NAMES:,}, with at most two *."
+            )
+
+
+def quantisation_texts(config: Any) -> Iterator[tuple[str, str]]:
+    """The texts in every `quantization_config` of a `config.json`, each with the key it belongs to, or as that key."""
+    pending: list[tuple[Any, str, bool]] = [(config, "", False)]
+    while pending:
+        value, key, inside = pending.pop()
+        if isinstance(value, dict):
+            kept = [name for name in value if not (inside and name.endswith(PROSE))]
+            if inside:
+                yield from zip(kept, kept, strict=True)
+            pending += [(value[name], name, inside or name in QUANTISATION) for name in kept]
+        elif isinstance(value, list):
+            pending += [(inner, key, inside) for inner in value]
+        elif inside and isinstance(value, str):
+            yield key, value
 
 
 def fetched(source: Source, progress: bool, weights: bool) -> Path:
