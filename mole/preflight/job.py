@@ -2,7 +2,8 @@
 
 `request.json` is the request, `state.json` the progress, `estimate.json` and `measurement.json` the results. Each
 job is a process of its own, so that a crash is a result like others, and another page, or the studio after a restart,
-finds it again. Its lock tells whether it runs, never a file. No torch.
+finds it again. It outlives who started it, but not its limits of memory and processor time, which the kernel holds also
+where a library hangs. Its lock tells whether it runs, never a file. No torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -27,7 +29,7 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import locks, processes
 from mole.core.devices import free_on_cpu
-from mole.core.errors import InputError, RunError
+from mole.core.errors import InputError, MoleError, RunError
 from mole.core.paths import home, local_path, make_folder
 from mole.core.text import explain
 from mole.runs import job
@@ -38,7 +40,11 @@ KEPT = 50
 STATE: dict[str, Any] = {"kind": str, "phase": str, "text": str, "share": (int, float), "time": (int, float)}
 """The fields `state.json` must have, and their types."""
 NO_MEMORY = r"out of memory|allocate memory|MemoryError|bad_alloc|failed to map segment|can't start new thread"
-KILLED = "The system ended the process, most likely because the memory ran out."
+KILLED = "The system ended the process, most likely because the memory ran out, or else after hours of work."
+CPU_MINUTES: dict[str, float] = {"estimate": 30, "measurement": 120, "both": 150}
+"""Minutes of processor time of a job; of a measurement, which uses all cores, for each of them."""
+CPU_GRACE = 30
+"""Seconds of processor time after which a process that does not end by itself at its limit is killed."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +200,10 @@ def perform(check: PreflightJob) -> None:
 def run_estimate(check: PreflightJob, config: RunConfig, last: bool) -> None:
     """Estimate and record the result; `last` when no measurement follows."""
     check.tell("estimate", "working", "Looking at the model and the data …", 0.3)
-    from mole.preflight.estimate import estimate
+    with memory_limited(runs.device_of(config), None):
+        from mole.preflight.estimate import estimate
 
-    check.write("estimate", **estimate(config).to_dict())
+        check.write("estimate", **estimate(config).to_dict())
     if last:
         check.tell("estimate", "done", "", 1.0)
 
@@ -229,9 +236,37 @@ def memory_limited(device: str, limit: int | None) -> Iterator[None]:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     if limit is None and device == "cpu":
         limit = free_on_cpu()
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if limit is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    yield
+        resource.setrlimit(resource.RLIMIT_DATA, (lower(limit, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
+
+
+def limit_cpu(kind: str) -> None:
+    """Let this process end when it has used the processor time of such a job.
+
+    At the limit it raises `MoleError`. Where that does nothing, in a library that keeps the interpreter, the kernel
+    kills it `CPU_GRACE` seconds later.
+    """
+    minutes = CPU_MINUTES[kind] * (1 if kind == "estimate" else os.cpu_count() or 1)
+
+    def on_limit(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes again each second
+        raise MoleError(f"It was ended after {CPU_MINUTES[kind]:g} minutes of work on each processor it may use.")
+
+    signal.signal(signal.SIGXCPU, on_limit)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (lower(round(60 * minutes), hard), lower(round(60 * minutes) + CPU_GRACE, hard))
+    )
+
+
+def lower(limit: int, hard: int) -> int:
+    """The lower one of a limit and the hard limit that this process has already."""
+    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
 
 
 def record_failure(check: PreflightJob, kind: str, error: Exception) -> None:
@@ -252,6 +287,8 @@ def main(arguments: list[str]) -> int:
         check = find_job(arguments[0]) if len(arguments) == 1 else None
         if check is None:
             raise RunError("usage: python -m mole.preflight.job KEY")
+        if (kind := check.read("request").get("kind")) in CPU_MINUTES:
+            limit_cpu(kind)
         perform(check)
 
     return processes.exit_code(answer)
