@@ -18,12 +18,15 @@ from mole.core import files, limits, locks, processes
 from mole.core.devices import is_physical_device, physical_device
 from mole.core.errors import BusyError, MoleError, RunError, writing
 from mole.core.paths import device_lock_path, home, make_folder
+from mole.core.text import duration_text
 from mole.runs import job
 from mole.runs.event_reader import number
 from mole.runs.run import WAITING, Run
 from mole.runs.store import get, list_runs
 
 QUEUE_LIMIT = limits.QUEUE
+STOP_SECONDS = 60.0
+"""A run that has not stopped so long after a request may hang; whoever asks again is told how to end it."""
 
 
 @writing()
@@ -68,17 +71,26 @@ def spawn(run: Run, *, resume: bool = False) -> None:
 def stop(run: Run) -> None:
     """Ask a running run to save and stop, or remove a queued one from the queue.
 
-    A suspended process is continued, so that it can. Raises `RunError` in other states.
+    A suspended process is continued, so that it can. Raises `RunError` in other states, and `BusyError` with the
+    process to kill if it has not heeded an earlier request.
     """
     if run.state not in ("queued", "running"):
         raise RunError(f"The run {run.name} is {run.state}; only a queued or running one can be stopped.")
+    asked = run.stop_requested_at()
     run.request_stop()
     try:
         lock = run.lock(patience=0.1)
-    except BusyError:  # its process sees the request
+    except BusyError:
         if locks.suspended_holder(run.lock_path):
             job.signal_holder(run.lock_path, signal.SIGCONT)
-        return
+            return
+        if asked is None or (waited := time.time() - asked) < STOP_SECONDS:
+            return  # its process sees the request
+        raise BusyError(
+            f"The run {run.name} was asked to stop {duration_text(waited)} ago and still works: a step can take long. "
+            f"If it hangs, end its process: kill -9 {locks.holder(run.lock_path).get('pid', 'PID')}; its checkpoints "
+            f"stay. Continue it then: mole runs resume {run.name}"
+        ) from None
     with lock:
         if run.last_event["type"] in WAITING:
             run.append_event("stopped", run.step)

@@ -341,6 +341,13 @@ class Run:
         """Whether a stop was requested."""
         return os.path.lexists(self.stop_path)
 
+    def stop_requested_at(self) -> float | None:
+        """When a stop was requested, in unix seconds; None if none was."""
+        try:
+            return os.lstat(self.stop_path).st_mtime
+        except OSError:
+            return None
+
     def clear_stop(self) -> None:
         """Withdraw a request to stop."""
         self.stop_path.unlink(missing_ok=True)

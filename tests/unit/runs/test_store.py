@@ -401,6 +401,23 @@ def test_stopping_a_run_that_only_waits_takes_it_out_of_the_line(home: Path) -> 
         runs.stop(run)
 
 
+def test_a_run_that_does_not_stop_is_named_with_what_ends_it(home: Path) -> None:
+    """Its process may hang where no request reaches it."""
+    run = runs.create(config(name="demo"))
+    runs.enqueue(run)
+    with run.lock():
+        run.append_event("starting", 0)
+        runs.stop(run)
+        runs.stop(run)  # so soon, it is only impatience
+        asked = time.time() - 300
+        os.utime(run.stop_path, (asked, asked))
+        with pytest.raises(
+            BusyError, match=rf"asked to stop 5 min ago.* kill -9 {os.getpid()}; .* mole runs resume demo"
+        ):
+            runs.stop(run)
+        assert run.stop_requested()
+
+
 def test_an_old_request_to_stop_does_not_stop_the_next_start(home: Path) -> None:
     run = runs.create(config())
     runs.enqueue(run)
