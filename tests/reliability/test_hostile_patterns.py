@@ -25,8 +25,8 @@ PATIENCE = 120
 """Seconds for everything; most of them go to importing the libraries."""
 QUICK = 20
 """Seconds for one place, on a busy machine."""
-ENDLESS = "(.+)+!"
-"""Takes Python 2ⁿ steps to see that it does not match n characters."""
+ENDLESS = "((.+)+)+!"
+"""Takes Python at least 2ⁿ steps to see that it does not match n characters."""
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
 PLACES: dict[str, tuple[dict[str, Any], str]] = {
     "a mixture's modules": ({"peft_type": "MOLE_STUDIO", "r": 2, "target_modules": ENDLESS}, "linear"),
@@ -38,7 +38,6 @@ PLACES: dict[str, tuple[dict[str, Any], str]] = {
     "saved modules, in letters": ({**LORA, "modules_to_save": ENDLESS}, "modules_to_save"),
     "layers": ({**LORA, "layers_to_transform": [0], "layers_pattern": ENDLESS}, "layers_pattern"),
     "one of several layers": ({**LORA, "layers_to_transform": [0], "layers_pattern": ["h", ENDLESS]}, "layers_pattern"),
-    "tied modules": ({**LORA, "target_modules": ["embed_tokens", ENDLESS], "ensure_weight_tying": True}, ""),
     "feed-forward modules": (
         {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ENDLESS}, "",
     ),
@@ -64,7 +63,7 @@ PLACES: dict[str, tuple[dict[str, Any], str]] = {
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 MODELS: dict[str, dict[str, Any]] = {
     "unquantised modules": {**QUANTISED, "llm_int8_skip_modules": [ENDLESS]},
-    "alternatives": {**QUANTISED, "llm_int8_skip_modules": ["(a|a)" * 40]},
+    "alternatives": {**QUANTISED, "llm_int8_skip_modules": ["(.|.)" * 30 + "!"]},
     "many names": {**QUANTISED, "llm_int8_skip_modules": [f"a{n}" for n in range(100_000)]},
     "a table": {"quant_method": "x", "modules": {"re:(.+)+!": {}}},
 }
