@@ -7,7 +7,7 @@ No pattern from outside is handed to it, nor to a library that would. No torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -84,6 +84,13 @@ def check_plain(names: Iterable[Any], field: str) -> None:
 def is_plain(name: str) -> bool:
     """Whether a name has no character that acts in a pattern, but for dots."""
     return re.fullmatch(r"[\w.:/-]+", name) is not None
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """A full name and what follows each of its dots: `a.b.c`, `b.c`, `c`. PEFT takes any of them for the module."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def any_of(names: Iterable[str]) -> str:

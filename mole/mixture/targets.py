@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -35,8 +35,8 @@ def resolve_targets(targets: str | Collection[str], model: nn.Module) -> str | l
         found = names
     else:
         wanted = set(targets)
-        found = [name for name in modules if not wanted.isdisjoint(suffixes(name))]
-        names = sorted(wanted & {suffix for name in found for suffix in suffixes(name)})
+        found = [name for name in modules if not wanted.isdisjoint(patterns.suffixes(name))]
+        names = sorted(wanted & {suffix for name in found for suffix in patterns.suffixes(name)})
     if not found:
         advice = "A pattern must match the full name, e.g. .*\\.q_proj." if isinstance(targets, str) else ""
         raise ConfigError(FIELD, targets, f"the name of a linear layer ({linear_names(modules)})", advice)
@@ -63,13 +63,6 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def suffixes(name: str) -> Iterator[str]:
-    """A full name and what follows each of its dots: `a.b.c`, `b.c`, `c`. PEFT takes any of them for the module."""
-    while name:
-        yield name
-        name = name.partition(".")[2]
-
-
 def wrapped(module: nn.Module) -> nn.Module:
     """The module itself, without the adapter it has already."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -85,6 +78,6 @@ def check_ends(names: Collection[str], modules: Iterable[str]) -> None:
     """Raise `ConfigError` if a full name is also the end of another module's: PEFT would adapt that one too."""
     chosen = set(names)
     for other in modules:
-        if other not in chosen and (name := next((end for end in suffixes(other) if end in chosen), None)):
+        if other not in chosen and (name := next((end for end in patterns.suffixes(other) if end in chosen), None)):
             allowed = f"a pattern for both {name} and {other}, or for neither, since the one name ends in the other"
             raise ConfigError(FIELD, name, allowed)

@@ -144,9 +144,7 @@ def whole_names(value: Any, names: list[str], field: str) -> Any:
     patterns.check_names(value, field)
     if field == "feedforward_modules":
         return value  # compared with the ends of names, wherever they begin
-    from mole.mixture.targets import suffixes
-
-    return set(value).intersection(end for name in names for end in suffixes(name))
+    return set(value).intersection(end for name in names for end in patterns.suffixes(name))
 
 
 def literal_table(value: Any, names: list[str], field: str, table: Table) -> dict[str, Any]:
