@@ -24,6 +24,8 @@ RANK = 1024
 EXPERTS = 256
 RANK_TIMES_EXPERTS = 16_384
 """Rank × experts of one projection; beyond this an adapter outweighs its base model."""
+LAYERS = 1000
+"""Layers of a base model that an adapter repeats."""
 BATCH = 4096
 HIDDEN = 4096
 """Hidden width of a router's network."""

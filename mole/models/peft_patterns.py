@@ -12,7 +12,7 @@ from typing import Any
 
 from mole.config import ALL_LINEAR
 from mole.core import limits, patterns
-from mole.core.errors import ConfigError, ModelError
+from mole.core.errors import ConfigError, ModelError, brief
 
 WHOLE_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")
 """Settings that are a pattern of full names if they are text, and otherwise names that are compared as they are."""
@@ -79,7 +79,7 @@ def resolve_patterns(config: Any, model: Any) -> None:
     if not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):
         return  # no module's name is matched
     if getattr(config, "layer_replication", None):
-        check_no_patterns(config)  # the names are known when PEFT has repeated the layers
+        check_replication(config)  # the names are known when PEFT has repeated the layers
         return
     parameters = bool(getattr(config, "target_parameters", None))
     names = names_to_match(model, parameters)
@@ -100,8 +100,15 @@ def tables(config: Any) -> list[str]:
     return [field for field in fields if field not in PARTS_OF_PATTERNS and getattr(config, field)]
 
 
-def check_no_patterns(config: Any) -> None:
-    """Raise `ConfigError` for any pattern in the settings."""
+def check_replication(config: Any) -> None:
+    """Raise `ConfigError` if the settings repeat too many layers, or have any pattern besides."""
+    ranges = config.layer_replication
+    try:
+        count = sum(len(range(start, end)) for start, end in ranges)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError("layer_replication", ranges, "a list of ranges of layers") from None
+    if count > limits.LAYERS:
+        raise ConfigError("layer_replication", f"{brief(count)} layers", f"at most {limits.LAYERS:,}")
     for field in WHOLE_NAMES:
         value = getattr(config, field, None)
         if isinstance(value, str) and value.lower() != ALL_LINEAR:

@@ -64,6 +64,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "block_size_pattern": {r"1\.self_attn\.[oq]_proj": 16},
     },
     "OSF": {"peft_type": "OSF", "target_modules": ["q_proj"], "rank_pattern": {r"\.0\.": 3, "q": 5}},
+    "repeated layers": {**LORA, "target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]},
     "an adaption prompt": {
         "peft_type": "ADAPTION_PROMPT", "target_modules": "self_attn", "adapter_len": 3, "adapter_layers": 2,
     },
