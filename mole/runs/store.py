@@ -106,7 +106,11 @@ def get(name: str) -> Run:
     """The run of that name. Raises `RunError` when there is none, or the name is not allowed."""
     path = runs_dir() / check_name(name)
     # A folder that may not be entered is a run that is unreadable.
-    if not files.is_folder(path) or (os.access(path, os.X_OK) and not files.is_file(path / "run.yaml")):
+    found = files.is_folder(path) and not (os.access(path, os.X_OK) and not files.is_file(path / "run.yaml"))
+    if found and name != name.swapcase() and os.path.lexists(runs_dir() / name.swapcase()):
+        # A file system that ignores case also finds it by names it does not have, or there are two such runs.
+        found = name in os.listdir(runs_dir())
+    if not found:
         raise RunError(f"There is no run called {name!r}; `mole runs list` shows those there are.", field="name")
     return Run(name, path)
 

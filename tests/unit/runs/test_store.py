@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,9 @@ def test_good_names(name: str) -> None:
     [
         *("", ".", "..", ".hidden", "../x", "a/b", "a\\b", "/etc", "a b", "a\n", "x.", "-x", "~", "a" * 65),
         *("ä", "a\u2024b", "a\0", "CON", "nul", "com1", "LPT9.txt", "aux.tar.gz"),
+        # Twins of `demo` and `café`: composed and decomposed, of other alphabets, wide, with marks that are not seen.
+        *("caf\u00e9", "cafe\u0301", "d\u0435mo", "\uff44emo", "de\u200bmo", "demo\u200d", "\u202edemo", "demo\u200f"),
+        *("\u212a", "\u0131", "demo\ufe0f", "de\u00admo", "\ufeffdemo", "demo\u00a0", "\U0001d41d\U0001d41e", "\u0660"),
     ],
 )
 def test_names_that_could_leave_the_folder_or_break_a_system_are_refused(home: Path, name: str) -> None:
@@ -53,6 +57,36 @@ def test_names_that_could_leave_the_folder_or_break_a_system_are_refused(home: P
         with pytest.raises(RunError, match="is not allowed"):
             use(name)
     assert not list(home.rglob("*.yaml"))
+
+
+def test_names_that_differ_in_case_are_two_runs(home: Path) -> None:
+    made = {name: runs.create(config(name=name, training={"seed": seed})) for seed, name in enumerate(("demo", "DEMO"))}
+    assert {run.name for run in runs.list_runs()} == set(made)
+    assert [runs.get(name).config.training.seed for name in made] == [0, 1]
+    runs.delete(runs.get("DEMO"))
+    assert [run.name for run in runs.list_runs()] == ["demo"]
+
+
+def test_where_case_is_ignored_a_run_is_found_by_its_own_name_only(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a file system (that of macOS) takes any spelling of a name for the file; here `stat` is made to."""
+    runs.create(config(name="Demo"))
+
+    def ignoring_case(look: Any) -> Any:
+        def looked(path: Any, *more: Any, **named: Any) -> Any:
+            spelled = path if isinstance(path, int) else re.sub("/demo", "/Demo", str(path), flags=re.IGNORECASE)
+            return look(spelled, *more, **named)
+
+        return looked
+
+    for look in ("stat", "lstat", "access"):
+        monkeypatch.setattr(os, look, ignoring_case(getattr(os, look)))
+    assert (home / "runs" / "demo" / "run.yaml").is_file()
+    assert runs.get("Demo").config.name == "Demo"
+    with pytest.raises(RunError, match="There is no run called 'demo'"):
+        runs.get("demo")
+    with pytest.raises(RunError, match="There is a run called 'demo' already"):
+        runs.create(config(name="demo"))
+    assert [run.name for run in runs.list_runs()] == ["Demo"]
 
 
 def test_a_new_run_can_be_read_back_and_reused(home: Path) -> None:
