@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 REFUSALS = {
-    errno.ENOSPC: ("The disk is full", "Free some space and try again."),
+    errno.ENOSPC: ("The disk is full", "Free some space (df -h), or remove files (df -i), and try again."),
     errno.EDQUOT: ("The disk quota is used up", "Free some space and try again."),
     errno.EFBIG: ("A file would be larger than this process may write", "Raise the limit (ulimit -f) and try again."),
     errno.EROFS: ("The file system is read-only", "Make it writable, or set MOLE_HOME to a folder that is."),

@@ -20,7 +20,7 @@ FAILURES = (
     (
         r"no space left|(errno|os error) 28\b|disk quota",
         "The disk is full.",
-        "Free some space, then resume the run: its last checkpoint is kept.",
+        "Free some space (df -h), or remove files (df -i), then resume the run: its last checkpoint is kept.",
     ),
     (
         r"file too large|(errno|os error) 27\b",

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -298,7 +297,8 @@ class Run:
 
     def exit_reason(self) -> str:
         """Why a process exited without writing its last event, as far as it can be told."""
-        if shutil.disk_usage(self.path).free < NO_ROOM:
+        disk = os.statvfs(self.path)
+        if disk.f_bavail * disk.f_frsize < NO_ROOM or (disk.f_files and not disk.f_favail):
             return f"The process exited because the disk is full ({self.path}). Free some space first."
         return job.EXITED
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +250,49 @@ def test_a_file_that_is_not_the_kernel_is_deleted(kernels: Path) -> None:
     path.write_bytes(right.read_bytes()[:-1000])
     assert not aot_compile.load_kernel(spec) and not path.exists()
     assert spec.text not in KERNELS and right.exists()
+
+
+def test_where_nothing_may_be_executed_decoding_goes_on_without_the_kernel(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel is a library, which torch unpacks into the folder of temporary files."""
+    if not can_mount(tmp_path):
+        pytest.skip("mounting a file system needs root")
+    model = pair("dynmole", torch.float32)[0].eval()
+    x = tokens(torch.float32, model.q_proj.in_features)[0]
+    compiled(model, x)
+    (spec,) = aot_compile.kernel_specs(model)
+    made = aot_compile.kernel_path(spec)
+    KERNELS.clear()
+    with torch.no_grad():
+        expected = model(x)
+    monkeypatch.setenv("MOLE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    with mounted(tmp_path / "home", "noexec"), mounted(tmp_path / "scratch", "noexec"):
+        path = aot_compile.kernel_path(spec)
+        path.parent.mkdir()
+        shutil.copyfile(made, path)
+        assert not aot_compile.load_kernel(spec) and not path.exists()
+        with torch.no_grad():
+            assert all(map(torch.equal, model(x), expected))
+    assert not KERNELS
+
+
+def can_mount(folder: Path) -> bool:
+    try:
+        with mounted(folder / "tried", "noexec"):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A file system of its own on a folder."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+    subprocess.run(mount, check=True, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

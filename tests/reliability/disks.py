@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-SIZE = 4 << 20
+SIZE, INODES = 4 << 20, 400
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 
 
@@ -40,9 +42,14 @@ class Disk:
         """What fills it, for this process or (it can be pickled) another one."""
         return partial(fill, self.ballast) if self.mounted else no_more_bytes
 
+    def fill_with_files(self) -> Callable[[], None]:
+        """What uses up its inodes, for this process or (it can be pickled) another one; only where it is mounted."""
+        return partial(fill_with_files, self.home / "small")
+
     def free(self) -> None:
         """Make room again."""
         self.ballast.unlink(missing_ok=True)
+        shutil.rmtree(self.home / "small", ignore_errors=True)
         self.limits.clear()
 
     @contextlib.contextmanager
@@ -98,6 +105,14 @@ def fill(ballast: Path) -> None:
             file.write(b"0")
 
 
+def fill_with_files(folder: Path) -> None:
+    """Take every free inode of a disk."""
+    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(OSError):
+        for number in itertools.count():
+            (folder / str(number)).touch()
+
+
 def no_more_bytes() -> None:
     """Let this process add nothing to any file."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -129,7 +144,7 @@ def small_disk(folder: Path) -> Iterator[Disk]:
 
 @contextlib.contextmanager
 def mounted_by_root(folder: Path) -> Iterator[Disk]:
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "none", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE},nr_inodes={INODES}", "none", str(folder)]
     subprocess.run(mount, check=True, stderr=subprocess.DEVNULL)
     try:
         yield Disk(folder, lambda option: ["mount", "-o", f"remount,{option}", str(folder)])
@@ -139,7 +154,7 @@ def mounted_by_root(folder: Path) -> Iterator[Disk]:
 
 @contextlib.contextmanager
 def mounted_in_a_namespace(folder: Path) -> Iterator[Disk]:
-    script = f"mount -t tmpfs -o size={SIZE} none '{folder}' && echo ready && exec sleep 3600"
+    script = f"mount -t tmpfs -o size={SIZE},nr_inodes={INODES} none '{folder}' && echo ready && exec sleep 3600"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     keeper = subprocess.Popen(["unshare", "--map-root-user", "--mount", "sh", "-c", script], text=True, **pipes)  # type: ignore[call-overload]
     try:

@@ -87,6 +87,26 @@ def check_full(run: Run, disk: Disk, what: str, code: int) -> None:
     assert shown.returncode == 0 and (details["error"] or "") in shown.stdout
 
 
+@pytest.mark.slow
+def test_a_disk_without_room_for_another_file_is_a_full_disk(disk: Disk, make_tiny: Make, whole: Whole) -> None:
+    """It has bytes, but no inodes: at the log, at a checkpoint and at the adapter, and for the commands."""
+    if not disk.mounted:
+        pytest.skip("only a disk of one's own can run out of inodes")
+    run, config = make_tiny("filled"), None
+    for what in ("open train.log", "mkdir checkpoints", "open .tmp-adapter/adapter_config.json"):
+        code = Attempt(run, partial(before, what, 0, disk.fill_with_files())).code()
+        check_full(run, disk, what, code)
+        config = config or str(run.config_path)
+        disk.fill_with_files()()  # what failed has removed its own
+        for arguments in (("train", "--config", config, "--name", "new", "--detach"), ("train", "--config", config)):
+            check_one_line(disk.mole(*arguments), "The disk is full", "df -i")
+        assert disk.mole("runs", "list").returncode == 0
+        disk.free()
+    finish(run)
+    check_finished(run, whole)
+    assert [run.name for run in runs.list_runs()] == ["filled"]
+
+
 def test_on_a_full_disk_nothing_is_begun_and_nothing_is_half_made(disk: Disk, make_tiny: Make) -> None:
     made = make_tiny("before")
     config = str(made.config_path)
