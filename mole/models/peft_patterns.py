@@ -113,7 +113,7 @@ def check_replication(config: Any) -> None:
         value = getattr(config, field, None)
         if isinstance(value, str) and value.lower() != ALL_LINEAR:
             raise ConfigError(field, value, "a list of names, where layer_replication is set")
-        patterns.check_names(value or (), field)
+        patterns.check_plain([] if isinstance(value, str) else value or [], field)
     for field in tables(config):
         raise ConfigError(field, getattr(config, field), "empty, where layer_replication is set")
 

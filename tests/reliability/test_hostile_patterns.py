@@ -59,6 +59,9 @@ PLACES: dict[str, tuple[dict[str, Any], str]] = {
     "a pattern of a large automaton": ({**LORA, "target_modules": "(.?){1000}"}, "target_modules"),
     "many repeated layers": ({**LORA, "layer_replication": [[0, 2]] * 100_000}, "layer_replication"),
     "endless repeated layers": ({**LORA, "layer_replication": [[0, 10**30]]}, "layer_replication"),
+    "a name beside repeated layers": (
+        {**LORA, "target_modules": ["embed_tokens", ENDLESS], "layer_replication": [[0, 2]]}, "target_modules",
+    ),
     "a rank beyond the weights": ({**LORA, "rank_pattern": {"q_proj": 10**9}}, "rank_pattern"),
 }  # fmt: skip
 """What an adapter's settings hold, and a word of the line that refuses it; empty where it may also load."""
