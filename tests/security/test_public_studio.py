@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,24 @@ def test_fifty_look_and_ten_chat_for_long(public: Studio, tiny_folder: Path) -> 
     seen = run_async(visit(public, f"base:{tiny_folder}", seconds))
     small(seen, seconds)
     assert quick(seen), tell(seen, seconds)
+
+
+MESSAGES = [f"Say {number} and {number * 7}." for number in range(30)]
+
+
+def test_thirty_who_chat_at_once_get_the_replies_they_would_get_alone(public: Studio, tiny_adapter: Path) -> None:
+    """One model, one process: no reply may take another's words, routing or turn."""
+
+    def ask(message: str) -> tuple[str, Any]:
+        visitor = visiting(public)
+        visitor.session = message
+        answer = visitor.call(visitor.named("chat"), [str(tiny_adapter), message, 6, 0.0, 1.0, 0, "", None])
+        assert "error" not in answer, answer
+        (said,) = answer["data"]
+        return said["text"], said["trace"]["weights"]
+
+    alone = [ask(message) for message in MESSAGES]
+    with ThreadPoolExecutor(len(MESSAGES)) as threads:
+        together = list(threads.map(ask, MESSAGES))
+    assert together == alone
+    assert len({text for text, _ in alone}) > 1, "the messages have different replies"
