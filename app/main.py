@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import threading
 import time
@@ -12,10 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mole.cli.serving import make_temporary_folder
-
-if __name__ == "__main__":
-    make_temporary_folder()  # before Gradio is imported
+if __name__ == "__main__":  # before Gradio is imported: the command does what comes first, and tells errors in a line
+    sys.argv[1:1] = ["studio", "--port", os.environ.get("GRADIO_SERVER_PORT", "7860")]
+    runpy.run_module("mole.cli", run_name="__main__")
 
 from app import settings
 from app.guard import AccessRules, Guard, Login, hostname
@@ -84,7 +84,3 @@ def end_without_home(page: Any) -> None:
     while not is_home_gone():
         time.sleep(HOME_SECONDS)
     page.is_running = False
-
-
-if __name__ == "__main__":
-    launch(port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")))

@@ -6,7 +6,8 @@ One reply at a time: two streams on one base model would switch each other's ada
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from threading import Lock, Thread
 from typing import Any
@@ -111,11 +112,12 @@ class Engine:
         try:
             self._gpu_insisted = device == "auto" and bool(device_policy.competing_run())
             job = ReplyJob(target, messages, settings, steering.to_dict(), device, with_trace)
-            yield from self._parts(self._messages(job, should_stop), against)
+            with closing(self._messages(job, should_stop)) as received:  # before the next one's turn
+                yield from self._parts(received, against)
         finally:
             self._in_use.release()
 
-    def _parts(self, messages: Iterator[Any], against: str | None) -> Iterator[PartialReply | Stage]:
+    def _parts(self, messages: Iterable[Any], against: str | None) -> Iterator[PartialReply | Stage]:
         """The reply from the process's messages; its record grows with them."""
         opened: Opened | None = None
         record, read = RoutingRecord({}), 0
@@ -137,7 +139,7 @@ class Engine:
                     message.text, record, count, message.seconds, message.finished, opened.notice, message.trace
                 )
 
-    def _messages(self, job: ReplyJob, should_stop: Callable[[], bool]) -> Iterator[Any]:
+    def _messages(self, job: ReplyJob, should_stop: Callable[[], bool]) -> Generator[Any, None, None]:
         """The process's messages about a reply. However this ends, the process is ready for the next one, or gone."""
         stage, stopping, ended, patience = Stage.STARTING, False, False, STOP_SECONDS
         try:

@@ -88,3 +88,20 @@ def test_the_page_is_served_within_five_seconds(home: Path) -> None:
     while len(taken) < 4 and min(taken, default=60) >= SECONDS_TO_SERVE:  # other work on the machine is not our time
         taken.append(seconds_to_serve(home))
     assert min(taken) < SECONDS_TO_SERVE, taken
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "message"),
+    [
+        (("GRADIO_SERVER_PORT", "abc"), 2, "argument --port: 'abc' is not a whole number"),
+        (("MOLE_HOME", "/proc/nothing"), 1, "No such file or directory: /proc/nothing"),
+    ],
+)
+def test_the_file_that_a_space_starts_refuses_in_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, setting: tuple[str, str], code: int, message: str
+) -> None:
+    monkeypatch.setenv(*setting)
+    ended = subprocess.run([sys.executable, str(ROOT / "app/main.py")], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == code
+    (line,) = ended.stderr.splitlines()
+    assert message in line
