@@ -18,6 +18,7 @@ from mole.models.adapter_files import AdapterFiles, our_type
 from mole.models.gguf import quiet
 from mole.models.peft_patterns import resolve_patterns
 from mole.models.sources import local_folder, resolve
+from mole.models.tokenizer_guard import check_tokenizer_files, guard, panics_as_errors
 
 if TYPE_CHECKING:
     import torch
@@ -155,17 +156,21 @@ def reason(error: Exception) -> str:
 def load_tokenizer(name: str, folder: Path | None = None) -> Any:
     """The fast tokenizer of a base model, with a padding token. Raises `ModelError` if it cannot be loaded."""
     folder = folder or local_folder(resolve(name), progress=True)
+    check_tokenizer_files(folder, name)
     try:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with panics_as_errors(name):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"The tokenizer of {name} cannot be loaded: {reason(error)}.") from error
     if tokenizer.eos_token is None:
         raise ModelError(f"The tokenizer of {name} has no end-of-text token: a reply would never end.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return guard(tokenizer, name)
 
 
 def attach(base: Base, folder: Path, name: str | None = None, onto: Any = None, adapter: str = "default") -> Loaded:

@@ -1,0 +1,59 @@
+"""Makes the failures of a tokenizer's own patterns and settings ordinary errors.
+
+`tokenizer.json` comes with a model. The library that runs it (in Rust) panics where a pattern backtracks too long or
+settings contradict each other, and Python sees a `BaseException`, which no handler of errors catches. No torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mole.core.errors import ModelError
+from mole.core.text import one_line
+
+MAX_FILE = 128 << 20
+"""Bytes of `tokenizer.json`, which takes twenty times as many in memory; the largest on the hub have 35 MB."""
+WRAPPED = ("_encode_plus", "_decode")
+"""Methods through which every text and every token id goes."""
+
+
+def check_tokenizer_files(folder: Path, name: str) -> None:
+    """Check that a model's tokenizer is no larger than any in use. Raises `ModelError`."""
+    for path in folder.glob("*token*"):
+        if path.suffix in (".json", ".model") and (size := path.stat().st_size) > MAX_FILE:
+            raise ModelError(
+                f"The tokenizer of {name} is too large: {path.name} has {size:,} bytes, {MAX_FILE:,} are read."
+            )
+
+
+@contextmanager
+def panics_as_errors(name: str) -> Iterator[None]:
+    """A block in which a panic of the tokenizer of model `name` is a `ModelError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # the library does not export it
+            raise
+        raise ModelError(f"The tokenizer of {name} failed: {one_line(Exception(error))}.") from None
+
+
+def guard(tokenizer: Any, name: str) -> Any:
+    """The tokenizer of model `name`, changed in place: its panics are `ModelError`s."""
+    kind = type(tokenizer)
+
+    def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(self: Any, *arguments: Any, **named: Any) -> Any:
+            with panics_as_errors(name):
+                return method(self, *arguments, **named)
+
+        return call
+
+    # A class of the same name, as the name is saved with the tokenizer.
+    methods = {method: wrapped(getattr(kind, method)) for method in WRAPPED}
+    tokenizer.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, **methods})
+    return tokenizer
