@@ -25,7 +25,11 @@ MAX_COLUMNS = 4
 UPDATE_SECONDS = 0.08
 """Minimum time between two updates of the page: more of them cannot be read, and the browser would fall behind."""
 WAIT_SECONDS = 0.5
-STAGES = {Stage.LOADING: "Loading {target} …", Stage.ENCODING: "…", Stage.GENERATING: "Reading the prompt …"}
+STAGES = {
+    Stage.LOADING: "Loading {target} …",
+    Stage.ENCODING: "Encoding the conversation …",
+    Stage.GENERATING: "Reading the prompt …",
+}
 NOTE = "Routing overrides: "
 """How the note above a reply with routing overrides begins."""
 

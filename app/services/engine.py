@@ -27,10 +27,10 @@ LIMITS = {Stage.STARTING: 300.0, Stage.LOADING: 3600.0, Stage.ENCODING: 30.0, St
 STOP_SECONDS = 10.0
 """The process is ended if a reply goes on for so long after it was to stop; its models are loaded again then."""
 HANGS = {
-    Stage.STARTING: "the process for it does not start",
-    Stage.LOADING: "the model takes too long to load",
-    Stage.ENCODING: "the model's chat template or tokenizer does not come to an end with this conversation",
-    Stage.GENERATING: "the model takes too long for a step",
+    Stage.STARTING: "The process of the model does not start",
+    Stage.LOADING: "The model takes too long to load",
+    Stage.ENCODING: "The model's chat template or tokenizer does not come to an end with this conversation",
+    Stage.GENERATING: "The model takes too long for a step",
 }
 
 
@@ -157,7 +157,7 @@ class Engine:
                     patience = 0
                     if stopping:
                         return
-                    raise ModelError(f"No answer: {HANGS[stage]} ({LIMITS[stage]:.0f} s). Choose another model.")
+                    raise ModelError(f"{HANGS[stage]} ({LIMITS[stage]:.0f} s). Choose another model.")
                 stage = message if isinstance(message, Stage) else stage
                 ended = message == DONE or isinstance(message, Failed)
                 if isinstance(message, Failed):
@@ -166,7 +166,7 @@ class Engine:
                 if not stopping:
                     deadline = time.monotonic() + LIMITS[stage]
         except ChildExited as error:
-            raise ModelError(f"No answer: {error}. The next reply starts it again.") from None
+            raise ModelError(f"The model had to be given up: {error}. The next reply starts it again.") from None
         finally:
             if not ended:
                 self._end_reply(patience)
