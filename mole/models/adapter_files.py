@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mole.core import checkpoint, files
-from mole.core.errors import ModelError, brief
+from mole.core import checkpoint, files, patterns
+from mole.core.errors import ConfigError, ModelError, brief
 from mole.core.text import one_line
 
 WEIGHTS = "adapter_model.safetensors"
@@ -59,6 +59,33 @@ class AdapterFiles:
         widths = check_weights(folder, ours=config.get("peft_type") == our_type())
         check_size(folder, config, max(widths.values(), default=0))
         return cls(folder, config, frozenset(widths))
+
+    def peft_config(self) -> Any:
+        """The settings as a `PeftConfig`; a pattern that is not RE2's becomes the names of the modules with weights.
+
+        Raises the errors of the config for its other values.
+        """
+        from peft import PeftConfig
+
+        values = dict(self.config)
+        try:
+            if isinstance(targets := values.get("target_modules"), str):
+                patterns.compile_pattern(targets, "target_modules")
+            if isinstance(excluded := values.get("exclude_modules"), str):
+                patterns.compile_pattern(excluded, "exclude_modules")
+        except ConfigError:
+            values["target_modules"] = self.adapted_modules()
+            values.pop("exclude_modules", None)
+        return PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**values))
+
+    def adapted_modules(self) -> list[str]:
+        """The full names of the modules of the base model that have weights here."""
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        prefixes: dict[Any, str] = PEFT_TYPE_TO_PREFIX_MAPPING
+        prefix = prefixes.get(self.config.get("peft_type"), "")
+        found = {name.partition(f".{prefix}")[0] for name in self.names if prefix and f".{prefix}" in name}
+        return sorted(name.removeprefix("base_model.model.") for name in found)
 
     def check_complete(self, model: Any, adapter: str, base: str) -> None:
         """Check that a MoLE adapter had all of its weights and no others; of other PEFT methods, at least some.

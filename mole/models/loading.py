@@ -191,12 +191,12 @@ def attach(base: Base, folder: Path, name: str | None = None, onto: Any = None, 
     """
     import mole.mixture.model  # noqa: F401  registers MoLE with PEFT
 
-    from peft import PeftConfig, PeftModel  # isort: skip
+    from peft import PeftModel  # isort: skip
 
     files = AdapterFiles.read(folder)
     device = str(base.device)
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = files.peft_config()
         if config.peft_type != our_type():  # ours are resolved when they are added
             resolve_patterns(config, base.model if onto is None else onto.get_base_model())
         if onto is None:

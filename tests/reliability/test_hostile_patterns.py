@@ -56,7 +56,7 @@ PLACES: dict[str, tuple[dict[str, Any], str]] = {
     "a list of long names": (
         {**LORA, "target_modules": [f"{n}{'.a' * 400}" for n in range(9000)] + [f"b{n}" for n in range(900)]}, "",
     ),
-    "a pattern of a large automaton": ({**LORA, "target_modules": "(.?){1000}"}, "target_modules"),
+    "a pattern of a large automaton": ({**LORA, "target_modules": "(.?){1000}"}, ""),
     "many repeated layers": ({**LORA, "layer_replication": [[0, 2]] * 100_000}, "layer_replication"),
     "endless repeated layers": ({**LORA, "layer_replication": [[0, 10**30]]}, "layer_replication"),
     "a name beside repeated layers": (
