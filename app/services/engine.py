@@ -24,8 +24,8 @@ POLL_SECONDS = 0.1
 """Between two looks at whether a reply is to be stopped."""
 LIMITS = {Stage.STARTING: 300.0, Stage.LOADING: 3600.0, Stage.ENCODING: 30.0, Stage.GENERATING: 600.0}
 """Seconds without a message, by stage: a model may have to be downloaded, and a long prompt to be read."""
-STOP_SECONDS = 10.0
-"""The process is ended if a reply goes on for so long after it was to stop; its models are loaded again then."""
+STOP_LIMITS = {Stage.STARTING: 60.0, Stage.LOADING: 10.0, Stage.ENCODING: 2.0, Stage.GENERATING: 60.0}
+"""The same for a reply that is to stop. Then the process is ended, and the models it has are loaded again."""
 HANGS = {
     Stage.STARTING: "The process of the model does not start",
     Stage.LOADING: "The model takes too long to load",
@@ -141,35 +141,34 @@ class Engine:
 
     def _messages(self, job: ReplyJob, should_stop: Callable[[], bool]) -> Generator[Any, None, None]:
         """The process's messages about a reply. However this ends, the process is ready for the next one, or gone."""
-        stage, stopping, ended, patience = Stage.STARTING, False, False, STOP_SECONDS
+        stage, stopping, ended, expired = Stage.STARTING, False, False, False
         try:
             self._child.start()
             self._child.send(job)
-            deadline = time.monotonic() + LIMITS[stage]
+            heard = time.monotonic()
             while not ended:
                 if not stopping and should_stop():
                     self._child.send(STOP)
-                    stopping, deadline = True, time.monotonic() + STOP_SECONDS
+                    stopping, heard = True, time.monotonic()
                 message = self._child.receive(POLL_SECONDS)
                 if message is None:
-                    if time.monotonic() <= deadline:
-                        continue
-                    patience = 0
-                    if stopping:
+                    expired = time.monotonic() > heard + (STOP_LIMITS if stopping else LIMITS)[stage]
+                    if expired and not stopping:
+                        raise ModelError(f"{HANGS[stage]} ({LIMITS[stage]:.0f} s). Choose another model.")
+                    if expired:
                         return
-                    raise ModelError(f"{HANGS[stage]} ({LIMITS[stage]:.0f} s). Choose another model.")
+                    continue
                 stage = message if isinstance(message, Stage) else stage
                 ended = message == DONE or isinstance(message, Failed)
                 if isinstance(message, Failed):
                     raise message.error
                 yield message
-                if not stopping:
-                    deadline = time.monotonic() + LIMITS[stage]
+                heard = heard if stopping else time.monotonic()
         except ChildExited as error:
             raise ModelError(f"The model had to be given up: {error}. The next reply starts it again.") from None
         finally:
             if not ended:
-                self._end_reply(patience)
+                self._end_reply(0 if expired else STOP_LIMITS[stage])
 
     def _end_reply(self, patience: float) -> None:
         """End the reply that is still generated, and the process if that takes more than `patience` seconds."""

@@ -165,10 +165,7 @@ def test_a_template_without_an_end_is_given_up_and_the_next_reply_comes(
     assert said(engine, str(tiny_adapter)).count == 6
 
 
-def test_a_template_without_an_end_can_be_stopped(
-    engine: Engine, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_module, "STOP_SECONDS", 1.0)
+def test_a_template_without_an_end_can_be_stopped(engine: Engine, tiny_adapter: Path, tmp_path: Path) -> None:
     target = with_template(tiny_adapter, tmp_path / "adapter", TEMPLATES["computes"])
     stopping = [False]
     begun = time.monotonic()
