@@ -162,6 +162,7 @@ def test_a_template_without_an_end_is_given_up_and_the_next_reply_comes(
     target = with_template(tiny_adapter, tmp_path / "adapter", TEMPLATES[kind])
     with pytest.raises(ModelError, match="^The model's chat template or tokenizer does not come to an end"):
         said(engine, target)
+    monkeypatch.undo()
     assert said(engine, str(tiny_adapter)).count == 6
 
 
