@@ -20,8 +20,10 @@ BLOCK = 1 << 20
 """Bytes read at a time; no line of an event is longer."""
 TAIL_BLOCK = 1 << 14
 """Bytes read at a time from the end."""
-MAX_DAMAGE = 2 << 20
-"""Bytes without an event after which the search for one from the end is given up."""
+MAX_DAMAGE = 6 << 20
+"""Bytes of lines that are no events after which the search for one from the end is given up."""
+LINE_COST, READ_COST = 160, 16
+"""A line counts as so many bytes more, since each takes time; of bytes that are only read, one in so many counts."""
 SHORTEST = len('{"time":0,"type":"","step":0}')
 """Bytes of the shortest line that is an event."""
 IDENTITY_BYTES = 64
@@ -95,7 +97,7 @@ def lines_of(start: int, block: bytes) -> Iterator[tuple[int, bytes]]:
 def events_backwards(path: Path, most: int = sys.maxsize, holding: bytes = b"") -> Iterator[dict[str, Any]]:
     """The events from the last to the first, reading no more of the file than is asked for, and at most `most` bytes.
 
-    It ends early where `MAX_DAMAGE` bytes hold no event. Only lines with the text `holding` are parsed.
+    It ends early where `MAX_DAMAGE` is reached between two events. Only lines with the text `holding` are parsed.
     """
     if not files.is_file(path):
         return
@@ -106,13 +108,14 @@ def events_backwards(path: Path, most: int = sys.maxsize, holding: bytes = b"") 
         while start > 0 and damage < MAX_DAMAGE and end - start < most:
             size = min(max(TAIL_BLOCK, len(rest)), start)  # doubled for a line that does not end
             start -= size
-            damage += size
+            damage += size // READ_COST
             file.seek(start)
             rest, *lines = (file.read(size) + rest).split(b"\n")
             if lines and dropping:
                 lines.pop()
                 dropping = False
             for line in reversed(lines):
+                damage += LINE_COST + len(line)
                 if len(line) < SHORTEST:
                     continue
                 if holding not in line:

@@ -267,7 +267,7 @@ class Run:
 
         `error` is what went wrong, null when nothing did; `advice` what to do about it.
         """
-        status = self.status()
+        status, _, last = self.summary()
         if status["state"] == "unreadable":
             raise RunError(self.why_unreadable())
         metrics: dict[str, Any] = {}
@@ -277,7 +277,6 @@ class Run:
             values = (number(event.get(key)) for event in islice(events, LOOK_BACK_EVENTS))
             if (value := next((value for value in values if value is not None), None)) is not None:
                 metrics[key] = value
-        last = self.last_event
         if last["type"] == "finished":
             metrics.update(numbers(last.get("metrics")))
         elif last["type"] == "failed":
