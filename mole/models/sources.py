@@ -177,7 +177,8 @@ def local_folder(source: Source, progress: bool = False, *, weights: bool = True
     """
     folder = fetched(source, progress, weights)
     check_config(folder, source.name)
-    check_model(folder, source.name)
+    # Of a model that is partly downloaded, some weights may be there.
+    check_model(folder, source.name, complete=all((folder / shard).is_file() for shard in shards(folder)))
     return folder
 
 

@@ -43,16 +43,18 @@ def shapes_in(path: Path) -> Iterator[list[int]]:
         raise ModelError(f"{path} cannot be loaded as safetensors: {one_line(error)}.") from None
 
 
-def check_model(folder: Path, name: str) -> None:
+def check_model(folder: Path, name: str, complete: bool = True) -> None:
     """Check that the settings of a model's folder ask for no larger model than its weights.
 
-    Of a folder without weights (a tokenizer's) only the number of layers is checked. Raises `ModelError`.
+    Of a folder without weights (a tokenizer's), or without all of them (not `complete`), only the number of layers is
+    checked. Raises `ModelError`.
     """
     try:
         settings = files.read_json(folder / "config.json", files.regular)
     except (OSError, ValueError):
         return  # reported when it is loaded
-    shapes = [shape for path in folder.glob("*.safetensors") for shape in shapes_in(path)]
+    weights = folder.glob("*.safetensors") if complete else ()
+    shapes = [shape for path in weights for shape in shapes_in(path)]
     for part in _mappings(settings):
         check_claims(f"The model {name}", part, len(shapes), sum(map(math.prod, shapes)))
 

@@ -260,6 +260,20 @@ def test_an_index_names_files_of_its_own_folder_only(tiny_folder: Path, tmp_path
 
 # Settings that ask for more than the weights
 
+
+def test_a_model_that_is_partly_downloaded_is_not_held_to_the_weights_that_are_there(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 1_000}))
+    source = sources.Source("folder", "partly", str(folder))
+    refusal(lambda: sources.local_folder(source))
+    shards = {"a": "model.safetensors", "b": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert sources.local_folder(source, weights=False) == folder
+
+
 CLAIMS: list[dict[str, Any]] = [
     {"num_hidden_layers": 10**9}, {"num_hidden_layers": 3_000}, {"num_hidden_layers": 1e9}, {"vocab_size": 10**12},
     {"hidden_size": 10**9}, {"intermediate_size": 10**11}, {"num_attention_heads": 2**31}, {"head_dim": 2**31},
