@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from threading import Lock
 from typing import Any
 
+from mole import runs
 from mole.config import RunConfig
 from mole.core.child import Child, ChildExited, ChildTimeout, memory_limit, serve
+from mole.core.devices import free_on_cpu
 from mole.core.errors import DataError
 from mole.data import read_columns
+from mole.evaluation.job import start_evaluation
 from mole.preflight.preview import Preview, preview
 
-PREVIEW_SECONDS, COLUMNS_SECONDS = 120.0, 20.0
-"""The longest either may take; they read no more than the beginning of a file."""
-MEMORY = 4 << 30
-"""Bytes a process may take."""
+MODULE = "app.services.data_process"
+COLUMNS_SECONDS, PREVIEW_SECONDS = 20.0, 120.0
+"""The longest that reading the beginning of a file may take."""
+BEGINNING_MEMORY = 4 << 30
+"""Bytes that it may take."""
+FILE_SECONDS = 1800.0
+"""The longest that reading a whole file may take; it may take the memory that is free."""
 
 
 class DataReader:
@@ -23,56 +30,83 @@ class DataReader:
 
     def __init__(self) -> None:
         self._in_use = Lock()
-        self._child = Child("app.services.data_process")
+        self._child = Child(MODULE)
 
-    def read(self, request: RunConfig | str, seconds: float, rows: int = 0) -> Any:
-        """What `answer` sends for a request. Raises its errors, and `DataError` past a limit."""
-        values = request if isinstance(request, str) else request.to_dict()
+    def read(self, action: str, *arguments: Any, seconds: float) -> Any:
+        """What one of `ACTIONS` returns. Raises its errors, and `DataError` for too much time or memory."""
         with self._in_use:
             try:
-                return self._child.call((values, rows), seconds)
+                return self._child.call((action, arguments), seconds)
             except (ChildExited, ChildTimeout) as error:
                 cause = "The file, or the model's tokenizer or chat template, is broken."
                 raise DataError(f"Reading the data was given up: {error}. {cause}", field="data.path") from None
 
     def end(self) -> None:
-        """End the process."""
+        """End the process, and with it what it does."""
         self._child.kill()
 
 
 PREVIEWS, COLUMNS = DataReader(), DataReader()
-"""Two, so that a file's columns do not wait for a preview."""
+"""Two, so that a file's columns do not wait for a preview. They are kept, as they import libraries for seconds."""
 
 
 def preview_of(config: RunConfig, rows: int) -> Preview:
-    """`mole.preflight.preview.preview`, with its errors; `DataError` if it takes too long or too much memory."""
-    made: Preview = PREVIEWS.read(config, PREVIEW_SECONDS, rows)
+    """`mole.preflight.preview.preview`. Raises its errors and those of `DataReader.read`."""
+    made: Preview = PREVIEWS.read("preview", config, rows, seconds=PREVIEW_SECONDS)
     return made
 
 
 def columns_of(path: str) -> tuple[str, ...]:
-    """`mole.data.read_columns`, with its errors; `DataError` if it takes too long or too much memory."""
-    names: tuple[str, ...] = COLUMNS.read(path, COLUMNS_SECONDS)
+    """`mole.data.read_columns`. Raises its errors and those of `DataReader.read`."""
+    names: tuple[str, ...] = COLUMNS.read("columns", path, seconds=COLUMNS_SECONDS)
     return names
+
+
+def check_inputs(config: RunConfig) -> None:
+    """`mole.runs.check_inputs`, which reads all of the data. Raises its errors and those of `DataReader.read`."""
+    _read_once("check", config)
+
+
+def evaluate(target: str, data: str, limit: int | None) -> None:
+    """`mole.evaluation.job.start_evaluation`, which reads all of the data. Raises its errors, and as `check_inputs`."""
+    _read_once("evaluate", target, data, limit)
+
+
+def _read_once(action: str, *arguments: Any) -> None:
+    """`DataReader.read` in a process that gives the memory of a large file back by ending."""
+    reader = DataReader()
+    try:
+        reader.read(action, *arguments, seconds=FILE_SECONDS)
+    finally:
+        reader.end()
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The process
 
 
-def answer(request: tuple[dict[str, Any] | str, int], connection: Connection) -> None:
-    """Send the preview of a run's settings, or the columns of a path. Raises their errors."""
-    values, rows = request
+ACTIONS: dict[str, Callable[..., Any]] = {
+    "preview": preview,
+    "columns": read_columns,
+    "check": runs.check_inputs,
+    "evaluate": start_evaluation,
+}
+
+
+BEGINNINGS = ("preview", "columns")
+
+
+def answer(request: tuple[str, tuple[Any, ...]], connection: Connection) -> None:
+    """Do one of `ACTIONS`, and send what it returns, if anything. Raises its errors, and `DataError` without memory."""
+    action, arguments = request
     try:
-        if isinstance(values, str):
-            connection.send(read_columns(values))
-        else:
-            connection.send(preview(RunConfig.from_dict(values), rows))
+        with memory_limit(min(free_on_cpu(), BEGINNING_MEMORY) if action in BEGINNINGS else free_on_cpu()):
+            result = ACTIONS[action](*arguments)
     except MemoryError:
-        message = f"Reading the data takes more than the {MEMORY >> 30} GB it may take."
-        raise DataError(message, field="data.path") from None
+        raise DataError("There is not enough memory to read the data.", field="data.path") from None
+    if result is not None:
+        connection.send(result)
 
 
 if __name__ == "__main__":
-    with memory_limit(MEMORY):
-        serve(answer)
+    serve(answer)

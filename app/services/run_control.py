@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from app import settings
+from app.services.data_process import check_inputs
 from mole import runs
 from mole.config import RunConfig
 from mole.runs.run import Run
@@ -17,7 +18,7 @@ def start_new_run(config: Callable[[], RunConfig]) -> Run:
     """
     settings.forbid_on_space()
     checked = config()
-    runs.check_inputs(checked)
+    check_inputs(checked)
     runs.check_room()
     run = runs.create(checked)
     runs.start(run)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -33,6 +35,10 @@ def detach(module: str, *arguments: str, log: Path) -> None:
             stderr=output,
             start_new_session=True,
         )
+    if hasattr(resource, "prlimit"):  # a limit that this process has for a while is not for that one
+        with contextlib.suppress(OSError):
+            hard = resource.prlimit(process.pid, resource.RLIMIT_DATA)[1]
+            resource.prlimit(process.pid, resource.RLIMIT_DATA, (hard, hard))
     # Waiting for it avoids a zombie; if we end first, init adopts it.
     threading.Thread(target=process.wait, name=f"reap-{process.pid}", daemon=True).start()
 

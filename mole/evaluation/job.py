@@ -27,6 +27,8 @@ from mole.runs.run import Run
 FOLDER = "evaluations"
 ALIVE = ("queued", "running")
 STATES = (*ALIVE, "finished", "failed", "cancelled")
+CPU_MINUTES = 24 * 60
+"""The longest an evaluation may compute, on each core."""
 NUMBER = (int, float)
 KINDS: dict[str, Any] = {
     "target": str, "checkpoint": str, "data": str, "sha256": str, "limit": (int, type(None)), "date": str,
@@ -260,6 +262,7 @@ def main(arguments: list[str]) -> int:
     def evaluate() -> None:
         if len(arguments) != 2 or not arguments[1].isdecimal():
             raise RunError("usage: python -m mole.evaluation.job NAME NUMBER")
+        job.limit_cpu(CPU_MINUTES, os.cpu_count() or 1)
         perform(Evaluation(runs.get(arguments[0]), int(arguments[1])))
 
     return processes.exit_code(evaluate)

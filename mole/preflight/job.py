@@ -29,7 +29,7 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import locks, processes
 from mole.core.devices import free_on_cpu
-from mole.core.errors import InputError, MoleError, RunError
+from mole.core.errors import InputError, RunError
 from mole.core.paths import home, local_path, make_folder
 from mole.core.text import explain
 from mole.runs import job
@@ -43,8 +43,6 @@ NO_MEMORY = r"out of memory|allocate memory|MemoryError|bad_alloc|failed to map 
 KILLED = "The system ended the process, most likely because the memory ran out, or else after hours of work."
 CPU_MINUTES: dict[str, float] = {"estimate": 30, "measurement": 120, "both": 150}
 """Minutes of processor time of a job; of a measurement, which uses all cores, for each of them."""
-CPU_GRACE = 30
-"""Seconds of processor time after which a process that does not end by itself at its limit is killed."""
 
 
 @dataclass(frozen=True)
@@ -238,35 +236,11 @@ def memory_limited(device: str, limit: int | None) -> Iterator[None]:
         limit = free_on_cpu()
     before, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if limit is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (lower(limit, hard), hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (job.lower(limit, hard), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
-
-
-def limit_cpu(kind: str) -> None:
-    """Let this process end when it has used the processor time of such a job.
-
-    At the limit it raises `MoleError`. Where that does nothing, in a library that keeps the interpreter, the kernel
-    kills it `CPU_GRACE` seconds later.
-    """
-    minutes = CPU_MINUTES[kind] * (1 if kind == "estimate" else os.cpu_count() or 1)
-
-    def on_limit(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes again each second
-        raise MoleError(f"It was ended after {CPU_MINUTES[kind]:g} minutes of work on each processor it may use.")
-
-    signal.signal(signal.SIGXCPU, on_limit)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (lower(round(60 * minutes), hard), lower(round(60 * minutes) + CPU_GRACE, hard))
-    )
-
-
-def lower(limit: int, hard: int) -> int:
-    """The lower one of a limit and the hard limit that this process has already."""
-    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
 
 
 def record_failure(check: PreflightJob, kind: str, error: Exception) -> None:
@@ -288,7 +262,7 @@ def main(arguments: list[str]) -> int:
         if check is None:
             raise RunError("usage: python -m mole.preflight.job KEY")
         if (kind := check.read("request").get("kind")) in CPU_MINUTES:
-            limit_cpu(kind)
+            job.limit_cpu(CPU_MINUTES[kind], 1 if kind == "estimate" else os.cpu_count() or 1)
         perform(check)
 
     return processes.exit_code(answer)

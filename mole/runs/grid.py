@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,10 @@ def check_free(configs: Iterable[RunConfig]) -> None:
             )
 
 
-def queue_all(configs: Sequence[RunConfig]) -> list[Run]:
+def queue_all(configs: Sequence[RunConfig], check: Callable[[RunConfig], None] = store.check_inputs) -> list[Run]:
     """Make and queue the runs of a grid: all of them, or none when something is wrong with one.
+
+    `check` is called with one config for each model and data set, before a run is made.
 
     Raises `InputError` when data, model or a name cannot be used, `BusyError` when the queue has no room for all.
     """
@@ -136,7 +138,7 @@ def queue_all(configs: Sequence[RunConfig]) -> list[Run]:
     sources: list[tuple[Any, Any]] = []
     for config in configs:
         if (config.model, config.data) not in sources:
-            store.check_inputs(config)
+            check(config)
             sources.append((config.model, config.data))
     made: list[Run] = []
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mole.core import locks
-from mole.core.errors import BusyError
+from mole.core.errors import BusyError, MoleError
 from mole.core.paths import device_lock_path, make_folder
 
 STARTING_SECONDS = 20.0
@@ -24,6 +25,8 @@ POLL_SECONDS = 0.5
 """Between two looks at whether the device is free."""
 REPORT_SECONDS = 0.5
 """At least so long between two progress reports."""
+CPU_GRACE = 30
+"""Seconds of processor time after which a process that does not end by itself at its limit is killed."""
 EXITED = "The process exited unexpectedly: it was killed, ran out of memory, or the machine went down."
 
 
@@ -50,6 +53,28 @@ def signal_holder(lock_path: Path, number: signal.Signals, *, group: bool = Fals
         with contextlib.suppress(ProcessLookupError, PermissionError):
             for each in (number, signal.SIGCONT):
                 (os.killpg if group else os.kill)(pid, each)
+
+
+def limit_cpu(minutes: float, cores: int) -> None:
+    """Let this process end when it has used so many minutes of processor time on each of so many cores.
+
+    At the limit it raises `MoleError`. Where that does nothing, in a library that keeps the interpreter, the kernel
+    kills it `CPU_GRACE` seconds later.
+    """
+
+    def on_limit(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGXCPU, signal.SIG_IGN)  # it comes again each second
+        raise MoleError(f"It was ended after {minutes:g} minutes of work on each processor it may use.")
+
+    signal.signal(signal.SIGXCPU, on_limit)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    seconds = round(60 * minutes * cores)
+    resource.setrlimit(resource.RLIMIT_CPU, (lower(seconds, hard), lower(seconds + CPU_GRACE, hard)))
+
+
+def lower(limit: int, hard: int) -> int:
+    """The lower one of a limit and the hard limit that this process has already."""
+    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
 
 
 @contextmanager

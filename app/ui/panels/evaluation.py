@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
+from app.services.data_process import evaluate
 from app.ui.wiring import QUIET, run_or_warn
 from app.views.evaluations import evaluation_list
 from app.views.problem import problem_value, problem_view
@@ -120,7 +121,7 @@ def on_evaluate(target: str | None, data: str | None, limit: float | None) -> di
             raise RunError("This run has no checkpoint yet; evaluate it once it has saved one.")
         if limit and limit < 1:
             raise ConfigError("limit", int(limit), "a whole number of rows", "0 takes them all.")
-        evaluation_job.start_evaluation(target, (data or "").strip(), int(limit) if limit else None)
+        evaluate(target, (data or "").strip(), int(limit) if limit else None)
     except MoleError as error:
         field = {"limit": "evaluate-limit", "data": "evaluate-data", "data.columns": "evaluate-data"}
         return problem_value(str(error), field.get(error.field or "", ""), reveal=True)

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
+from app.services.data_process import check_inputs
 from app.ui.forms import RunForm, label_of
 from app.ui.wiring import on_change
 from app.views.problem import problem_value, problem_view
@@ -129,7 +130,7 @@ def wire_grid(panel: GridPanel, form: RunForm, queued: Callable[[list[Run]], lis
     def queue(*values: Any) -> list[Any]:
         settings.forbid_on_space()
         try:
-            made = grid.queue_all(expand(values))
+            made = grid.queue_all(expand(values), check_inputs)
         except MoleError as error:
             return [grid_problem(error, values, reveal=True), gr.skip(), *[gr.skip()] * len(outputs)]
         text = f"Queued {len(made)} runs in the group **{made[0].group}**."

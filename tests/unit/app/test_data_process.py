@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 
 from app.services import data_process
-from app.services.data_process import columns_of, preview_of
+from app.services.data_process import check_inputs, columns_of, preview_of
 from mole.config import RunConfig
 from mole.core.errors import DataError, ModelError
 from mole.data import read_columns
@@ -103,3 +103,15 @@ def test_columns_come_while_a_preview_hangs(tiny_folder: Path, data: Path, tmp_p
     data_process.PREVIEWS.end()
     hanging.join(30)
     assert not hanging.is_alive()
+
+
+def test_a_run_is_checked_by_reading_all_of_its_data(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = json.dumps({"instruction": "Count.", "output": "1"}) + "\n"
+    path.write_text(row * 5_000)
+    check_inputs(config_of(tiny_folder, path))
+    path.write_text(row * 5_000 + "{")
+    with pytest.raises(DataError, match="line 5001"):
+        check_inputs(config_of(tiny_folder, path))
+    with pytest.raises(ModelError):
+        check_inputs(config_of(tmp_path / "nowhere", path))

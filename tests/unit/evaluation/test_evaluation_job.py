@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -188,3 +191,23 @@ def test_deleting_the_run_ends_its_evaluation_without_a_trace(run: Run, data: st
     while lives(pid) and time.monotonic() < until:
         time.sleep(0.1)
     assert not lives(pid) and not run.path.exists()
+
+
+HANGS = """
+import sys
+from mole.evaluation import job
+from mole.runs import job as jobs
+
+def hang(evaluation):
+    sum(range(10**15))  # in C, and with the interpreter's lock: no signal's handler gets its turn
+
+job.CPU_MINUTES, jobs.CPU_GRACE = 0.01, 1
+job.perform = hang
+sys.exit(job.main([{name!r}, "1"]))
+"""
+
+
+def test_an_evaluation_that_hangs_ends_at_its_limit_of_processor_time(home: Path, data: str) -> None:
+    runs.create(RunConfig.from_dict({"name": "tiny", "data": {"path": data}}))
+    code = [sys.executable, "-c", HANGS.format(name="tiny")]
+    assert subprocess.run(code, timeout=120, check=False).returncode == -signal.SIGKILL

@@ -24,12 +24,13 @@ HANG = "sum(range(10**15))"
 SCRIPT = """
 import sys
 from mole.preflight import job
+from mole.runs import job as jobs
 
 def work(*arguments, **more):
     {work}
 
 job.CPU_MINUTES = dict.fromkeys(job.CPU_MINUTES, 1 / 60 / {share})
-job.CPU_GRACE = 2
+jobs.CPU_GRACE = 2
 job.run_estimate = job.run_measurement = work
 sys.exit(job.main([{key!r}]))
 """
