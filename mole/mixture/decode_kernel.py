@@ -95,9 +95,8 @@ class DecodeCall:
             for name, value in module._parameters.items()
             if value is not None
         ]
-        self._checked: tuple[Any, ...] = ()  # the dtypes and settings that `_spec` belongs to
-        self._spec: KernelSpec | None = None
-        self._text = ""
+        # The dtypes and settings, the spec for them, and its text; replaced as one, since threads may share the model.
+        self._checked: tuple[tuple[Any, ...], KernelSpec | None, str] = ((), None, "")
 
     def inputs(self, x: Tensor) -> list[Tensor]:
         """The inputs of the kernel: the token `x (1, 1, in)` and the weights."""
@@ -110,18 +109,20 @@ class DecodeCall:
     @property
     def spec(self) -> KernelSpec | None:
         """The spec of the kernel that the last token could have used; None without one, or if settings have changed."""
-        return self._spec if self._checked[1:] == self.settings() else None
+        checked, spec, _ = self._checked
+        return spec if checked[1:] == self.settings() else None
 
     def __call__(self, x: Tensor) -> KernelOutput | None:
         """Compute the token `x (1, 1, in)`; None if there is no kernel for it."""
         inputs = self.inputs(x)
         dtypes = [value.dtype for value in inputs]
-        checked = (dtypes, *self.settings())
-        if checked != self._checked:
-            self._checked = checked
-            self._spec = self._make_spec(dtypes)
-            self._text = "" if self._spec is None else self._spec.text
-        kernel = KERNELS.get(self._text)
+        wanted = (dtypes, *self.settings())
+        checked, _, text = self._checked
+        if checked != wanted:
+            spec = self._make_spec(dtypes)
+            text = "" if spec is None else spec.text
+            self._checked = wanted, spec, text
+        kernel = KERNELS.get(text)
         bases = self.adapters.bases
         if kernel is None or not all(map(is_plain_linear, bases)) or not all(map(Tensor.is_contiguous, inputs)):
             return None

@@ -10,6 +10,7 @@ the device.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -62,20 +63,30 @@ class RoutingListener(Protocol):
         """Add the records of one forward pass, one for each adapted projection that was called."""
 
 
-class RoutingLog:
-    """The routing of the model's current forward pass.
+class Recording(NamedTuple):
+    """A listener and the thread that it listens in."""
+
+    thread: int
+    listener: RoutingListener
+
+
+class RoutingLog(threading.local):
+    """The routing of the model's current forward pass. Each thread sees its own, but for the recordings.
 
     The hooks that open and close it are on the base model, so calls that bypass a `PeftModel` (native `add_adapter`)
     are logged too. When non-reentrant checkpointing recomputes a layer the log is closed, so nothing is counted twice.
 
     Attributes:
-        listeners: receive the routings of each pass.
+        recordings: what listens to the model, each with the thread that began it.
+        listeners: receive the routings of this pass.
         sums: of the last batch in training mode.
         loss: the auxiliary loss of the last batch in training mode; None without one.
         micro_batches: sums of the passes so far, inside `one_batch`; None outside, where each pass is a batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recordings: list[Recording]) -> None:
+        """Called again in each thread, with the same list."""
+        self.recordings = recordings
         self.listeners: list[RoutingListener] = []
         self.records: list[RecordedRouting] = []
         self.sums: list[RoutingSums] = []
@@ -87,9 +98,9 @@ class RoutingLog:
         self._training = False
         self._grad = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingLog:
+    def __reduce__(self) -> tuple[Any, ...]:
         """A copied model starts with an empty log: the tensors of a forward pass belong to the original."""
-        return RoutingLog()
+        return RoutingLog, ([],)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: drop the last pass, note the padding of this one."""
@@ -98,6 +109,14 @@ class RoutingLog:
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._open, self._mask_has_past = True, True
         self._training, self._grad = module.training, torch.is_grad_enabled()
+        self.listeners = self.listeners_here() if self.recordings else []
+
+    @torch.compiler.disable
+    def listeners_here(self) -> list[RoutingListener]:
+        """Those of this thread; in a thread that records nothing itself, as one that only generates, those of all."""
+        recordings, here = tuple(self.recordings), threading.get_ident()
+        own = [recording.listener for recording in recordings if recording.thread == here]
+        return own or [recording.listener for recording in recordings]
 
     def entries(self, router: Router[Any], routing: Routing, training: bool) -> list[LogEntry]:
         """The log entries of L projections that were computed together.
@@ -230,7 +249,7 @@ def install_log(model: nn.Module) -> RoutingLog:
     """The routing log of a model; the first call creates it and registers its hooks."""
     log: RoutingLog | None = getattr(model, LOG_ATTRIBUTE, None)
     if log is None:
-        log = RoutingLog()
+        log = RoutingLog([])
         setattr(model, LOG_ATTRIBUTE, log)
         model.register_forward_pre_hook(log.begin, with_kwargs=True)
         model.register_forward_hook(log.finish, with_kwargs=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +28,20 @@ class SharedCall(NamedTuple):
         return self.x is other.x and self.writes == other.writes and self.settings == other.settings
 
 
+class KeptOutputs(threading.local):
+    """What the first projection of a group has computed for its siblings. Each thread has its own: threads that call
+    one model at the same time must not take each other's outputs.
+
+    Attributes:
+        call: the call that the outputs belong to.
+        outputs: by the id of the layer they are kept for.
+    """
+
+    def __init__(self) -> None:
+        self.call: SharedCall | None = None
+        self.outputs: dict[int, AdapterOutput] = {}
+
+
 class InputGroup:
     """The adapted projections that read the same input; a single one if it has no siblings.
 
@@ -37,15 +51,15 @@ class InputGroup:
 
     def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
         self.layers = list(layers)
-        self._call: SharedCall | None = None
-        self._outputs: dict[int, AdapterOutput] = {}  # by the id of the layer they are kept for
+        self._kept = KeptOutputs()
         self._fused: dict[tuple[str, int], FusedAdapters] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InputGroup:
-        """The group of a copied model is one of the copied layers, and keeps nothing."""
-        memo[id(self)] = group = InputGroup([])
-        group.layers = copy.deepcopy(self.layers, memo)
-        return group
+    def __getstate__(self) -> list[AdaptedLayer]:
+        """The group of a copied or pickled model is one of the copied layers, and keeps nothing."""
+        return self.layers
+
+    def __setstate__(self, layers: list[AdaptedLayer]) -> None:
+        self.layers, self._kept, self._fused = layers, KeptOutputs(), {}
 
     def output(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> AdapterOutput:
         """The output of `layer`'s adapter for the input `x (…, in)`."""
@@ -55,18 +69,19 @@ class InputGroup:
             return FusedAdapters([layer], adapter).outputs(x, log)[0]
         if len(self.layers) == 1:
             return self.fused([layer], adapter).outputs(x, log)[0]
+        kept = self._kept
         call = SharedCall(x, write_count(x), (adapter, layer.training, torch.is_grad_enabled(), log))
         if layer is self.layers[0]:
             siblings = [other for other in self.layers[1:] if can_fuse(layer, other, adapter)]
             own, *rest = self.fused([layer, *siblings], adapter).outputs(x, log)
-            self._outputs = {id(sibling): output for sibling, output in zip(siblings, rest, strict=True)}
-            self._call = call if rest else None
+            kept.outputs = {id(sibling): output for sibling, output in zip(siblings, rest, strict=True)}
+            kept.call = call if rest else None
             return own
-        kept = self._outputs.pop(id(layer), None)
-        valid = kept is not None and self._call is not None and call.matches(self._call)
-        if not (valid and self._outputs):
-            self.clear()
-        return kept if kept is not None and valid else self.fused([layer], adapter).outputs(x, log)[0]
+        output = kept.outputs.pop(id(layer), None)
+        valid = output is not None and kept.call is not None and call.matches(kept.call)
+        if not (valid and kept.outputs):
+            kept.call, kept.outputs = None, {}
+        return output if output is not None and valid else self.fused([layer], adapter).outputs(x, log)[0]
 
     def fused(self, layers: Sequence[AdaptedLayer], adapter: str) -> FusedAdapters:
         """The fused adapters of `layers`, built again only if an adapter or a base layer was replaced."""
@@ -78,16 +93,12 @@ class InputGroup:
 
     def kernel_specs(self) -> list[KernelSpec]:
         """The specs of the decode kernels that the tokens decoded so far could have used."""
-        specs = [fused.decode_call.spec for fused in self._fused.values()]
+        specs = [fused.decode_call.spec for fused in list(self._fused.values())]
         return [spec for spec in specs if spec is not None]
-
-    def clear(self) -> None:
-        """Drop the outputs kept for siblings that were not called."""
-        self._call, self._outputs = None, {}
 
     def drop_adapter(self, adapter: str) -> None:
         """Drop what refers to an adapter that was deleted."""
-        self.clear()
+        self._kept = KeptOutputs()  # that of all threads
         self._fused = {key: fused for key, fused in self._fused.items() if fused.adapter != adapter}
 
 

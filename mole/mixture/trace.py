@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mole.mixture.routers import Router, Routing, entropies_of
-from mole.mixture.routing_log import RecordedRouting, find_log, layer_index
+from mole.mixture.routing_log import RecordedRouting, Recording, find_log, layer_index
 
 
 class RoutingDelta(NamedTuple):
@@ -148,17 +149,19 @@ class Trace:
 def record_routing(model: nn.Module) -> Iterator[Trace]:
     """Record the routing of every forward pass or `generate` inside the `with` block.
 
-    Recording does not change what the model computes. A model without a MoLE adapter gives an empty trace.
+    Recording does not change what the model computes. A model without a MoLE adapter gives an empty trace. The passes
+    of another thread are recorded too, as of one that only generates, unless that thread records the model itself.
     """
     trace, log = Trace(model), find_log(model)
     if log is None:
         yield trace
         return
-    log.listeners.append(trace)
+    recording = Recording(threading.get_ident(), trace)
+    log.recordings.append(recording)
     try:
         yield trace
     finally:
-        log.listeners.remove(trace)
+        log.recordings.remove(recording)
 
 
 def active_routers(model: nn.Module) -> list[tuple[str, Router[Any]]]:

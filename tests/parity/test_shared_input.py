@@ -46,8 +46,8 @@ def pair(router: str, dtype: torch.dtype = torch.float64, **settings: Any) -> tu
 
 
 def kept(model: Attention) -> bool:
-    group = model.q_proj.group
-    return bool(group._outputs) or group._call is not None
+    kept = model.q_proj.group._kept
+    return bool(kept.outputs) or kept.call is not None
 
 
 @pytest.mark.parametrize("router", ROUTERS)
