@@ -8,6 +8,8 @@ internals.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig, PeftType
@@ -17,6 +19,7 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from mole.config import ROUTERS, AdapterConfig
+from mole.core import patterns
 from mole.core.errors import ConfigError, MoleError
 from mole.mixture.layer import PREFIX, MoleLinear, features, supports
 from mole.mixture.quantised import limit_packing
@@ -58,9 +61,19 @@ def config_fields() -> list[tuple[str, Any, Any]]:
     return declared
 
 
+HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+"""Heads of tasks, which PEFT trains whole, but excludes from the targets only if the config names them beforehand."""
+MODULES_TO_SAVE = "Modules of the base model that are trained and saved whole, such as the head of a classifier."
+
+
 def _post_init(self: Any) -> None:
     super(MoleConfig, self).__post_init__()
     self.peft_type = PEFT_TYPE
+    if self.modules_to_save is None:
+        self.modules_to_save = HEADS.get(getattr(self.task_type, "value", self.task_type))
+    if self.modules_to_save is not None:
+        patterns.check_plain(self.modules_to_save, "modules_to_save")  # PEFT puts them into patterns
+        self.modules_to_save = list(dict.fromkeys(self.modules_to_save))
     if isinstance(self.target_modules, set):
         self.target_modules = sorted(self.target_modules)
     values = {name: getattr(self, name) for name, _, _ in config_fields()}
@@ -79,7 +92,10 @@ def _adapter(self: Any) -> AdapterConfig:
 # Built from the dataclasses in `mole.config`, which declare every setting once, with its bounds and help.
 MoleConfig: Any = dataclasses.make_dataclass(
     "MoleConfig",
-    config_fields(),
+    [
+        *config_fields(),
+        ("modules_to_save", "list[str] | None", dataclasses.field(default=None, metadata={"help": MODULES_TO_SAVE})),
+    ],
     bases=(PeftConfig,),
     namespace={
         "__doc__": "PEFT configuration of a mixture of LoRA experts: settings of `AdapterConfig` and of its router.",
@@ -124,6 +140,16 @@ class MoleModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)  # PEFT 0.19 calls `model.forward`, which skips the routing log's hooks
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What PEFT calls around each forward pass; without it `adapter_names` would be dropped unsaid."""
+        if kwargs.get("adapter_names") is not None:
+            raise MoleError(
+                "adapter_names is not supported: a mixture of experts answers all rows of a batch with one adapter. "
+                "Choose it with set_adapter(name), and pass the rows of each adapter by themselves."
+            )
+        yield
 
     def _create_and_replace(
         self,
