@@ -5,7 +5,7 @@ HOST ?= 127.0.0.1
 PORT ?= 7860
 # transformers comes along, because a newer one refuses the oldest PEFT
 OLDEST := peft==0.19.0 transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.16.0
-WITH_OLDEST := unit/mixture/test_model.py unit/mixture/test_mole_config.py unit/mixture/test_targets.py \
+WITH_OLDEST := unit/mixture/test_model.py unit/mixture/test_mole_config.py unit/mixture/test_target_modules.py \
   unit/models/test_peft_patterns.py parity/test_layer.py
 
 VENV := .venv

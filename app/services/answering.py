@@ -12,10 +12,10 @@ from app.services import device_policy
 from app.services.chat_targets import check_target, target_label
 from app.services.conversation import Turn, align_turns, history_of, model_messages, turns_of
 from app.services.engine import ENGINE, PartialReply
-from app.services.reply_messages import Stage
 from app.services.steering_options import overrides_text
 from mole import runs
 from mole.analysis.tables import escaped
+from mole.chat.messages import Stage
 from mole.core.errors import MoleError
 from mole.core.redaction import redacted
 from mole.mixture.steering import AS_TRAINED, Steering

@@ -13,8 +13,8 @@ from threading import Lock, Thread
 from typing import Any
 
 from app.services import device_policy
-from app.services.reply_messages import STOP, Opened, Part, ReplyJob, Stage
 from app.services.routing_stream import ROUTING_RECORDS, RoutingRecord
+from mole.chat.messages import STOP, Opened, Part, ReplyJob, Stage
 from mole.core.child import DONE, Child, ChildExited, Failed
 from mole.core.errors import ModelError
 from mole.mixture.steering import AS_TRAINED, Steering
@@ -63,7 +63,7 @@ class Engine:
     def __init__(self) -> None:
         # Not an RLock: a reply is a generator, and the server runs its steps in different threads.
         self._in_use = Lock()
-        self._child = Child("app.services.chat_process")
+        self._child = Child("mole.chat.process")
         self._watcher: Thread | None = None
         self._gpu_insisted = False
         """Whether the last reply was to be computed on the GPU although a run trains there."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from app import settings
-from app.services.data_process import check_inputs
 from mole import runs
 from mole.config import RunConfig
+from mole.preflight.data_process import check_inputs
 from mole.runs.run import Run
 
 

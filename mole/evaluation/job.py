@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -118,17 +119,23 @@ class Evaluation:
 # Starting and finding
 
 
-def start_evaluation(target: str, data: str, limit: int | None = None) -> Evaluation:
+def start_evaluation(
+    target: str,
+    data: str,
+    limit: int | None = None,
+    read: Callable[[Run, str, int | None], tuple[dict[str, str], str]] | None = None,
+) -> Evaluation:
     """Evaluate a run (`RUN`, or `RUN@STEP` for a checkpoint) on a data file or hub data set, in the background.
 
-    `limit` takes the first rows only. Raises `RunError` or `ModelError` for the target, `DataError` (field `data`) and
-    `ConfigError` (field `limit`), all before anything starts.
+    `limit` takes the first rows only; they are read by `read`, by default `data_columns`. Raises `RunError` or
+    `ModelError` for the target, `DataError` (field `data`) and `ConfigError` (field `limit`), all before anything
+    starts.
     """
     from mole.runs.targets import locate
 
     locate(target)
     run = run_of(target)
-    columns, fingerprint = data_columns(run, data, limit)
+    columns, fingerprint = (read or data_columns)(run, data, limit)
     evaluation = _claim(run, new_record(target, data, limit, fingerprint), columns=columns)
     processes.detach("mole.evaluation.job", run.name, str(evaluation.number), log=evaluation.file("log"))
     return evaluation

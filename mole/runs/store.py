@@ -8,9 +8,10 @@ import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint, files
@@ -20,17 +21,21 @@ from mole.core.text import one_line
 from mole.runs.run import Run, creation_facts
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Check that the data can be read and the model exists, before a run is created. Raises `InputError`."""
+def check_inputs(config: RunConfig, read: Callable[..., Any] | None = None) -> None:
+    """Check that the model exists and the data can be read, before a run is created. Raises `InputError`.
+
+    All of the data is read by `read`, by default `mole.data.read_examples`.
+    """
     from mole import models
     from mole.data import read_examples
 
+    read = read or read_examples
     if not config.data.path:
         raise ConfigError("data.path", "", "a JSON, JSONL, CSV or Parquet file, or a hub id", "Give one with --data.")
     models.resolve(config.model.name)
-    read_examples(config.data.path, config.data.columns)
+    read(config.data.path, config.data.columns)
     if config.data.eval_path:
-        read_examples(config.data.eval_path, config.data.columns, field="data.eval_path")
+        read(config.data.eval_path, config.data.columns, field="data.eval_path")
 
 
 @writing()

@@ -10,7 +10,6 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.services.data_process import evaluate
 from app.ui.wiring import QUIET, run_or_warn
 from app.views.evaluations import evaluation_list
 from app.views.problem import problem_value, problem_view
@@ -18,6 +17,7 @@ from mole import runs
 from mole.core.errors import ConfigError, InputError, MoleError, RunError
 from mole.data import FILE_FORMATS
 from mole.evaluation import job as evaluation_job
+from mole.preflight.data_process import evaluate
 
 
 @dataclass

@@ -10,13 +10,13 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.services.data_process import check_inputs
 from app.ui.forms import RunForm, label_of
 from app.ui.wiring import on_change
 from app.views.problem import problem_value, problem_view
 from mole import runs
 from mole.config import ROUTERS, SECTIONS, RunConfig
 from mole.core.errors import MoleError
+from mole.preflight.data_process import check_inputs
 from mole.runs import grid
 from mole.runs.run import Run
 

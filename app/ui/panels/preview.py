@@ -8,12 +8,12 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.services.data_process import preview_of
 from app.ui.forms import RunForm
 from app.ui.wiring import on_change
 from app.views.preview import STALE, preview_value, preview_view, rejected_value
 from app.views.problem import problem_value
 from mole.core.errors import MoleError
+from mole.preflight.data_process import preview_of
 
 PREVIEW_ROWS = 8
 

@@ -10,7 +10,6 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.services.data_process import columns_of
 from app.ui.forms import RunForm, command_text
 from app.ui.wiring import QUIET, on_change, run_or_warn
 from app.views.status_line import status_line, status_value
@@ -28,6 +27,7 @@ from mole.data import (
     read_columns,
 )
 from mole.models import catalog
+from mole.preflight.data_process import columns_of
 
 MAX_FIELDS = 3
 """The most fields a shape of data has; each gets a dropdown."""

@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from app.services import engine as engine_module
-from app.services.chat_process import ReplyGenerator
 from app.services.engine import ActiveReplies, Engine, PartialReply
-from app.services.reply_messages import ReplyJob, Stage
+from mole.chat.messages import ReplyJob, Stage
+from mole.chat.process import ReplyGenerator
 from mole.config import ModelConfig
 from mole.core.errors import InputError, ModelError
 from mole.mixture.steering import Steering

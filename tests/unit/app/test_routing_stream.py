@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.services.chat_process import describe_routing, routing_bytes, short_names
 from app.services.routing_stream import (
     ROUTING_RECORDS,
     RoutingRecord,
@@ -17,6 +16,7 @@ from app.services.routing_stream import (
     fetch_projections,
     fetch_routing,
 )
+from mole.chat.process import describe_routing, routing_bytes, short_names
 
 HALF = 0.5 / 255 + 1e-6
 MESSAGES = [{"role": "user", "content": "Convert 3 km to metres."}]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from adapting import TOKENS, adapt
 
-from app.services.chat_process import ReplyGenerator
-from app.services.reply_messages import Part, ReplyJob
+from mole.chat.messages import Part, ReplyJob
+from mole.chat.process import ReplyGenerator
 from mole.mixture import aot_compile
 from mole.mixture.aot_compile import prepare_kernels
 from mole.mixture.decode_kernel import KERNELS

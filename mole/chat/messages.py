@@ -1,4 +1,4 @@
-"""What `engine` and the process of the chat's models say to each other."""
+"""What the studio's engine and the process of its models (`mole.chat.process`) say to each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process the chat's models live in: loads them and generates the replies that `engine` asks for."""
+"""The process the studio's models live in: it loads them and generates the replies that it is asked for."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from app.services.reply_messages import Opened, Part, ReplyJob, Stage
 from mole.chat.generate import ChatSettings, Step, stream
+from mole.chat.messages import Opened, Part, ReplyJob, Stage
 from mole.chat.model_cache import ModelCache
 from mole.config import AdapterConfig, ModelConfig
 from mole.core.child import memory_limit, serve
@@ -191,7 +191,7 @@ def leave_a_core() -> None:
 
 
 def main() -> None:
-    """Answer the requests of `app.services.engine`."""
+    """Answer the requests of the studio's engine."""
     import_ahead()
     leave_a_core()
     serve(ReplyGenerator().answer)

@@ -1,4 +1,4 @@
-"""Reading data for the page in processes of their own: a file, a tokenizer or a chat template may be anyone's."""
+"""Reading data in processes of their own, for the studio: a file, a tokenizer or a chat template may be anyone's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mole.config import RunConfig
 from mole.core.child import Child, ChildExited, ChildTimeout, memory_limit, serve
 from mole.core.devices import free_on_cpu
 from mole.core.errors import DataError
-from mole.data import read_columns
-from mole.evaluation.job import start_evaluation
+from mole.data import read_columns, read_examples
+from mole.evaluation.job import data_columns, start_evaluation
 from mole.preflight.preview import Preview, preview
+from mole.runs.run import Run
 
-MODULE = "app.services.data_process"
 COLUMNS_SECONDS, PREVIEW_SECONDS = 20.0, 120.0
 """The longest that reading the beginning of a file may take."""
 BEGINNING_MEMORY = 4 << 30
@@ -30,7 +30,7 @@ class DataReader:
 
     def __init__(self) -> None:
         self._in_use = Lock()
-        self._child = Child(MODULE)
+        self._child = Child("mole.preflight.data_process")
 
     def read(self, action: str, *arguments: Any, seconds: float) -> Any:
         """What one of `ACTIONS` returns. Raises its errors, and `DataError` for too much time or memory."""
@@ -64,19 +64,24 @@ def columns_of(path: str) -> tuple[str, ...]:
 
 def check_inputs(config: RunConfig) -> None:
     """`mole.runs.check_inputs`, which reads all of the data. Raises its errors and those of `DataReader.read`."""
-    _read_once("check", config)
+    runs.check_inputs(config, lambda *source, **named: _read_once("rows", source, named))
 
 
 def evaluate(target: str, data: str, limit: int | None) -> None:
     """`mole.evaluation.job.start_evaluation`, which reads all of the data. Raises its errors, and as `check_inputs`."""
-    _read_once("evaluate", target, data, limit)
+
+    def read(run: Run, *source: Any) -> tuple[dict[str, str], str]:
+        found: tuple[dict[str, str], str] = _read_once("evaluation", run.name, *source)
+        return found
+
+    start_evaluation(target, data, limit, read)
 
 
-def _read_once(action: str, *arguments: Any) -> None:
+def _read_once(action: str, *arguments: Any) -> Any:
     """`DataReader.read` in a process that gives the memory of a large file back by ending."""
     reader = DataReader()
     try:
-        reader.read(action, *arguments, seconds=FILE_SECONDS)
+        return reader.read(action, *arguments, seconds=FILE_SECONDS)
     finally:
         reader.end()
 
@@ -85,15 +90,17 @@ def _read_once(action: str, *arguments: Any) -> None:
 # The process
 
 
+def check_rows(source: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """`mole.data.read_examples` for its errors alone."""
+    read_examples(*source, **named)
+
+
+BEGINNINGS: dict[str, Callable[..., Any]] = {"preview": preview, "columns": read_columns}
 ACTIONS: dict[str, Callable[..., Any]] = {
-    "preview": preview,
-    "columns": read_columns,
-    "check": runs.check_inputs,
-    "evaluate": start_evaluation,
+    **BEGINNINGS,
+    "rows": check_rows,
+    "evaluation": lambda name, *source: data_columns(runs.get(name), *source),
 }
-
-
-BEGINNINGS = ("preview", "columns")
 
 
 def answer(request: tuple[str, tuple[Any, ...]], connection: Connection) -> None:

@@ -10,11 +10,11 @@ from threading import Thread
 
 import pytest
 
-from app.services import data_process
-from app.services.data_process import check_inputs, columns_of, preview_of
 from mole.config import RunConfig
 from mole.core.errors import DataError, ModelError
 from mole.data import read_columns
+from mole.preflight import data_process
+from mole.preflight.data_process import check_inputs, columns_of, preview_of
 from mole.preflight.preview import preview
 
 
