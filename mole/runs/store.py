@@ -110,8 +110,7 @@ def absolute(config: RunConfig) -> RunConfig:
 def get(name: str) -> Run:
     """The run of that name. Raises `RunError` when there is none, or the name is not allowed."""
     path = runs_dir() / check_name(name)
-    # A folder that may not be entered is a run that is unreadable.
-    found = files.is_folder(path) and not (os.access(path, os.X_OK) and not files.is_file(path / "run.yaml"))
+    found = is_run(path)
     if found and name != name.swapcase() and os.path.lexists(runs_dir() / name.swapcase()):
         # A file system that ignores case also finds it by names it does not have, or there are two such runs.
         found = name in os.listdir(runs_dir())
@@ -120,15 +119,21 @@ def get(name: str) -> Run:
     return Run(name, path)
 
 
+def is_run(path: Path) -> bool:
+    """Whether a run's folder is at `path`; one that may not be entered is a run that is unreadable."""
+    return files.is_folder(path) and (files.is_file(path / "run.yaml") or not os.access(path, os.X_OK))
+
+
 def list_runs() -> list[Run]:
     """All runs, the oldest first."""
-    if not runs_dir().is_dir():
+    folder, found = runs_dir(), []
+    if not folder.is_dir():
         return []
-    found = []
-    for path in runs_dir().iterdir():
+    for name in os.listdir(folder):
         try:
-            run = get(path.name)
-            found.append((run.created, run.name, run))
+            run = Run(check_name(name), folder / name)
+            if is_run(run.path):
+                found.append((run.created, name, run))
         except (RunError, OSError):
             continue
     return [run for *_, run in sorted(found, key=lambda item: item[:2])]
