@@ -223,6 +223,7 @@ def run_measurement(check: PreflightJob, config: RunConfig, request: dict[str, A
             result = dry_run.measure(
                 config, check.scratch, lambda text, share: check.tell("measurement", "working", text + " …", share)
             )
+    shutil.rmtree(check.scratch, ignore_errors=True)  # before it is done: what is told then is true
     check.write("measurement", **dataclasses.asdict(result))
     check.tell("measurement", "done", "", 1.0)
 
