@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from mole.core.errors import MoleError
 from mole.core.paths import home
-from mole.core.processes import python_environment
+from mole.core.processes import be_killed_first, data_limit, python_environment
 from mole.core.text import one_line
 
 DONE = "done"
@@ -158,8 +158,7 @@ def serve(answer: Callable[[Any, Connection], None]) -> NoReturn:
     """
     connection, life = Connection(int(sys.argv[1])), socket.socket(fileno=int(sys.argv[2]))
     end_with(life)
-    with contextlib.suppress(OSError):  # the kernel kills this process before its parent and before runs
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    be_killed_first()
     while True:
         try:
             request = connection.recv()
@@ -196,10 +195,5 @@ def memory_limit(more: int) -> Iterator[None]:
     except OSError:
         yield
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = pages * resource.getpagesize() + more
-    resource.setrlimit(resource.RLIMIT_DATA, (min(wanted, hard) if hard >= 0 else wanted, hard))
-    try:
+    with data_limit(pages * resource.getpagesize() + more):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

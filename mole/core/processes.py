@@ -1,4 +1,4 @@
-"""Detached processes, their exit codes, and the JSON records they write. No torch."""
+"""Detached processes, their limits, their exit codes, and the JSON records they write. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,29 @@ def python_environment() -> dict[str, str]:
     if root.name not in ("site-packages", "dist-packages"):
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     return environment
+
+
+def be_killed_first() -> None:
+    """Let the kernel kill this process before others, the studio and runs among them, when memory runs out (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+
+@contextmanager
+def data_limit(limit: int | None) -> Iterator[None]:
+    """A block in which this process may have `limit` bytes of data, then `MemoryError` (Linux); None for no limit."""
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (lower(limit, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
+
+
+def lower(limit: int, hard: int) -> int:
+    """The lower one of a limit and the hard limit that this process has already."""
+    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
 
 
 def exit_code(work: Callable[[], Any]) -> int:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -231,17 +230,9 @@ def run_measurement(check: PreflightJob, config: RunConfig, request: dict[str, A
 @contextmanager
 def memory_limited(device: str, limit: int | None) -> Iterator[None]:
     """A block in which running out of memory ends this process, not others of the machine."""
-    with contextlib.suppress(OSError):  # the first process the kernel kills, before the studio and runs
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    if limit is None and device == "cpu":
-        limit = free_on_cpu()
-    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (job.lower(limit, hard), hard))
-    try:
+    processes.be_killed_first()
+    with processes.data_limit(free_on_cpu() if limit is None and device == "cpu" else limit):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 
 
 def record_failure(check: PreflightJob, kind: str, error: Exception) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mole.core import locks
+from mole.core import locks, processes
 from mole.core.errors import BusyError, MoleError
 from mole.core.paths import device_lock_path, make_folder
 
@@ -69,12 +69,9 @@ def limit_cpu(minutes: float, cores: int) -> None:
     signal.signal(signal.SIGXCPU, on_limit)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     seconds = round(60 * minutes * cores)
-    resource.setrlimit(resource.RLIMIT_CPU, (lower(seconds, hard), lower(seconds + CPU_GRACE, hard)))
-
-
-def lower(limit: int, hard: int) -> int:
-    """The lower one of a limit and the hard limit that this process has already."""
-    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (processes.lower(seconds, hard), processes.lower(seconds + CPU_GRACE, hard))
+    )
 
 
 @contextmanager

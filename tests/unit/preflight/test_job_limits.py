@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mole.config import RunConfig
+from mole.core import processes
 from mole.preflight import job
 from mole.preflight.job import PreflightJob
 from mole.runs import job as jobs
@@ -82,9 +83,7 @@ def test_an_estimate_has_a_limit_of_memory_too(check: PreflightJob, monkeypatch:
 
     before = resource.getrlimit(resource.RLIMIT_DATA)
     monkeypatch.setattr("mole.preflight.estimate.estimate", estimate)
-    monkeypatch.setattr(
-        job, "Path", lambda path: Path(os.devnull)
-    )  # this process stays as likely to be killed as it is
+    monkeypatch.setattr(processes, "Path", lambda path: Path(os.devnull))  # this process stays as likely to be killed
     config = RunConfig.from_dict({"model": {"device": "cpu"}, "data": {"path": "x"}})
     with pytest.raises(ValueError, match="seen"):
         job.run_estimate(check, config, last=True)
