@@ -48,8 +48,9 @@ def api_show_run(name: str) -> dict[str, Any]:
 
 def api_read_events(name: str, offset: int = 0) -> dict[str, Any]:
     """The events from a byte offset on, at most about 4 MB of them, and the offset to continue from."""
-    start = with_api_errors(lambda: max(0, coerce(int, offset, "offset")))
-    events, following = with_api_errors(lambda: runs.get(name).read_events(start, limits.EVENT_BYTES))
+    events, following = with_api_errors(
+        lambda: runs.get(name).read_events(max(0, coerce(int, offset, "offset")), limits.EVENT_BYTES)
+    )
     return {"events": [not_a_file(event) for event in events], "offset": following}
 
 

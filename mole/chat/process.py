@@ -64,20 +64,22 @@ class ReplyGenerator:
                 should_stop=connection.poll,  # while a reply is generated, nothing but `STOP` is sent to us
                 steering=steering, encoding=encoding_stage(connection),
             )  # fmt: skip
-            send_parts(steps, loaded, job, connection)
+            send_parts(steps, loaded, steering, job.with_trace, connection)
             prepare_kernels(loaded.model)
 
 
-def send_parts(steps: Iterator[Step], loaded: Loaded, job: ReplyJob, connection: Connection) -> None:
+def send_parts(
+    steps: Iterator[Step], loaded: Loaded, steering: Steering, with_trace: bool, connection: Connection
+) -> None:
     """Send an `Opened`, and a `Part` for each step as it is generated."""
     texts, routing, started = list[str](), dict[str, Any](), 0.0
     for step in steps:
         if not texts:
-            routing, started = describe_routing(loaded, step, Steering.from_dict(job.steering)), time.monotonic()
+            routing, started = describe_routing(loaded, step, steering), time.monotonic()
             on_gpu = loaded.model.device.type == "cuda"
             connection.send(Opened(routing, step.prompt_tokens, loaded.notice, on_gpu))
         texts += [text for _, text in step.tokens]
-        trace = step.trace if job.with_trace and step.finished else None
+        trace = step.trace if with_trace and step.finished else None
         whole = trace.to_dict(texts, step.prompt_tokens) if trace is not None else None
         seconds = time.monotonic() - started
         connection.send(Part(step.text, len(step.tokens), routing_bytes(step, routing), seconds, step.finished, whole))
