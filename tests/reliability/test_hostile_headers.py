@@ -227,26 +227,28 @@ def damage_header(header: dict[str, Any], body: int, draw: Draw) -> None:
         tensor.pop(draw.choice(list(tensor)))
 
 
-def test_a_base_models_safetensors_header_is_checked_before_it_is_used(tiny_folder: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
-    weights, draw = folder / "model.safetensors", random.Random(2)
-    good = weights.read_bytes()
+def damaged_in_place(weights: Path, seed: int) -> Iterator[None]:
+    """Put `CASES` damaged versions of a safetensors file in its place, one after the other."""
+    good, draw = weights.read_bytes(), random.Random(seed)
     with little_memory():
         for _ in range(CASES):
             weights.write_bytes(damaged_safetensors(good, draw))
-            quick(lambda: load_base(on_cpu(folder)))
-            assert sizes.parameters([weights]) < 10**6
-            sources.fingerprint(folder)
+            yield
+
+
+def test_a_base_models_safetensors_header_is_checked_before_it_is_used(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    weights = folder / "model.safetensors"
+    for _ in damaged_in_place(weights, seed=2):
+        quick(lambda: load_base(on_cpu(folder)))
+        assert sizes.parameters([weights]) < 10**6
+        sources.fingerprint(folder)
 
 
 def test_an_adapters_safetensors_header_is_checked_before_it_is_used(tiny_adapter: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_adapter, tmp_path / "adapter"))
-    weights, draw = folder / "adapter_model.safetensors", random.Random(3)
-    good = weights.read_bytes()
-    with little_memory():
-        for _ in range(CASES):
-            weights.write_bytes(damaged_safetensors(good, draw))
-            quick(lambda: AdapterFiles.read(folder))
+    for _ in damaged_in_place(folder / "adapter_model.safetensors", seed=3):
+        quick(lambda: AdapterFiles.read(folder))
 
 
 @pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "pickle.bin", "", "."])
