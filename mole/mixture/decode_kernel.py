@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mole.mixture.grouped import grouped_is_faster
 from mole.mixture.routers import Router, Routing
@@ -151,8 +152,13 @@ class DecodeCall:
 
 def is_plain_linear(base: nn.Module) -> bool:
     """Whether a base layer computes x Wᵀ + b and nothing else: not quantised, no hooks, its own `forward`."""
-    hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-    return type(base) is nn.Linear and type(base._parameters["weight"]) is nn.Parameter and not hooked
+    return type(base) is nn.Linear and type(base._parameters["weight"]) is nn.Parameter and not is_hooked(base)
+
+
+def is_hooked(base: nn.Module) -> bool:
+    """Whether something takes part in the calls of a base layer: hooks of it or of all modules, another `forward`."""
+    own = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return bool(own or "forward" in base.__dict__ or _has_any_global_hook())
 
 
 def is_decode_step(x: Tensor) -> bool:

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from mole.config import AdapterConfig
 from mole.core.errors import MoleError
+from mole.mixture.decode_kernel import is_hooked
 from mole.mixture.experts import stacked_experts
 from mole.mixture.fused_adapters import AdapterOutput
 from mole.mixture.routers import LINEARS, Router, build_router
@@ -111,8 +114,11 @@ class MoleLinear(nn.Module, BaseTunerLayer):
     @property
     def owns_result(self) -> bool:
         """Whether nothing else refers to the base layer's output, so that it may be written into: no hooks, not
-        quantised."""
-        return type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+        quantised. A backward hook makes the output a view, which autograd lets nobody write into."""
+        base: Any = self._modules["base_layer"]  # skips `nn.Module.__getattr__`, which is slow
+        if type(base) is not nn.Linear or torch.compiler.is_compiling() or is_hooked(base):
+            return False
+        return not (torch.is_grad_enabled() and outputs_are_cached())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise MoleError(
@@ -128,6 +134,12 @@ class MoleLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "mole." + super().__repr__()
+
+
+def outputs_are_cached() -> bool:
+    """Whether selective checkpointing keeps the outputs of operations, to take them again in the backward pass."""
+    caching = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+    return any(isinstance(mode, caching) for mode in _get_current_dispatch_mode_stack())
 
 
 def supports(module: nn.Module) -> bool:
