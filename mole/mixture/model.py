@@ -23,7 +23,7 @@ from mole.core import patterns
 from mole.core.errors import ConfigError, MoleError
 from mole.mixture.layer import PREFIX, MoleLinear, features, supports
 from mole.mixture.quantised import limit_packing
-from mole.mixture.routing_log import install_log, layer_index
+from mole.mixture.routing_log import install_log, layer_index, remove_log
 from mole.mixture.shared_input import SIBLINGS, InputGroup
 from mole.mixture.targets import resolve_targets
 
@@ -208,7 +208,17 @@ class MoleModel(BaseTuner):
                 "on the token. Save the adapter and load it beside the base model."
             )
         unload: Any = super()._unload_and_optionally_merge
-        return unload(merge, *args, **kwargs)
+        unloaded = unload(merge, *args, **kwargs)
+        remove_log(self.model)
+        return unloaded
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        layers = [layer for layer in self.model.modules() if isinstance(layer, MoleLinear)]
+        if not any(layer.routers for layer in layers):  # they stay as they are, as LoRA's do
+            remove_log(self.model)
+            for layer in layers:
+                layer.log = None
 
 
 if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:

@@ -256,6 +256,18 @@ def install_log(model: nn.Module) -> RoutingLog:
     return log
 
 
+def remove_log(model: nn.Module) -> None:
+    """Remove the routing log of a model and its hooks."""
+    log = model.__dict__.pop(LOG_ATTRIBUTE, None)
+    before, after = model._forward_pre_hooks, model._forward_hooks
+    for hooks, with_kwargs in (
+        (before, model._forward_pre_hooks_with_kwargs),
+        (after, model._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if log is not None and getattr(hook, "__self__", None) is log]:
+            del hooks[key], with_kwargs[key]
+
+
 def find_log(model: nn.Module) -> RoutingLog | None:
     """The routing log of a model or of the model it wraps (PEFT, DDP, …); None without a MoLE adapter."""
     for module in model.modules():

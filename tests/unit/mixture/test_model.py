@@ -271,6 +271,54 @@ def test_a_second_adapter_on_other_projections_is_recorded_and_has_its_losses(ti
     assert auxiliary_loss(model).item() > 0.5
 
 
+def attributes(model: Any) -> dict[str, Any]:
+    """Names of the attributes of every module, and the number of entries in each that has a length, such as hooks."""
+    return {
+        f"{path}.{name}": len(value) if hasattr(value, "__len__") and name.startswith("_") else None
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+    }
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
+def test_an_unloaded_model_is_the_plain_base_and_takes_an_adapter_again(
+    copied: bool, tiny_model: Make, tmp_path: Path
+) -> None:
+    plain = attributes(tiny_model())
+    model = adapt(tiny_model())
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    model.train()(TOKENS, labels=TOKENS).loss.backward()
+    base = (copy.deepcopy(model) if copied else model).eval().unload()
+    assert attributes(base) == plain and find_log(base) is None
+    assert torch.equal(logits(base), logits(tiny_model()))
+    again = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(again), expected)
+    with record_routing(again) as trace:
+        logits(again)
+    assert len(trace) == TOKENS.shape[1]
+
+
+def test_after_its_last_adapter_is_deleted_a_model_has_no_routing_log(tiny_model: Make) -> None:
+    """The layers stay, without adapters, as LoRA's do."""
+    model = adapt(tiny_model())
+    expected = logits(model)
+    base = model.get_base_model()
+    model.add_adapter("other", settings("topk"))
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), expected) and find_log(model) is not None
+    model.delete_adapter("default")
+    assert find_log(model) is None and not base._forward_hooks and not base._forward_pre_hooks
+    assert torch.equal(logits(base), logits(tiny_model()))
+    model.add_adapter("default", settings())
+    shake(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model.eval()), expected)
+    with record_routing(model) as trace:
+        logits(model)
+    assert len(trace) == TOKENS.shape[1]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What cannot be, and what must not break
 
