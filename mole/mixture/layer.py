@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from mole.config import AdapterConfig
 from mole.core.errors import MoleError
@@ -142,14 +143,20 @@ def outputs_are_cached() -> bool:
     return any(isinstance(mode, caching) for mode in _get_current_dispatch_mode_stack())
 
 
+QUANTISED_WEIGHTS = ("qweight", "W_q", "codes", "weight_scales")
+"""Where the quantised linear layers that are no `nn.Linear` keep their weights: GPTQ and AWQ, HQQ, AQLM, EETQ."""
+
+
 def supports(module: nn.Module) -> bool:
     """Whether a module can be adapted: a linear layer, also a quantised one, or GPT-2's `Conv1D`."""
-    return isinstance(module, nn.Linear) or hasattr(module, "nf") or hasattr(module, "in_features")
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    return hasattr(module, "in_features") and any(hasattr(module, name) for name in QUANTISED_WEIGHTS)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
     """`(in, out)` of a projection. GPT-2's `Conv1D` stores its weight as `(in, out)`."""
-    if hasattr(module, "nf"):
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    if isinstance(module, Conv1D):
+        weight: torch.Tensor = module.weight
         return weight.shape[0], weight.shape[1]
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]

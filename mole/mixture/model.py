@@ -220,6 +220,12 @@ class MoleModel(BaseTuner):
             for layer in layers:
                 layer.log = None
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise MoleError(
+            "add_weighted_adapter is not supported: experts that are weighted for each token cannot be combined into "
+            "one adapter. Use one adapter at a time, or train one on the data of both."
+        )
+
 
 if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name=METHOD_NAME, config_cls=MoleConfig, model_cls=MoleModel, prefix=PREFIX)

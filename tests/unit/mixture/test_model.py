@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from adapting import TOKENS, adapt, layers_of, logits, settings, shake
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftMixedModel, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mole import auxiliary_loss, record_routing
@@ -168,6 +170,28 @@ def test_expert_counts_spread_over_equal_groups_of_layers_from_the_bottom_up(
     assert [found[place] for place in range(8)] == by_layer
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(arch, layers=8), tmp_path)), logits(model))
+
+
+class Looks(nn.Module):
+    """Has the sizes of a linear layer, and computes something else."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.ones(out_features, in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(x, self.weight)
+
+
+@pytest.mark.parametrize("targets", [["o_proj"], r".*\.o_proj"], ids=["list", "pattern"])
+def test_a_module_that_only_looks_linear_is_refused_by_name(targets: Any, tiny_model: Make) -> None:
+    model = tiny_model()
+    model.model.layers[1].self_attn.o_proj = Looks(32, 32)
+    with pytest.raises(InputError, match=r"^[^\n]*layers\.1\.self_attn\.o_proj is a Looks[^\n]*$"):
+        get_peft_model(model, settings(target_modules=targets))
+    found = get_peft_model(model, settings())
+    assert not any(layer.name.endswith("1.self_attn.o_proj") for layer in layers_of(found))
 
 
 def test_a_module_that_is_no_projection_is_refused_by_name(tiny_model: Make) -> None:
@@ -330,6 +354,19 @@ def test_merging_is_refused_with_the_reason(merge: str, tiny_model: Make) -> Non
     with pytest.raises(MoleError, match=r"cannot be merged.*depend"):
         getattr(model, merge)()
     assert torch.equal(logits(model), before)
+
+
+def test_what_only_plain_adapters_can_do_is_refused_in_one_line(tiny_model: Make, tmp_path: Path) -> None:
+    model = adapt(tiny_model())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(MoleError, match=r"^add_weighted_adapter is not supported: .*$"):
+        model.add_weighted_adapter(["default"], [1.0], "mean")
+    with pytest.raises(ValueError, match=r"^Hotswapping only supports LORA.*$"):
+        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    with pytest.raises(ValueError, match=r"^The provided .*MOLE_STUDIO.* not compatible with the `PeftMixedModel`.*$"):
+        get_peft_model(tiny_model(), settings(), mixed=True)
+    with pytest.raises(ValueError, match=r"^Adapter of type .*MOLE_STUDIO is not supported for mixed models.*$"):
+        PeftMixedModel.from_pretrained(tiny_model(), tmp_path)
 
 
 @pytest.mark.parametrize("router", ["dynmole", "sparsegen"])
