@@ -102,6 +102,8 @@ class RoutingLog(threading.local):
         """A copied model starts with an empty log: the tensors of a forward pass belong to the original."""
         return RoutingLog, ([],)
 
+    # Where a whole model is compiled, its hooks run in Python: Dynamo does not follow what they set in a thread's log.
+    @torch.compiler.disable
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: drop the last pass, note the padding of this one."""
         self.records, self.sums, self.loss = [], [], None
@@ -130,8 +132,12 @@ class RoutingLog(threading.local):
         """
         count = routing.weights.shape[-2]
         recorded = routing if self.listeners else None
-        sums = self.sum_over_tokens(token_columns(router, routing), 1).unbind(-2) if training else [None] * count
-        return [LogEntry(recorded, column, own) for column, own in enumerate(sums)]
+        if not training:
+            return [LogEntry(recorded, column, None) for column in range(count)]
+        columns = token_columns(router, routing)
+        # A compiled block would save the mask for its backward pass, see `MaskedSum`: `finish` sums what it hands out.
+        sums = columns if torch.compiler.is_compiling() else self.sum_over_tokens(columns, 1)
+        return [LogEntry(recorded, column, own) for column, own in enumerate(sums.unbind(-2))]
 
     def sum_over_tokens(self, values: Tensor, kept: int = 0) -> Tensor:
         """Sum `values (…, k)` over the tokens that are not padding.
@@ -139,12 +145,7 @@ class RoutingLog(threading.local):
         Args:
             values: `(B, T, k)`, `(N, k)`, or with further dimensions before k.
             kept: number of dimensions before k that are not summed over.
-
-        In a compiled graph `values` are returned as they are: the graph would save the mask for its backward pass, see
-        `mole.mixture.losses.MaskedSum`.
         """
-        if torch.compiler.is_compiling():
-            return values
         tokens = values.shape[: -1 - kept]
         if self._mask is not None and self._mask_has_past and len(tokens) == 2:
             self._mask, self._mask_has_past = self._mask[:, -tokens[1] :], False
@@ -172,6 +173,7 @@ class RoutingLog(threading.local):
         if entry.sums is not None:
             self.sums.append(RoutingSums(name, router, entry.sums))
 
+    @torch.compiler.disable
     def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: notify the listeners, compute the auxiliary loss, add it to the output's own loss."""
         self._open = False
