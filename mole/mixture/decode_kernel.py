@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from mole.mixture.experts import is_transformed
 from mole.mixture.grouped import grouped_is_faster
 from mole.mixture.routers import Router, Routing
 
@@ -169,5 +170,5 @@ def is_decode_step(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not is_transformed()
     )

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 def stacked_experts(in_features: int, out_features: int, num_experts: int, r: int) -> tuple[nn.Linear, nn.Linear]:
@@ -41,7 +40,7 @@ def add_experts(base: Tensor, hidden: Tensor, gates: Tensor, up: Tensor, in_plac
     gates, up = in_dtype(gates, hidden.dtype), in_dtype(up, hidden.dtype)
     if not torch.is_grad_enabled():
         return add_gated(base, gate_hidden(hidden, gates).flatten(0, -2), up, 1.0, in_place)
-    if not in_place or base.dtype != hidden.dtype or torch.compiler.is_compiling():
+    if not in_place or base.dtype != hidden.dtype or is_transformed():
         return base + F.linear(gate_hidden(hidden, gates), up).to(base.dtype)
     return cast(Tensor, AddExperts.apply(base, hidden, gates, up))
 
@@ -57,7 +56,7 @@ def add_gated(base: Tensor, gated: Tensor, up: Tensor, scale: float, in_place: b
         in_place: write into `base`; nothing else may refer to it.
     """
     up, rows = in_dtype(up, gated.dtype), base.reshape(-1, base.shape[-1])
-    if base.dtype != gated.dtype or torch.compiler.is_compiling():
+    if base.dtype != gated.dtype or is_transformed():
         return base + (F.linear(gated, up) * scale).to(base.dtype).view_as(base)
     added = rows.addmm_ if in_place else rows.addmm  # product and sum in one operation
     return added(gated, up.t(), alpha=scale).view_as(base)
@@ -79,7 +78,6 @@ class AddExperts(torch.autograd.Function):
         return base
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, gates, up = ctx.saved_tensors
         grad_rows = grad.flatten(0, -2)  # (N, out)
@@ -88,6 +86,12 @@ class AddExperts(torch.autograd.Function):
         grad_gates = (grad_gated * hidden.view_as(grad_gated)).sum(-1)
         grad_hidden = (grad_gated * gates[..., None]).flatten(-2)
         return grad, grad_hidden, grad_gates, grad_up
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile or a transform of torch.func (`grad`, `vmap`, …) follows the operations: they cannot look
+    into autograd functions that are written by hand, and nothing may be written in place."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def gate_hidden(hidden: Tensor, gates: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mole.mixture.decode_kernel import DecodeCall, KernelOutput, is_decode_step
-from mole.mixture.experts import add_experts, add_gated, dropout, in_dtype
+from mole.mixture.experts import add_experts, add_gated, dropout, in_dtype, is_transformed
 from mole.mixture.grouped import TokenGroups, add_grouped, group_tokens, grouped_down, grouped_is_faster
 from mole.mixture.routers import Router, Routing
 from mole.mixture.routing_log import LogEntry, RoutingLog
@@ -34,6 +33,7 @@ class AdaptedLayer(Protocol):
     scaling: dict[str, float]
     dropout: dict[str, float]
     log: RoutingLog | None
+    name: str
 
     @property
     def active_adapters(self) -> list[str]:
@@ -158,7 +158,7 @@ class FusedAdapters:
 
     def log_entries(self, log: RoutingLog | None, routing: Routing, training: bool) -> Sequence[LogEntry | None]:
         """What each layer hands to the log about a `routing (…, L, E)`."""
-        return [None] * self.count if log is None else log.entries(self.router, routing, training)
+        return [None] * self.count if log is None else log.entries(self.layers[0].name, self.router, routing, training)
 
     def fused_outputs(
         self, hidden: Sequence[Tensor], weights: Tensor, entries: Sequence[LogEntry | None]
@@ -229,7 +229,7 @@ class FusedAdapters:
     def hidden_and_scores(self, x: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
         """One product of `x (…, in)` with every A and input linear: x Aᵀ as in `project_and_route`, then the scores."""
         weights = [*downs, *(in_dtype(linear.weight, x.dtype) for linear in self.flat_input_linears)]
-        if torch.compiler.is_compiling():  # the compiler decides itself what to keep for the backward pass
+        if is_transformed():  # the compiler decides itself what to keep for the backward pass
             product = F.linear(x, concatenated(weights, x.dtype))
         else:
             product = cast(Tensor, ConcatenatedLinear.apply(x, *weights))
@@ -258,7 +258,6 @@ class ConcatenatedLinear(torch.autograd.Function):
         return F.linear(x, concatenated(weights, x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         grad_x = grad @ concatenated(weights, x.dtype) if ctx.needs_input_grad[0] else None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mole.mixture.experts import in_dtype
+from mole.mixture.experts import in_dtype, is_transformed
 
 HAS_GROUPED_MM = hasattr(F, "grouped_mm")
 """Older releases of torch have no grouped product; they compute all experts."""
@@ -56,7 +56,7 @@ def grouped_is_faster(x: Tensor, down: Tensor, experts: int, max_active: int, wi
         return False
     aligned = all(width * down.dtype.itemsize % ALIGNMENT == 0 for width in (rank, *widths))
     fits = down.device.type == "cpu" and down.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return aligned and fits and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return aligned and fits and not torch.is_autocast_enabled("cpu") and not is_transformed()
 
 
 def group_tokens(weights: Tensor, max_active: int) -> TokenGroups:

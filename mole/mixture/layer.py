@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from mole.config import AdapterConfig
 from mole.core.errors import MoleError
 from mole.mixture.decode_kernel import is_hooked
-from mole.mixture.experts import stacked_experts
+from mole.mixture.experts import is_transformed, stacked_experts
 from mole.mixture.fused_adapters import AdapterOutput
 from mole.mixture.routers import LINEARS, Router, build_router
 from mole.mixture.routing_log import RoutingLog
@@ -117,7 +117,7 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         """Whether nothing else refers to the base layer's output, so that it may be written into: no hooks, not
         quantised. A backward hook makes the output a view, which autograd lets nobody write into."""
         base: Any = self._modules["base_layer"]  # skips `nn.Module.__getattr__`, which is slow
-        if type(base) is not nn.Linear or torch.compiler.is_compiling() or is_hooked(base):
+        if type(base) is not nn.Linear or is_transformed() or is_hooked(base):
             return False
         return not (torch.is_grad_enabled() and outputs_are_cached())
 

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mole.mixture.experts import is_transformed
 from mole.mixture.routers import Router, Routing, shannon_entropy
 
 
@@ -34,13 +34,14 @@ class MaskedSum(torch.autograd.Function):
         return (values if ctx.mask is None else values * ctx.mask).sum(0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return (grad.expand(ctx.tokens, *grad.shape) if ctx.mask is None else grad * ctx.mask), None
 
 
 def masked_sum(values: Tensor, mask: Tensor | None) -> Tensor:
     """Sum of `values (N, …)` over the tokens where `mask (N,)` is true; over all tokens without a mask → `(…)`."""
+    if is_transformed():
+        return (values if mask is None else values * mask.view(-1, *[1] * (values.dim() - 1))).sum(0)
     return cast(Tensor, MaskedSum.apply(values, mask))
 
 

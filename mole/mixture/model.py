@@ -21,6 +21,7 @@ from torch import nn
 from mole.config import ROUTERS, AdapterConfig
 from mole.core import patterns
 from mole.core.errors import ConfigError, MoleError
+from mole.mixture.aux_gradient import AUX_LOSS_MODES
 from mole.mixture.layer import PREFIX, MoleLinear, features, supports
 from mole.mixture.quantised import limit_packing
 from mole.mixture.routing_log import install_log, layer_index, remove_log
@@ -66,9 +67,18 @@ HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 MODULES_TO_SAVE = "Modules of the base model that are trained and saved whole, such as the head of a classifier."
 
 
+AUX_LOSS = (
+    "How the auxiliary losses reach the gradient: in the loss that the model returns (in_loss), injected into its "
+    "outputs (injected), the second where a Trainer does not use the first (auto), or not at all, since the loop adds "
+    "mole.auxiliary_loss(model) (manual)."
+)
+
+
 def _post_init(self: Any) -> None:
     super(MoleConfig, self).__post_init__()
     self.peft_type = PEFT_TYPE
+    if self.aux_loss not in AUX_LOSS_MODES:
+        raise ConfigError("aux_loss", self.aux_loss, f"one of {', '.join(AUX_LOSS_MODES)}")
     if self.modules_to_save is None:
         self.modules_to_save = HEADS.get(getattr(self.task_type, "value", self.task_type))
     if self.modules_to_save is not None:
@@ -95,6 +105,7 @@ MoleConfig: Any = dataclasses.make_dataclass(
     [
         *config_fields(),
         ("modules_to_save", "list[str] | None", dataclasses.field(default=None, metadata={"help": MODULES_TO_SAVE})),
+        ("aux_loss", "str", dataclasses.field(default="auto", metadata={"help": AUX_LOSS})),
     ],
     bases=(PeftConfig,),
     namespace={
@@ -190,6 +201,8 @@ class MoleModel(BaseTuner):
             config.target_modules = sorted(config.target_modules)  # the order of a set differs between processes
         limit_packing(model, trains=not config.inference_mode)
         log = install_log(model)
+        if not config.inference_mode:
+            log.shared.aux_loss = config.aux_loss
         group_siblings(model)
         first_of_width: dict[int, MoleLinear] = {}  # LD-MoLE: layers of one input width share the network of λ
         for layer in model.modules():

@@ -2,23 +2,25 @@
 
 All adapted projections of a model share one `RoutingLog`. Forward hooks on the base model open and close it. In
 between, each projection adds sums of its `Routing` over the tokens, in training, and the `Routing` itself while
-somebody listens (`record_routing`). When the pass ends, the log turns the sums into the auxiliary loss, adds it to the
-model's own loss and passes the routings to the listeners. Nothing is kept on the modules and nothing synchronises with
-the device.
+somebody listens (`record_routing`). When the pass ends, the log turns the sums into the auxiliary loss, sends it on its
+way to the gradient (`aux_gradient`) and passes the routings to the listeners. Nothing is kept on the modules and
+nothing synchronises with the device.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mole.core.errors import MoleError
+from mole.mixture.aux_gradient import deliver
 from mole.mixture.losses import has_losses, masked_sum, mixture_loss, token_columns
 from mole.mixture.routers import Router, Routing
 
@@ -70,46 +72,62 @@ class Recording(NamedTuple):
     listener: RoutingListener
 
 
+@dataclass
+class SharedByThreads:
+    """What the logs of all threads have in common.
+
+    Attributes:
+        recordings: what listens to the model, each with the thread that began it.
+        aux_loss: how the auxiliary loss reaches the gradient, one of `AUX_LOSS_MODES`.
+    """
+
+    recordings: list[Recording] = field(default_factory=list)
+    aux_loss: str = "auto"
+
+
 class RoutingLog(threading.local):
-    """The routing of the model's current forward pass. Each thread sees its own, but for the recordings.
+    """The routing of the model's current forward pass. Each thread sees its own, but for what is `shared`.
 
     The hooks that open and close it are on the base model, so calls that bypass a `PeftModel` (native `add_adapter`)
     are logged too. When non-reentrant checkpointing recomputes a layer the log is closed, so nothing is counted twice.
 
     Attributes:
-        recordings: what listens to the model, each with the thread that began it.
+        shared: the same in all threads.
         listeners: receive the routings of this pass.
         sums: of the last batch in training mode.
         loss: the auxiliary loss of the last batch in training mode; None without one.
         micro_batches: sums of the passes so far, inside `one_batch`; None outside, where each pass is a batch.
     """
 
-    def __init__(self, recordings: list[Recording]) -> None:
-        """Called again in each thread, with the same list."""
-        self.recordings = recordings
+    def __init__(self, shared: SharedByThreads) -> None:
+        """Called again in each thread, with the same object."""
+        self.shared = shared
         self.listeners: list[RoutingListener] = []
         self.records: list[RecordedRouting] = []
         self.sums: list[RoutingSums] = []
         self.loss: Tensor | None = None
         self.micro_batches: list[list[RoutingSums]] | None = None
-        self._mask: Tensor | None = None  # (B, T), true for tokens that are not padding
-        self._mask_has_past = True  # whether it may still cover tokens of a KV cache
+        self._masks: dict[str, Tensor] = {}  # of encoder and decoder, (B, T): true for tokens that are not padding
         self._open = False
         self._training = False
         self._grad = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied model starts with an empty log: the tensors of a forward pass belong to the original."""
-        return RoutingLog, ([],)
+        return RoutingLog, (SharedByThreads(aux_loss=self.shared.aux_loss),)
+
+    @property
+    def recordings(self) -> list[Recording]:
+        """What listens to the model, each with the thread that began it."""
+        return self.shared.recordings
 
     # Where a whole model is compiled, its hooks run in Python: Dynamo does not follow what they set in a thread's log.
     @torch.compiler.disable
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: drop the last pass, note the padding of this one."""
         self.records, self.sums, self.loss = [], [], None
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self._open, self._mask_has_past = True, True
+        self._masks = padding_masks(module, args, kwargs)
+        self._open = True
         self._training, self._grad = module.training, torch.is_grad_enabled()
         self.listeners = self.listeners_here() if self.recordings else []
 
@@ -120,10 +138,11 @@ class RoutingLog(threading.local):
         own = [recording.listener for recording in recordings if recording.thread == here]
         return own or [recording.listener for recording in recordings]
 
-    def entries(self, router: Router[Any], routing: Routing, training: bool) -> list[LogEntry]:
+    def entries(self, name: str, router: Router[Any], routing: Routing, training: bool) -> list[LogEntry]:
         """The log entries of L projections that were computed together.
 
         Args:
+            name: the full name of one of them.
             router: the router of one of them; all follow the same rule.
             routing: `(…, L, E)`.
             training: whether the projections train. The log cannot tell: when checkpointing recomputes a layer, which
@@ -136,23 +155,33 @@ class RoutingLog(threading.local):
             return [LogEntry(recorded, column, None) for column in range(count)]
         columns = token_columns(router, routing)
         # A compiled block would save the mask for its backward pass, see `MaskedSum`: `finish` sums what it hands out.
-        sums = columns if torch.compiler.is_compiling() else self.sum_over_tokens(columns, 1)
+        sums = columns if torch.compiler.is_compiling() else self.sum_over_tokens(name, columns, 1)
         return [LogEntry(recorded, column, own) for column, own in enumerate(sums.unbind(-2))]
 
-    def sum_over_tokens(self, values: Tensor, kept: int = 0) -> Tensor:
-        """Sum `values (…, k)` over the tokens that are not padding.
+    def sum_over_tokens(self, name: str, values: Tensor, kept: int = 0) -> Tensor:
+        """Sum `values (…, k)` of the projection `name` over the tokens that are not padding.
 
         Args:
+            name: its full name.
             values: `(B, T, k)`, `(N, k)`, or with further dimensions before k.
             kept: number of dimensions before k that are not summed over.
         """
         tokens = values.shape[: -1 - kept]
-        if self._mask is not None and self._mask_has_past and len(tokens) == 2:
-            self._mask, self._mask_has_past = self._mask[:, -tokens[1] :], False
-        # Modules that see other tokens than the model's input, such as an image encoder, have no mask here.
-        fits = self._mask is not None and self._mask.numel() == tokens.numel()
-        mask = self._mask.reshape(-1).to(values.device) if self._mask is not None and fits else None
+        mask = self.mask_of(name, tokens)
+        mask = None if mask is None else mask.reshape(-1).to(values.device)
         return masked_sum(values.flatten(0, len(tokens) - 1), mask)
+
+    def mask_of(self, name: str, tokens: torch.Size) -> Tensor | None:
+        """The padding mask of the tokens that a projection sees, `(B, T)` or `(N,)`; None if they are other tokens than
+        the model's input, such as those of an image encoder."""
+        fitting = {
+            part: mask
+            for part, mask in self._masks.items()
+            if (mask.shape == tokens if len(tokens) == 2 else mask.numel() == tokens.numel())
+        }
+        if len(fitting) == 2:  # inputs and targets of one length
+            return fitting["decoder" if sees_decoder_tokens(name) else "encoder"]
+        return next(iter(fitting.values()), None)
 
     def add(self, name: str, router: Router[Any], entry: LogEntry) -> None:
         """Add the entry of the projection `name` to the current pass; nothing happens outside a pass.
@@ -184,14 +213,16 @@ class RoutingLog(threading.local):
             self.sums = []
             return output
         self.sums = [
-            sums if sums.values.dim() == 1 else sums._replace(values=self.sum_over_tokens(sums.values))
+            sums if sums.values.dim() == 1 else sums._replace(values=self.sum_over_tokens(sums.name, sums.values))
             for sums in self.sums
         ]
         if self.micro_batches is not None:
             self.micro_batches.append(self.sums)
             return output
         self.compute_loss()
-        return output if self.loss is None else add_to_output(output, self.loss, kwargs)
+        if self.loss is not None:
+            output, self.loss = deliver(module, output, self.loss, kwargs, self.shared.aux_loss, self._grad)
+        return output
 
     def compute_loss(self) -> None:
         """Compute the auxiliary loss from the sums; without a router that has one, it stays None."""
@@ -229,29 +260,37 @@ def one_batch(model: nn.Module) -> Iterator[None]:
         log.micro_batches = None
 
 
-def add_to_output(output: Any, loss: Tensor, kwargs: Mapping[str, Any]) -> Any:
-    """Add the auxiliary loss to the `loss` of the model's output, if it has one.
+def padding_masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The padding masks `(B, T)` of a model call, true for tokens: `encoder`, or the only one, and `decoder`."""
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    masks = {"encoder": mask}
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        masks["decoder"] = kwargs.get("decoder_attention_mask")
+        if masks["decoder"] is None and (labels := kwargs.get("labels")) is not None:
+            masks["decoder"] = labels != -100  # the labels, moved by one place, are the decoder's input
+    elif isinstance(mask, Tensor) and (past := cached_tokens(kwargs.get("past_key_values"))):
+        masks["encoder"] = mask[:, past:]
+    return {part: mask.bool() for part, mask in masks.items() if isinstance(mask, Tensor) and mask.dim() == 2}
 
-    With `num_items_in_batch` (Trainer, gradient accumulation) the model's loss is divided by the labels of the whole
-    batch. The auxiliary loss is then weighted by this pass's share of the labels, so that it is not counted once for
-    every micro-batch.
-    """
-    labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
-    if labels is None:
-        return output
-    if items is not None:
-        loss = loss * ((labels[..., 1:] != -100).sum() / items)
-    if isinstance(output, tuple):
-        return (output[0] + loss.to(output[0].device), *output[1:])
-    output.loss = output.loss + loss.to(output.loss.device)
-    return output
+
+def sees_decoder_tokens(name: str) -> bool:
+    """Whether a projection of an encoder-decoder reads the decoder's tokens: its parts, without the keys and values of
+    the attention to the encoder's (T5 `EncDecAttention.k`, BART `encoder_attn.v_proj`)."""
+    parts = name.split(".")
+    crosses = any(re.search("encdec|encoder_attn|cross", part, re.IGNORECASE) for part in parts)
+    return "decoder" in parts and not (crosses and parts[-1][0] in "kv")
+
+
+def cached_tokens(cache: Any) -> int:
+    """The number of tokens in a KV cache, which a model's attention mask covers too; 0 without a cache."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def install_log(model: nn.Module) -> RoutingLog:
     """The routing log of a model; the first call creates it and registers its hooks."""
     log: RoutingLog | None = getattr(model, LOG_ATTRIBUTE, None)
     if log is None:
-        log = RoutingLog([])
+        log = RoutingLog(SharedByThreads())
         setattr(model, LOG_ATTRIBUTE, log)
         model.register_forward_pre_hook(log.begin, with_kwargs=True)
         model.register_forward_hook(log.finish, with_kwargs=True)

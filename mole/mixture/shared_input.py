@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mole.mixture.decode_kernel import KernelSpec
+from mole.mixture.experts import is_transformed
 from mole.mixture.fused_adapters import AdaptedLayer, AdapterOutput, FusedAdapters
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -64,7 +65,7 @@ class InputGroup:
     def output(self, layer: AdaptedLayer, adapter: str, x: Tensor) -> AdapterOutput:
         """The output of `layer`'s adapter for the input `x (…, in)`."""
         log = layer.log if layer.log is not None and (layer.training or layer.log.listeners) else None
-        if torch.compiler.is_compiling():
+        if is_transformed():
             # Nothing is kept, so that the layers do not differ and all of them run one compiled graph.
             return FusedAdapters([layer], adapter).outputs(x, log)[0]
         if len(self.layers) == 1:
