@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from serving import Studio, free_port, serve, studio_command
 
@@ -31,6 +33,15 @@ MEMORY = "{{ 'a' * 10 ** 10 }}"
 FOR_EVER = "(.+)+!"
 """A pattern for which Python's `re` needs ages, with the interpreter's lock held."""
 RUNS = ("pipes", "links", "pattern", "long")
+EVENTS = 1 << 30
+"""Size of a stranger's `events.jsonl`."""
+BACKTRACKS = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+"""A part of a tokenizer that takes ages for many letters a before something else."""
+ENDLESS_GGUF = b"GGUF" + b"".join(
+    number.to_bytes(size, "little")
+    for number, size in ((3, 4), (0, 8), (1, 8), (1, 8), (ord("a"), 1), (9, 4), (0, 4), (2**63, 8))
+)
+"""A header with one key, `a`, whose value is an array of 2⁶³ numbers."""
 
 
 def hostile_adapter(adapter: Path, folder: Path, template: str = "", **config: Any) -> Path:
@@ -39,8 +50,7 @@ def hostile_adapter(adapter: Path, folder: Path, template: str = "", **config: A
     (folder / "manifest.json").unlink(missing_ok=True)
     if template:
         (folder / "chat_template.jinja").write_text(template)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    change_json(folder / "adapter_config.json", **config)
     return folder
 
 
@@ -48,9 +58,40 @@ def hostile_model(model: Path, folder: Path, template: str) -> Path:
     """A copy of a model with a stranger's chat template."""
     shutil.copytree(model, folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    change_json(folder / "tokenizer_config.json", chat_template=template)
     return folder
+
+
+def hostile_tokenizer(model: Path, folder: Path) -> Path:
+    """A copy of a model whose tokenizer splits by a pattern of a stranger."""
+    shutil.copytree(model, folder)
+    change_json(folder / "tokenizer.json", pre_tokenizer=BACKTRACKS)
+    return folder
+
+
+def change_json(path: Path, **values: Any) -> None:
+    """Replace some values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def hostile_gguf(file: Path, content: bytes) -> Path:
+    """A model in one file."""
+    file.write_bytes(content)
+    return file
+
+
+def parquet_bomb(file: Path) -> Path:
+    """A file of some kilobytes that decodes to a gigabyte: a hundred thousand times the same text."""
+    text = pa.DictionaryArray.from_arrays(pa.array(bytes(100_000), pa.int8()), ["x" * 10_000])
+    pq.write_table(pa.table({"text": text}), file)
+    return file
+
+
+def wide_csv(file: Path) -> Path:
+    """A table of 60,000 columns."""
+    names = [f"column {number}" for number in range(60_000)]
+    file.write_text(",".join(names) + "\n" + ",".join("a" * len(names)) + "\n")
+    return file
 
 
 def hostile_runs() -> None:
@@ -68,9 +109,10 @@ def hostile_runs() -> None:
             text = run.config_path.read_text()
             run.config_path.write_text(text.replace("all-linear", f"'{FOR_EVER}'"))
         else:
-            line = json.dumps({"time": time.time(), "type": "step", "step": 1, "loss": 1.0}) + "\n"
+            lines = (json.dumps({"time": time.time(), "type": "step", "step": 1, "loss": 1.0}) + "\n") * 10_000
             with run.events_path.open("a") as events:
-                events.write(line * 300_000)
+                for _ in range(EVENTS // len(lines)):
+                    events.write(lines)
 
 
 @pytest.fixture
@@ -94,19 +136,21 @@ def slowest_look(studio: Studio) -> float:
     return max(taken)
 
 
-def asking(studio: Studio, target: Path) -> Callable[[], Any]:
+def asking(studio: Studio, target: Path, message: str = "Hello") -> Callable[[], Any]:
     """A message to a target."""
     stranger = visiting(studio)
-    return lambda: stranger.call(stranger.named("chat"), [str(target), "Hello", 2, 0.0, 1.0, 0, "", None])
+    return lambda: stranger.call(stranger.named("chat"), [str(target), message, 2, 0.0, 1.0, 0, "", None])
 
 
-def previewing(studio: Studio, model: Path) -> Callable[[], Any]:
-    """A click on the preview of the sample data with a model."""
+def previewing(studio: Studio, model: Path, data: Path | None = None) -> Callable[[], Any]:
+    """A click on the preview of the sample data, or of a file, with a model."""
     stranger = visiting(studio)
     ids = {part["props"].get("elem_id"): part["id"] for part in stranger.config["components"]}
     handler = next(entry for entry in stranger.endpoints if [ids["preview"], "click"] in entry["targets"])
     values = stranger.initial(handler)
     values[handler["inputs"].index(ids["field-model-name"])] = str(model)
+    if data is not None:
+        values[handler["inputs"].index(ids["field-data-path"])] = str(data)
     return lambda: stranger.call(handler, values)
 
 
@@ -122,6 +166,15 @@ def listing(studio: Studio) -> Callable[[], Any]:
     return lambda: stranger.call(stranger.named("list_runs"), [])
 
 
+LINES = {
+    "a GGUF file": "endless.gguf",
+    "a tokenizer": "retry-limit",
+    "a Parquet file": "bomb.parquet",
+    "a CSV file": "the maximum is 4096",
+}
+"""What the studio says about some of them: each was really used."""
+
+
 @pytest.mark.timed
 def test_the_page_comes_within_a_second_whatever_is_being_used(
     besieged: Studio, tiny_adapter: Path, tiny_folder: Path, tmp_path: Path
@@ -132,20 +185,24 @@ def test_the_page_comes_within_a_second_whatever_is_being_used(
     attacks = {
         **{f"the run {name}": looking(besieged, name) for name in RUNS},
         "the list": listing(besieged),
+        "a GGUF file": previewing(besieged, hostile_gguf(tmp_path / "endless.gguf", ENDLESS_GGUF)),
+        "a tokenizer": asking(besieged, hostile_tokenizer(tiny_folder, tmp_path / "t"), "a" * 40 + "!"),
+        "a Parquet file": previewing(besieged, tiny_folder, parquet_bomb(tmp_path / "bomb.parquet")),
+        "a CSV file": previewing(besieged, tiny_folder, wide_csv(tmp_path / "wide.csv")),
         "a pattern": asking(besieged, hostile_adapter(tiny_adapter, tmp_path / "a", target_modules=FOR_EVER)),
         "an exclusion": asking(besieged, hostile_adapter(tiny_adapter, tmp_path / "b", exclude_modules=FOR_EVER)),
         "memory": asking(besieged, hostile_adapter(tiny_adapter, tmp_path / "c", MEMORY)),
         "a preview": previewing(besieged, hostile_model(tiny_folder, tmp_path / "model", IN_C)),
         "a template": asking(besieged, hostile_adapter(tiny_adapter, tmp_path / "d", IN_C)),
     }
-    slowest = {}
+    slowest, answers = {}, {}
     studio = psutil.Process(process_of(besieged).pid)
     with ThreadPoolExecutor(len(attacks)) as threads:
         for name, attack in attacks.items():
             running = threads.submit(attack)
             slowest[name] = slowest_look(besieged)
             if name not in ("a preview", "a template"):
-                running.result(timeout=120)
+                answers[name] = running.result(timeout=120)
         processes = studio.children(recursive=True)
         assert len(processes) >= 2, "both hang"
         studio.kill()
@@ -153,3 +210,5 @@ def test_the_page_comes_within_a_second_whatever_is_being_used(
     assert not alive, "what hung ended with the studio"
     print({name: round(seconds, 3) for name, seconds in slowest.items()})
     assert max(slowest.values()) <= SECONDS, slowest
+    for name, line in LINES.items():
+        assert line in str(answers[name]), (name, answers[name])
