@@ -111,17 +111,21 @@ def stream(
             "answer: start a new conversation, or shorten it."
         )
     texts, reply, text, seen = TokenTexts(tokenizer), list[int](), "", 0
+    modules: list[str] | None = None  # those of the prompt's pass: the same in all steps
     with steer(model, steering), record_routing(model) if record else contextlib.nullcontext() as trace:
         for read in generate(model, prompt, settings, stop, context_left, read_last=record):
             if seen:
                 reply += read
                 text = tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            routing = trace.since(seen) if trace is not None else None
+            if trace is not None and modules is None:
+                modules = trace.modules
+            routing = trace.since(seen, modules) if trace is not None else None
             seen += len(read)
             yield Step(text.rstrip("\ufffd"), texts.push(read), routing, trace, len(prompt))
             if should_stop is not None and should_stop():
                 break
-        yield Step(text, [], trace.since(seen) if trace is not None else None, trace, len(prompt), finished=True)
+        routing = trace.since(seen, modules) if trace is not None else None
+        yield Step(text, [], routing, trace, len(prompt), finished=True)
 
 
 def generate(

@@ -165,7 +165,7 @@ def routing_bytes(step: Step, described: dict[str, Any]) -> dict[str, Any]:
         return {}
 
     def bytes_of(values: torch.Tensor, full: float = 1.0) -> bytes:
-        return values.mul(255 / full).clamp(0, 255).round().to(torch.uint8).numpy().tobytes()
+        return values.nan_to_num().mul(255 / full).clamp(0, 255).round().to(torch.uint8).numpy().tobytes()
 
     limit = described["limit"]
     return {

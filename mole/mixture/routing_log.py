@@ -23,6 +23,7 @@ from mole.core.errors import MoleError
 from mole.mixture.aux_gradient import deliver
 from mole.mixture.losses import has_losses, masked_sum, mixture_loss, token_columns
 from mole.mixture.routers import Router, Routing
+from mole.mixture.token_layout import TokenLayout, token_layout
 
 LOG_ATTRIBUTE = "_mole_routing_log"
 
@@ -95,6 +96,7 @@ class RoutingLog(threading.local):
         shared: the same in all threads.
         listeners: receive the routings of this pass.
         sums: of the last batch in training mode.
+        layout: which tokens this pass has, if there are listeners and the model's inputs tell.
         loss: the auxiliary loss of the last batch in training mode; None without one.
         micro_batches: sums of the passes so far, inside `one_batch`; None outside, where each pass is a batch.
     """
@@ -103,6 +105,7 @@ class RoutingLog(threading.local):
         """Called again in each thread, with the same object."""
         self.shared = shared
         self.listeners: list[RoutingListener] = []
+        self.layout: TokenLayout | None = None
         self.records: list[RecordedRouting] = []
         self.sums: list[RoutingSums] = []
         self.loss: Tensor | None = None
@@ -130,6 +133,7 @@ class RoutingLog(threading.local):
         self._open = True
         self._training, self._grad = module.training, torch.is_grad_enabled()
         self.listeners = self.listeners_here() if self.recordings else []
+        self.layout = token_layout(module, args, kwargs) if self.listeners else None
 
     @torch.compiler.disable
     def listeners_here(self) -> list[RoutingListener]:
@@ -311,11 +315,13 @@ def remove_log(model: nn.Module) -> None:
 
 def find_log(model: nn.Module) -> RoutingLog | None:
     """The routing log of a model or of the model it wraps (PEFT, DDP, …); None without a MoLE adapter."""
-    for module in model.modules():
-        log: RoutingLog | None = module.__dict__.get(LOG_ATTRIBUTE)
-        if log is not None:
-            return log
-    return None
+    owner = log_owner(model)
+    return None if owner is None else owner.__dict__[LOG_ATTRIBUTE]
+
+
+def log_owner(model: nn.Module) -> nn.Module | None:
+    """The model that has the routing log: itself or one that it wraps; None without a MoLE adapter."""
+    return next((module for module in model.modules() if module.__dict__.get(LOG_ATTRIBUTE) is not None), None)
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
