@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from mole.mixture.experts import is_transformed
 from mole.mixture.grouped import grouped_is_faster
+from mole.mixture.own_linears import has_own_hooks
 from mole.mixture.routers import Router, Routing
 
 KERNELS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {}
@@ -79,7 +79,10 @@ class DecodableAdapters(Protocol):
 
 
 class DecodeCall:
-    """Calls the kernel that fits some adapters, with the token and all weights, always in the same order."""
+    """Calls the kernel that fits some adapters, with the token and all weights, always in the same order.
+
+    There must be no hooks of all modules, nor hooks of the adapters' own linear layers.
+    """
 
     def __init__(self, adapters: DecodableAdapters) -> None:
         self.adapters, self.router = adapters, adapters.routers[0]
@@ -152,14 +155,8 @@ class DecodeCall:
 
 
 def is_plain_linear(base: nn.Module) -> bool:
-    """Whether a base layer computes x Wᵀ + b and nothing else: not quantised, no hooks, its own `forward`."""
-    return type(base) is nn.Linear and type(base._parameters["weight"]) is nn.Parameter and not is_hooked(base)
-
-
-def is_hooked(base: nn.Module) -> bool:
-    """Whether something takes part in the calls of a base layer: hooks of it or of all modules, another `forward`."""
-    own = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return bool(own or "forward" in base.__dict__ or _has_any_global_hook())
+    """Whether a base layer computes x Wᵀ + b and nothing else: not quantised, no hooks of its own."""
+    return type(base) is nn.Linear and type(base._parameters["weight"]) is nn.Parameter and not has_own_hooks(base)
 
 
 def is_decode_step(x: Tensor) -> bool:

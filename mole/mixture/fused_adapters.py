@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, cast
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mole.mixture.called_adapters import add_called, called_hidden, called_routing
 from mole.mixture.decode_kernel import DecodeCall, KernelOutput, is_decode_step
 from mole.mixture.experts import add_experts, add_gated, dropout, in_dtype, is_transformed
 from mole.mixture.grouped import TokenGroups, add_grouped, group_tokens, grouped_down, grouped_is_faster
+from mole.mixture.own_linears import OwnLinears, must_be_called
 from mole.mixture.routers import Router, Routing
 from mole.mixture.routing_log import LogEntry, RoutingLog
 
@@ -32,8 +34,15 @@ class AdaptedLayer(Protocol):
     experts: dict[str, tuple[nn.Linear, nn.Linear]]
     scaling: dict[str, float]
     dropout: dict[str, float]
+    r: dict[str, int]
     log: RoutingLog | None
     name: str
+
+    def own_linears(self, adapter_name: str) -> list[Mapping[str, Any]]:
+        """Where an adapter's own linear layers are registered: for each of them a dictionary of modules by adapter."""
+
+    def use_registered_linears(self, adapter_name: str) -> None:
+        """Let `experts` and the router refer to the modules that are registered there now."""
 
     @property
     def active_adapters(self) -> list[str]:
@@ -53,6 +62,7 @@ class AdapterOutput(NamedTuple):
         gates: s·w, `(…, E)`.
         groups: the tokens of each expert.
         complete: whether `hidden` is the layer's output `(…, out)`, base included.
+        called: whether B is to be called, with `hidden` and `gates` as above, rather than its weight to be read.
         log_entry: for the routing log; None without a log.
     """
 
@@ -60,22 +70,25 @@ class AdapterOutput(NamedTuple):
     gates: Tensor | None = None
     groups: TokenGroups | None = None
     complete: bool = False
+    called: bool = False
     log_entry: LogEntry | None = None
 
-    def add_to(self, base: Tensor, up: Tensor, scaling: float, in_place: bool) -> Tensor:
+    def add_to(self, base: Tensor, up: nn.Linear, scaling: float, in_place: bool) -> Tensor:
         """Add the adapter's update to the base layer's output: `base (…, out) + s · Σ_i w_i · B_i A_i x`.
 
         Args:
             base: `(…, out)`.
-            up: B, `(out, E·r)`.
+            up: the layer with B, `(out, E·r)`.
             scaling: s.
             in_place: write into `base`; nothing else may refer to it.
         """
+        if self.called and self.gates is not None:
+            return add_called(base, self.hidden, self.gates, up)
         if self.groups is not None:
-            return add_grouped(base, self.hidden, self.groups, up, in_place)
+            return add_grouped(base, self.hidden, self.groups, up.weight, in_place)
         if self.gates is not None:
-            return add_experts(base, self.hidden, self.gates, up, in_place)
-        return add_gated(base, self.hidden, up, scaling, in_place)
+            return add_experts(base, self.hidden, self.gates, up.weight, in_place)
+        return add_gated(base, self.hidden, up.weight, scaling, in_place)
 
 
 class FusedAdapters:
@@ -90,6 +103,9 @@ class FusedAdapters:
        `grouped`.
     3. **Fused product**: all experts, `((x Aᵀ) ⊙ repeat(w, r)) Bᵀ`. For L layers x Aᵀ and the logits are one product
        with the concatenated weights. See `experts`.
+
+    All of them read the weights of the adapters' own linear layers. Where something takes part in the calls of these,
+    such as a hook, they are called instead. See `own_linears`.
 
     B is applied by the layer itself, to the base layer's output (`AdapterOutput.add_to`).
     """
@@ -107,6 +123,18 @@ class FusedAdapters:
         ]
         self.flat_input_linears = [linear for linears in self.input_linears for linear in linears]
 
+    @cached_property
+    def own_linears(self) -> OwnLinears:
+        """The own linear layers of these adapters."""
+        return OwnLinears(self.adapter, [place for layer in self.layers for place in layer.own_linears(self.adapter)])
+
+    @property
+    def must_be_called(self) -> bool:
+        """Whether something takes part in the calls of the adapters' own linear layers."""
+        if not torch.compiler.is_compiling():
+            return self.own_linears.must_be_called()
+        return any(must_be_called(place[self.adapter]) for place in self.layers[0].own_linears(self.adapter))
+
     @property
     def scaling(self) -> float:
         """alpha / r, the same in all layers."""
@@ -119,10 +147,9 @@ class FusedAdapters:
 
     def is_of(self, layers: Sequence[AdaptedLayer]) -> bool:
         """Whether the adapters and base layers of `layers` are still those this was built from."""
-        return [layer.routers[self.adapter] for layer in layers] == self.routers and [
-            layer._modules["base_layer"]  # type: ignore[attr-defined]  # skips `nn.Module.__getattr__`, which is slow
-            for layer in layers
-        ] == self.bases
+        bases = [layer._modules["base_layer"] for layer in layers]  # type: ignore[attr-defined]  # faster than getattr
+        same = bases == self.bases and [layer.routers[self.adapter] for layer in layers] == self.routers
+        return same and self.own_linears.are_registered()
 
     def outputs(self, x: Tensor, log: RoutingLog | None) -> list[AdapterOutput]:
         """Compute the adapters for the input `x (…, in)` → one output for each layer.
@@ -131,6 +158,8 @@ class FusedAdapters:
             x: `(…, in)`.
             log: gets the routing; None if nothing is to be logged.
         """
+        if self.must_be_called:
+            return self.called_outputs(x, log)
         kernel_output = self.decode(x)
         if kernel_output is not None:  # 1. decode kernel
             entries = self.log_entries(log, kernel_output.routing, training=False)
@@ -159,6 +188,18 @@ class FusedAdapters:
     def log_entries(self, log: RoutingLog | None, routing: Routing, training: bool) -> Sequence[LogEntry | None]:
         """What each layer hands to the log about a `routing (…, L, E)`."""
         return [None] * self.count if log is None else log.entries(self.layers[0].name, self.router, routing, training)
+
+    def called_outputs(self, x: Tensor, log: RoutingLog | None) -> list[AdapterOutput]:
+        """The outputs by calling the adapters' own linear layers, of `x (…, in)`."""
+        first = self.layers[0]
+        routing = called_routing(self.router, self.input_linears, x, self.count)
+        hidden = called_hidden(self.downs, x, first.dropout[self.adapter], first.training)
+        entries = self.log_entries(log, routing, first.training)
+        gates = (routing.weights * self.scaling).unbind(-2)  # L of (…, E)
+        return [
+            AdapterOutput(h, g, called=True, log_entry=entry)
+            for h, g, entry in zip(hidden, gates, entries, strict=True)
+        ]
 
     def fused_outputs(
         self, hidden: Sequence[Tensor], weights: Tensor, entries: Sequence[LogEntry | None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from mole.config import AdapterConfig
 from mole.core.errors import MoleError
-from mole.mixture.decode_kernel import is_hooked
 from mole.mixture.experts import is_transformed, stacked_experts
 from mole.mixture.fused_adapters import AdapterOutput
+from mole.mixture.own_linears import is_hooked
 from mole.mixture.routers import LINEARS, Router, build_router
 from mole.mixture.routing_log import RoutingLog
 from mole.mixture.shared_input import InputGroup
@@ -85,6 +86,20 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         setattr(self.routers[adapter_name], name, module)
         getattr(self, PREFIX + name)[adapter_name] = module
 
+    def own_linears(self, adapter_name: str) -> list[Mapping[str, Any]]:
+        """Where an adapter's A, B and the linear layers of its router are registered: dictionaries by adapter."""
+        names = ("A", "B", *self.routers[adapter_name].linears)
+        return [self._modules[PREFIX + name]._modules for name in names]  # type: ignore[union-attr]
+
+    def use_registered_linears(self, adapter_name: str) -> None:
+        """Let `experts` and the router refer to the modules that are registered: FSDP, for one, replaces them."""
+        down, up, *others = (place[adapter_name] for place in self.own_linears(adapter_name))
+        self.experts[adapter_name] = down, up
+        router = self.routers[adapter_name]
+        for name, module in zip(router.linears, others, strict=True):
+            if getattr(router, name) is not module:
+                setattr(router, name, module)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
@@ -94,7 +109,7 @@ class MoleLinear(nn.Module, BaseTunerLayer):
                 return output.hidden
         result = self.base_layer(x, *args, **kwargs)
         for name, output in outputs.items():
-            result = output.add_to(result, self.up(name), self.scaling[name], in_place=self.owns_result)
+            result = output.add_to(result, self.experts[name][1], self.scaling[name], in_place=self.owns_result)
         return result
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> AdapterOutput:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mole.mixture.decode_kernel import KernelSpec
 from mole.mixture.experts import is_transformed
 from mole.mixture.fused_adapters import AdaptedLayer, AdapterOutput, FusedAdapters
+from mole.mixture.own_linears import is_hooked
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of projections that models call one after another with the same tensor."""
@@ -89,6 +90,8 @@ class InputGroup:
         key = (adapter, id(layers[0]) if len(layers) == 1 else -len(layers))
         found = self._fused.get(key)
         if found is None or not found.is_of(layers):
+            for layer in layers:
+                layer.use_registered_linears(adapter)
             found = self._fused[key] = FusedAdapters(layers, adapter)
         return found
 
@@ -109,20 +112,24 @@ def write_count(x: Tensor) -> int:
 
 
 def can_fuse(first: AdaptedLayer, layer: AdaptedLayer, adapter: str) -> bool:
-    """Whether the adapters of one name in two layers have the same routing rule, number and kind of experts."""
+    """Whether the adapters of one name in two layers have the same routing rule, number and kind of experts.
+
+    Hooks on `layer` itself may be what provides its weights, which are then there only during its call.
+    """
     if adapter not in layer.routers or layer.disable_adapters or layer.active_adapters != first.active_adapters:
         return False
+    if is_hooked(layer):  # type: ignore[arg-type]
+        return False
     router, other = first.routers[adapter], layer.routers[adapter]
-    down, other_down = first.experts[adapter][0].weight, layer.experts[adapter][0].weight
     return (
         type(router) is type(other)
         and router.num_experts == other.num_experts
         and vars(router.params) == vars(other.params)
         and router.allowed is None
         and other.allowed is None
-        and len(down) == len(other_down)
+        and first.r[adapter] == layer.r[adapter]
         and first.scaling[adapter] == layer.scaling[adapter]
         and first.dropout[adapter] == layer.dropout[adapter]
-        and down.dtype == other_down.dtype
+        and first.experts[adapter][0].weight.dtype == layer.experts[adapter][0].weight.dtype
         and first.training == layer.training
     )

@@ -158,7 +158,8 @@ def steer(model: nn.Module, steering: Steering) -> Iterator[None]:
     try:
         for router in routers:
             experts = steering.allowed_experts(router.num_experts)
-            device = next((weight.device for weight in router.parameters()), None)
+            devices = (weight.device for weight in router.parameters())  # offloaded weights are on the meta device
+            device = next((device for device in devices if device.type != "meta"), None)
             router.params = override_params(router.params, steering.settings)
             router.allowed = None
             if len(experts) < router.num_experts:

@@ -25,7 +25,6 @@ from routing_cases import (
 
 from mole.config import ROUTERS
 from mole.mixture import routers
-from mole.mixture.routers.base import apply_linear
 
 # ---------------------------------------------------------------------------------------------------------
 # The whole set
@@ -255,7 +254,7 @@ def test_a_tokens_routing_depends_on_that_token_alone(name: str, data: st.DataOb
 @pytest.mark.parametrize("name", ROUTED)
 def test_a_deferred_entropy_equals_the_one_computed_at_once(name: str) -> None:
     router, x = make(name, 6), random_inputs(2, 4, INPUTS)
-    outputs = [apply_linear(getattr(router, part), x) for part in router.input_linears]
+    outputs = [getattr(router, part)(x) for part in router.input_linears]
     now, deferred = router.routing_of(*outputs), router.routing_of(*outputs, defer_entropy=True)
     assert (deferred.entropy is None) == (name != "dynmole")
     for several in ([deferred, deferred], [now, deferred], [now, now]):

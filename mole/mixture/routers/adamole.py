@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mole.config.router_params import AdaMoLEParams
-from mole.mixture.routers.base import Choice, Router, Routing
+from mole.mixture.routers.base import Choice, Router, Routing, ScoreLinear
 from mole.mixture.routers.selection import renormalised
 
 
@@ -22,7 +22,7 @@ class AdaMoLERouter(Router[AdaMoLEParams]):
 
     def __init__(self, in_features: int, num_experts: int, params: AdaMoLEParams) -> None:
         super().__init__(in_features, num_experts, params)
-        self.threshold = nn.Linear(in_features, 1)
+        self.threshold = ScoreLinear(in_features, 1)
 
     def route(self, logits: Tensor, *others: Tensor) -> Choice:
         # 1 / E is the default of the paper, with E the experts trained: steering does not change it.

@@ -59,13 +59,22 @@ class Choice(NamedTuple):
 ParamsT = TypeVar("ParamsT", bound=RouterParams)
 
 
+class ScoreLinear(nn.Linear):
+    """A linear layer of a router: it computes in the dtype of its input, whatever the dtype of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
 class Router(nn.Module, Generic[ParamsT]):
     """Base class of the routers: a linear gate and the method's rule, `route`.
 
     Shape: `x (…, in_features)` → `Routing` of `(…, num_experts)`.
 
     A subclass implements `route`. If the paper's gate has a bias, it sets `gate_bias`. If its rule needs more than the
-    gate's logits, it creates further linear layers in `__init__` and lists them in `linears` and `input_linears`.
+    gate's logits, it creates further linear layers (`ScoreLinear`) in `__init__` and lists them in `linears` and
+    `input_linears`.
 
     Args:
         in_features: width of the input.
@@ -88,14 +97,14 @@ class Router(nn.Module, Generic[ParamsT]):
         self.num_experts = num_experts
         self.params = params
         if "gate" in self.linears:
-            self.gate = nn.Linear(in_features, num_experts, bias=self.gate_bias)
+            self.gate = ScoreLinear(in_features, num_experts, bias=self.gate_bias)
             if self.gate_bias:
                 nn.init.zeros_(self.gate.bias)
 
     def forward(self, x: Tensor) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            return self.routing_of(*(apply_linear(getattr(self, name), x) for name in self.input_linears))
+            return self.routing_of(*(getattr(self, name)(x) for name in self.input_linears))
 
     def routing_of(self, logits: Tensor, *others: Tensor, defer_entropy: bool = False) -> Routing:
         """The routing of tokens, from the outputs of `input_linears`.
@@ -107,13 +116,14 @@ class Router(nn.Module, Generic[ParamsT]):
         """
         if self.allowed is not None and not len(self.allowed):
             return no_experts(logits)
-        considered = logits if self.allowed is None else logits[..., self.allowed]  # (…, E')
+        allowed = None if self.allowed is None else self.allowed.to(logits.device)
+        considered = logits if allowed is None else logits[..., allowed]  # (…, E')
         choice = self.route(considered, *others)
         entropy = choice.entropy
-        if entropy is None and not (defer_entropy and self.allowed is None):
+        if entropy is None and not (defer_entropy and allowed is None):
             entropy = shannon_entropy(considered)
         routing = Routing(choice.weights, choice.probs, entropy, logits, choice.threshold)
-        return routing if self.allowed is None else over_all_experts(routing, self.allowed)
+        return routing if allowed is None else over_all_experts(routing, allowed)
 
     def route(self, logits: Tensor, *others: Tensor) -> Choice:
         """The method's rule: from the outputs of `input_linears` to the weights of the experts.
@@ -136,12 +146,6 @@ class Router(nn.Module, Generic[ParamsT]):
     def balance_probs(self, routing: Routing) -> Tensor:
         """`(…, E)`, whose mean over tokens is P in the balance loss `E · Σ f_i · P_i`."""
         return routing.probs
-
-
-def apply_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    """`module(x)` in the dtype of `x`, whatever the dtype of the weights."""
-    bias = None if module.bias is None else module.bias.to(x.dtype)
-    return F.linear(x, module.weight.to(x.dtype), bias)
 
 
 def over_all_experts(routing: Routing, allowed: Tensor) -> Routing:

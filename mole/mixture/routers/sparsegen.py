@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mole.config.router_params import SparsegenParams
-from mole.mixture.routers.base import Choice, Router, apply_linear
+from mole.mixture.routers.base import Choice, Router, ScoreLinear
 from mole.mixture.routers.selection import sort_experts
 
 
@@ -26,14 +26,14 @@ class SparsegenRouter(Router[SparsegenParams]):
 
     def __init__(self, in_features: int, num_experts: int, params: SparsegenParams) -> None:
         super().__init__(in_features, num_experts, params)
-        self.lambda_in = nn.Linear(in_features, params.lambda_hidden)
-        self.lambda_out = nn.Linear(params.lambda_hidden, 1)
+        self.lambda_in = ScoreLinear(in_features, params.lambda_hidden)
+        self.lambda_out = ScoreLinear(params.lambda_hidden, 1)
         nn.init.constant_(self.lambda_in.bias, -2.5)
         nn.init.constant_(self.lambda_out.bias, -2.5)
 
     def sparsity(self, hidden: Tensor) -> Tensor:
         """λ(x), below 0.99, from the MLP's first output `(…, lambda_hidden)` → `(…, 1)`; larger means fewer experts."""
-        return F.logsigmoid(apply_linear(self.lambda_out, F.gelu(hidden))) + 1 - 0.01
+        return F.logsigmoid(self.lambda_out(F.gelu(hidden))) + 1 - 0.01
 
     def route(self, logits: Tensor, *others: Tensor) -> Choice:
         scale = 1 - self.sparsity(others[0])  # (…, 1)

@@ -53,7 +53,7 @@ def test_backward_hooks_on_a_base_layer(kind: str, arch: str, tiny_model: Make) 
 
 @pytest.mark.parametrize("kind", BACKWARD)
 def test_backward_hooks_of_all_modules(kind: str, tiny_model: Make) -> None:
-    model = adapt(tiny_model(), "topk")
+    model = adapt(tiny_model(), "topk").double()
     model.enable_input_require_grads()  # or nothing of the first projections has a gradient
     expected = gradients(model)
     with hooked(getattr(hooks_of_all, kind.replace("register_", "register_module_"))) as seen:
