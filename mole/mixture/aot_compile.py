@@ -189,7 +189,7 @@ def example_adapters(spec: KernelSpec) -> FusedAdapters:
         layer.add_adapter(ADAPTER, adapter, spec.experts, inference_mode=True)
         layer._active_adapter = ADAPTER
         for name in spec.shared if layer is not layers[0] else ():
-            layer.share_linear(ADAPTER, name, getattr(layers[0].routers[ADAPTER], name))
+            layer.share_linear(ADAPTER, name, layers[0])
     adapters = FusedAdapters([layer.eval() for layer in layers], ADAPTER)
     generator = torch.Generator().manual_seed(0)
     for weight, dtype in zip(DecodeCall(adapters).inputs(torch.empty(0))[1:], spec.dtypes[1:], strict=True):

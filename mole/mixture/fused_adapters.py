@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, cast
@@ -15,7 +15,7 @@ from mole.mixture.called_adapters import add_called, called_hidden, called_routi
 from mole.mixture.decode_kernel import DecodeCall, KernelOutput, is_decode_step
 from mole.mixture.experts import add_experts, add_gated, dropout, in_dtype, is_transformed
 from mole.mixture.grouped import TokenGroups, add_grouped, group_tokens, grouped_down, grouped_is_faster
-from mole.mixture.own_linears import OwnLinears, must_be_called
+from mole.mixture.own_linears import OwnLinears, check_whole, must_be_called
 from mole.mixture.routers import Router, Routing
 from mole.mixture.routing_log import LogEntry, RoutingLog
 
@@ -41,6 +41,9 @@ class AdaptedLayer(Protocol):
     def own_linears(self, adapter_name: str) -> list[Mapping[str, Any]]:
         """Where an adapter's own linear layers are registered: for each of them a dictionary of modules by adapter."""
 
+    def lent(self, adapter_name: str) -> Collection[str]:
+        """Names of the linear layers of an adapter's router that another layer owns."""
+
     def use_registered_linears(self, adapter_name: str) -> None:
         """Let `experts` and the router refer to the modules that are registered there now."""
 
@@ -62,7 +65,7 @@ class AdapterOutput(NamedTuple):
         gates: s·w, `(…, E)`.
         groups: the tokens of each expert.
         complete: whether `hidden` is the layer's output `(…, out)`, base included.
-        called: whether B is to be called, with `hidden` and `gates` as above, rather than its weight to be read.
+        up: the layer with B, which is to be called with `hidden` and `gates` as above; None if its weight may be read.
         log_entry: for the routing log; None without a log.
     """
 
@@ -70,7 +73,7 @@ class AdapterOutput(NamedTuple):
     gates: Tensor | None = None
     groups: TokenGroups | None = None
     complete: bool = False
-    called: bool = False
+    up: nn.Linear | None = None
     log_entry: LogEntry | None = None
 
     def add_to(self, base: Tensor, up: nn.Linear, scaling: float, in_place: bool) -> Tensor:
@@ -82,8 +85,8 @@ class AdapterOutput(NamedTuple):
             scaling: s.
             in_place: write into `base`; nothing else may refer to it.
         """
-        if self.called and self.gates is not None:
-            return add_called(base, self.hidden, self.gates, up)
+        if self.up is not None and self.gates is not None:
+            return add_called(base, self.hidden, self.gates, self.up)
         if self.groups is not None:
             return add_grouped(base, self.hidden, self.groups, up.weight, in_place)
         if self.gates is not None:
@@ -128,12 +131,23 @@ class FusedAdapters:
         """The own linear layers of these adapters."""
         return OwnLinears(self.adapter, [place for layer in self.layers for place in layer.own_linears(self.adapter)])
 
+    @cached_property
+    def lent(self) -> list[nn.Module]:
+        """The linear layers that a layer shares and does not own: a wrapper around the owner may have sharded them."""
+        return [
+            getattr(layer.routers[self.adapter], name) for layer in self.layers for name in layer.lent(self.adapter)
+        ]
+
     @property
     def must_be_called(self) -> bool:
         """Whether something takes part in the calls of the adapters' own linear layers."""
         if not torch.compiler.is_compiling():
+            if self.lent:
+                check_whole(self.lent)
             return self.own_linears.must_be_called()
-        return any(must_be_called(place[self.adapter]) for place in self.layers[0].own_linears(self.adapter))
+        # The same for the layers that own a shared linear layer as for the others, so that all have one graph.
+        others = [getattr(router, name) for router in self.routers for name in router.linears]
+        return any(must_be_called(module) for module in (*self.downs, *self.ups, *others))
 
     @property
     def scaling(self) -> float:
@@ -197,8 +211,8 @@ class FusedAdapters:
         entries = self.log_entries(log, routing, first.training)
         gates = (routing.weights * self.scaling).unbind(-2)  # L of (…, E)
         return [
-            AdapterOutput(h, g, called=True, log_entry=entry)
-            for h, g, entry in zip(hidden, gates, entries, strict=True)
+            AdapterOutput(h, g, up=up, log_entry=entry)
+            for h, g, up, entry in zip(hidden, gates, self.ups, entries, strict=True)
         ]
 
     def fused_outputs(

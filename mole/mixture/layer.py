@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class MoleLinear(nn.Module, BaseTunerLayer):
 
     Attributes:
         routers, experts, scaling, dropout, r, num_experts: by adapter; `experts` are the modules of A and B.
+        shared: by adapter, the projection that owns a linear layer of the router, by the name of the layer.
         log: the model's routing log; None until the adapter is injected.
         name: the projection's full name in the model.
         group: the projections that read the same input.
@@ -42,7 +43,7 @@ class MoleLinear(nn.Module, BaseTunerLayer):
     mole_studio_A: nn.ModuleDict
     mole_studio_B: nn.ModuleDict
     adapter_layer_names = (f"{PREFIX}A", f"{PREFIX}B", *(PREFIX + name for name in LINEARS))
-    other_param_names = ("routers", "experts", "scaling", "dropout", "r", "num_experts")
+    other_param_names = ("routers", "experts", "shared", "scaling", "dropout", "r", "num_experts")
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -52,6 +53,7 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.routers: dict[str, Router[Any]] = {}
         self.experts: dict[str, tuple[nn.Linear, nn.Linear]] = {}
+        self.shared: dict[str, dict[str, MoleLinear]] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.r: dict[str, int] = {}
@@ -81,15 +83,28 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.group.drop_adapter(adapter_name)
 
-    def share_linear(self, adapter_name: str, name: str, module: nn.Linear) -> None:
-        """Use `module`, which another projection has too, as the router's linear layer `name`."""
-        setattr(self.routers[adapter_name], name, module)
-        getattr(self, PREFIX + name)[adapter_name] = module
+    def share_linear(self, adapter_name: str, name: str, owner: MoleLinear) -> None:
+        """Use the router's linear layer `name` of the projection `owner` in place of an own one."""
+        self.shared.setdefault(adapter_name, {})[name] = owner
+        del getattr(self, PREFIX + name)[adapter_name]
+        setattr(self.routers[adapter_name], name, getattr(owner.routers[adapter_name], name))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Leave out the copies of shared linear layers, which the owner loads. See `shared_linears`."""
+        copied = tuple(f"{prefix}{PREFIX}{name}.{adapter}." for adapter, names in self.shared.items() for name in names)
+        for key in [key for key in state_dict if copied and key.startswith(copied)]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def own_linears(self, adapter_name: str) -> list[Mapping[str, Any]]:
         """Where an adapter's A, B and the linear layers of its router are registered: dictionaries by adapter."""
-        names = ("A", "B", *self.routers[adapter_name].linears)
-        return [self._modules[PREFIX + name]._modules for name in names]  # type: ignore[union-attr]
+        names, shared = ("A", "B", *self.routers[adapter_name].linears), self.shared.get(adapter_name, {})
+        holders = [shared.get(name, self)._modules[PREFIX + name] for name in names]
+        return [holder._modules for holder in holders if holder is not None]
+
+    def lent(self, adapter_name: str) -> Collection[str]:
+        """Names of the linear layers of an adapter's router that another projection owns."""
+        return self.shared.get(adapter_name, ())
 
     def use_registered_linears(self, adapter_name: str) -> None:
         """Let `experts` and the router refer to the modules that are registered: FSDP, for one, replaces them."""

@@ -26,6 +26,7 @@ from mole.mixture.layer import PREFIX, MoleLinear, features, supports
 from mole.mixture.quantised import limit_packing
 from mole.mixture.routing_log import install_log, layer_index, remove_log
 from mole.mixture.shared_input import SIBLINGS, InputGroup
+from mole.mixture.shared_linears import share_linears, with_copies
 from mole.mixture.targets import resolve_targets
 
 METHOD_NAME = PREFIX.rstrip("_")
@@ -204,15 +205,19 @@ class MoleModel(BaseTuner):
         if not config.inference_mode:
             log.shared.aux_loss = config.aux_loss
         group_siblings(model)
-        first_of_width: dict[int, MoleLinear] = {}  # LD-MoLE: layers of one input width share the network of λ
+        share_linears(model, adapter_name)
         for layer in model.modules():
-            if not isinstance(layer, MoleLinear) or adapter_name not in layer.routers:
-                continue
-            layer.log = log
-            first = first_of_width.setdefault(layer.in_features, layer)
-            for name in ("lambda_in", "lambda_out"):
-                if name in layer.routers[adapter_name].linears:
-                    layer.share_linear(adapter_name, name, getattr(first.routers[adapter_name], name))
+            if isinstance(layer, MoleLinear):
+                layer.log = log
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What PEFT saves of an adapter, from 0.21 on."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        # transformers, where it loads an adapter by itself, would report the copies as unexpected
+        return with_copies(model, adapter_name, found) if any(isinstance(m, cls) for m in model.modules()) else found
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:

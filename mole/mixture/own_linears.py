@@ -12,9 +12,10 @@ from operator import itemgetter
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from mole.core.errors import MoleError
 from mole.mixture.routers.base import ScoreLinear
 
 PLAIN = frozenset({nn.Linear, ScoreLinear})
@@ -44,6 +45,23 @@ def has_other_forward(module: nn.Module) -> bool:
 def must_be_called(module: nn.Module) -> bool:
     """Whether reading the weights of one of an adapter's own linear layers is not the same as calling it."""
     return type(module) not in PLAIN or is_hooked(module)
+
+
+def check_whole(lent: Sequence[nn.Module]) -> None:
+    """Check that linear layers whose owner is another projection have their weights, or get them when they are called.
+
+    Raises:
+        MoleError: FSDP has sharded the weights with those of the owner's block, so they are there only in its call.
+    """
+    for module in lent:
+        weight = module.weight
+        sharded = hasattr(weight, "full_tensor") or (isinstance(weight, Tensor) and weight.dim() < 2)
+        if sharded and not is_hooked(module) and type(module) in PLAIN:
+            raise MoleError(
+                "FSDP has sharded a network that all layers share (lambda_in, lambda_out) with the first of them. Wrap "
+                "such networks by themselves first: with FSDP by PEFT's fsdp_auto_wrap_policy, else with "
+                "fully_shard(module) for each nn.Linear whose name contains mole_studio_lambda."
+            )
 
 
 class OwnLinears:

@@ -94,14 +94,20 @@ class AdapterFiles:
         """
         from peft import get_peft_model_state_dict
 
+        from mole.mixture.shared_linears import copies
+
         wanted = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
+        shared = {
+            name.replace(f".{adapter}.", ".") for name, _ in copies(model, adapter)
+        }  # a file may have them or not
+        wanted -= shared
         ours = model.peft_config[adapter].peft_type == our_type()
         if (missing := wanted - self.names) and (ours or missing == wanted):
             raise ModelError(
                 f"The adapter in {self.folder} does not load on {base}: {len(missing)} of its {len(wanted)} weights "
                 f"are missing, {min(missing)} among them."
             )
-        if ours and (extra := self.names - wanted):
+        if ours and (extra := self.names - wanted - shared):
             raise ModelError(
                 f"The adapter in {self.folder} does not load on {base}: {len(extra)} of its weights do not exist "
                 f"there, {min(extra)} among them."
