@@ -115,6 +115,23 @@ class MoleLinear(nn.Module, BaseTunerLayer):
             if getattr(router, name) is not module:
                 setattr(router, name, module)
 
+    def _replicate_for_data_parallel(self) -> MoleLinear:
+        """The copy for one of the devices of `nn.DataParallel`, which gets its modules afterwards.
+
+        Raises:
+            MoleError: it shares a linear layer, whose copy cannot be told from the copies for other devices.
+        """
+        if self.shared:
+            raise MoleError(
+                "nn.DataParallel is not supported with LD-MoLE, whose layers share a network: use "
+                "DistributedDataParallel (torchrun, or accelerate launch), or a single device."
+            )
+        replica: MoleLinear = super()._replicate_for_data_parallel()
+        routers: dict[str, Any] = self.routers
+        replica.routers = {name: router._replicate_for_data_parallel() for name, router in routers.items()}
+        replica.experts, replica.group = dict(self.experts), InputGroup([replica])
+        return replica
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
