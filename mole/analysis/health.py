@@ -252,6 +252,8 @@ def use_fewer_experts(window: RoutingWindow) -> tuple[str, str]:
         now = window.value(name)
         higher = min(1.0, max(even_share(window), 1.5 * (even_share(window) if now is None else now)))
         return f"adapter.{name}", f"Raise adapter.{name} to {higher:.3g}."
+    if window.router == "sparsegen":
+        return raise_coefficient(window, "sparsity_loss_coef", 0.1) or strengthen_entropy(window)
     return strengthen_entropy(window)
 
 

@@ -145,14 +145,16 @@ BUILT_IN_PRESETS = (
     Preset(
         "ldmole",
         "LD-MoLE",
-        "8 experts of rank 8 on all projections, dropout 0.1; the number of active experts per token is learned.",
+        "8 experts of rank 8 on all projections, dropout 0.1; the number of active experts per token is learned. "
+        "Learning rate 1e-4, weight decay 0.1, balance loss 1.",
         "https://arxiv.org/abs/2509.25684",
         {
             "adapter": {
                 "router": "sparsegen", "num_experts": 8, "r": 8, "lora_alpha": 16, "lora_dropout": 0.1,
-                "target_modules": "all-linear",
+                "target_modules": "all-linear", "lambda_hidden": 64, "lambda_activation": "relu",
+                "balance_loss_coef": 1.0,
             },
-            "training": epochs(2, learning_rate=2e-4),
+            "training": epochs(2, learning_rate=1e-4, weight_decay=0.1),
         },
     ),
     Preset(

@@ -185,6 +185,16 @@ class SparsegenParams(RouterParams):
     lambda_hidden: int = setting(
         16, "Hidden width of the network that predicts the sparsity λ(x).", ge=1, le=limits.HIDDEN
     )
+    lambda_activation: str = setting(
+        "gelu", "Activation of that network; the authors' code has relu.", choices=("gelu", "relu")
+    )
+    sparsity_loss_coef: float = setting(
+        0.0, "Coefficient of the sparsity loss, which is 0 where at most sparsity_k experts are used.",
+        ge=0, le=limits.FACTOR,
+    )  # fmt: skip
+    sparsity_k: int = setting(
+        2, "Experts per token that the sparsity loss aims at (k).", ge=1, le=limits.EXPERTS, from_paper=True
+    )
 
 
 ROUTERS: dict[str, type[RouterParams]] = {

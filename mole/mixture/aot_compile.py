@@ -210,7 +210,8 @@ def layer_outputs(adapters: FusedAdapters, x: Tensor) -> list[Tensor]:
         base(x) + in_dtype(F.linear(rows * adapters.scaling, up.weight), x.dtype)[None]
         for base, rows, up in zip(adapters.bases, gated, adapters.ups, strict=True)
     ]
-    return [*outputs, *(part for part in routing._replace(entropy=entropy_of(routing)) if part is not None)]
+    parts = routing._replace(entropy=entropy_of(routing), sparsity=None)
+    return [*outputs, *(part for part in parts if part is not None)]
 
 
 class AdapterModule(nn.Module):

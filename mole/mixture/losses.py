@@ -1,4 +1,4 @@
-"""Auxiliary losses of the routers: balance, entropy, z and CV² loss.
+"""Auxiliary losses of the routers: balance, entropy, z, CV² and sparsity loss.
 
 All of them, and the statistics of the event log, are functions of means over tokens. So a training pass keeps of each
 projection only sums over its tokens: `token_columns` says what is summed, and `token_means` divides by the number of
@@ -69,6 +69,22 @@ def z_values(logits: Tensor) -> Tensor:
     return logits.logsumexp(-1).square()
 
 
+def sparsity_values(logits: Tensor, sparsity: Tensor, k: int) -> Tensor:
+    """`relu(λ_k − λ)`, `λ_k = 1 − (Σ_{i≤k} u_i − k·u_{k+1})`, whose mean is LD-MoLE's sparsity loss (arXiv 2509.25684).
+
+    From λ_k on a token uses at most k experts.
+
+    Args:
+        logits: `(…, E)`; sorted, largest first, they are u. They get no gradient.
+        sparsity: λ, `(…)`.
+        k: number of experts to aim at.
+    """
+    if logits.shape[-1] <= k:
+        return torch.zeros_like(sparsity)
+    u = logits.detach().topk(k + 1, -1).values
+    return (1 - (u[..., :k].sum(-1) - k * u[..., k]) - sparsity).relu()
+
+
 def mixture_loss(routers: Sequence[Router[Any]], sums: Sequence[Tensor]) -> Tensor:
     """The weighted auxiliary losses of one batch, averaged over all projections → scalar.
 
@@ -96,16 +112,19 @@ def projection_losses(router: Router[Any], sums: Tensor) -> Tensor:
         elif name == "cv":
             loss = cv_loss(means["weights"])
         else:
-            loss = means[name][..., 0]  # the entropy and z losses are means over tokens
+            loss = means[name][..., 0]  # the entropy, z and sparsity losses are means over tokens
         total = total + weight * loss
     return total
+
+
+LOSSES = ("balance", "entropy", "z", "cv", "sparsity")
 
 
 def loss_coefficients(router: Router[Any]) -> dict[str, float]:
     """The coefficients of the auxiliary losses that a router has, by name; a single expert has none."""
     if router.num_experts == 1:
         return {}
-    given = {name: getattr(router.params, f"{name}_loss_coef", 0.0) for name in ("balance", "entropy", "z", "cv")}
+    given = {name: getattr(router.params, f"{name}_loss_coef", 0.0) for name in LOSSES}
     return {name: value for name, value in given.items() if value}
 
 
@@ -124,7 +143,7 @@ def column_widths(router: Router[Any]) -> dict[str, int]:
     widths = {"tokens": 1, "active": 1, "entropy": 1, "weights": experts}
     if "balance" in losses:
         widths |= {"usage": experts, "balance_probs": experts}
-    return widths | {"z": 1} if "z" in losses else widths
+    return widths | {name: 1 for name in ("z", "sparsity") if name in losses}
 
 
 def token_columns(router: Router[Any], routing: Routing) -> Tensor:
@@ -143,6 +162,9 @@ def token_columns(router: Router[Any], routing: Routing) -> Tensor:
         columns += [router.usage(routing), router.balance_probs(routing)]
     if "z" in losses:
         columns.append(z_values(routing.logits)[..., None])
+    if "sparsity" in losses:
+        assert routing.sparsity is not None  # of a router that has such a loss
+        columns.append(sparsity_values(routing.logits, routing.sparsity, router.params.sparsity_k)[..., None])
     return torch.cat(columns, -1)
 
 

@@ -170,15 +170,15 @@ def dynmole(
     return Token([v if i in kept else 0.0 for i, v in enumerate(p)], p, h)
 
 
-def sparsegen(x: Vector, weights: dict[str, Any]) -> Token:
+def sparsegen(x: Vector, weights: dict[str, Any], lambda_activation: str = "gelu") -> Token:
     z = linear(x, weights["gate.weight"])
-    return Token(sparsegen_projection(z, sparsity(x, weights)), softmax(z), shannon(softmax(z)))
+    return Token(sparsegen_projection(z, sparsity(x, weights, lambda_activation)), softmax(z), shannon(softmax(z)))
 
 
-def sparsity(x: Vector, weights: dict[str, Any]) -> float:
+def sparsity(x: Vector, weights: dict[str, Any], activation: str = "gelu") -> float:
     """LD-MoLE's λ(x) = logsigmoid(MLP(x)) + 1 − 0.01, always below 1."""
     hidden = [
-        t * (1 + math.erf(t / math.sqrt(2))) / 2
+        max(t, 0.0) if activation == "relu" else t * (1 + math.erf(t / math.sqrt(2))) / 2
         for t in linear(x, weights["lambda_in.weight"], weights["lambda_in.bias"])
     ]
     return log_sigmoid(linear(hidden, weights["lambda_out.weight"], weights["lambda_out.bias"])[0]) + 1 - 0.01
@@ -225,6 +225,17 @@ def balance_loss(probs: Sequence[Matrix], used: Sequence[Matrix], mask: Sequence
             p_i = math.fsum(p[n][i] for n in real) / len(real)
             total += experts * f_i * p_i
     return total / len(probs)
+
+
+def sparsity_loss(logits: Sequence[Matrix], sparsity: Sequence[Vector], k: int, mask: Sequence[bool]) -> float:
+    """mean relu(1 − (Σ_{i≤k} u_i − k·u_{k+1}) − λ), u the sorted logits, over real tokens and projections."""
+    values = []
+    for projection, row in zip(logits, sparsity, strict=True):
+        for z, lam, keep in zip(projection, row, mask, strict=True):
+            if keep:
+                u = sorted(z, reverse=True)
+                values.append(max(0.0, 1 - math.fsum(top - u[k] for top in u[:k]) - lam) if len(u) > k else 0.0)
+    return math.fsum(values) / len(values) if values else 0.0
 
 
 def entropy_loss(entropy: Sequence[Vector], mask: Sequence[bool]) -> float:

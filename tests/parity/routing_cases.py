@@ -34,6 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *[("dynmole", {"entropy_threshold": 0.7, "keep_top_k": k}) for k in (1, 3, 99)],
     ("sparsegen", {}),
     ("sparsegen", {"lambda_hidden": 3}),
+    ("sparsegen", {"lambda_activation": "relu"}),
 ]
 IDS: Any = {"ids": lambda value: value if isinstance(value, str) else "-".join(map(str, value.values()))}
 """How a case is named, for `parametrize`."""
@@ -69,11 +70,9 @@ def random_inputs(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def own_settings(params: RouterParams) -> dict[str, Any]:
-    """The settings that matter for the rule itself: not the losses' weights, not the width of a network."""
-    values = dataclasses.asdict(params)
-    return {
-        k: v for k, v in values.items() if not k.endswith("_coef") and k not in ("balance_on_margin", "lambda_hidden")
-    }
+    """The settings that matter for the rule itself: not those of the losses, not the width of a network."""
+    other = ("balance_on_margin", "lambda_hidden", "sparsity_k")
+    return {k: v for k, v in dataclasses.asdict(params).items() if not k.endswith("_coef") and k not in other}
 
 
 def expected(router: Router[Any], x: torch.Tensor) -> Routing:

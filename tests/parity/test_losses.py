@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mole.mixture import losses
-from mole.mixture.routers import Router, Routing, build_router
+from mole.mixture.routers import Router, Routing, build_router, sparsegen
 
 LAYERS, TOKENS, EXPERTS = 3, 11, 4
+SPARSITY_K = 1
 MASKS = {
     "no padding": torch.ones(TOKENS, dtype=torch.bool),
     "right padding": torch.arange(TOKENS) < 7,
@@ -27,6 +28,7 @@ SLOW: dict[str, Callable[..., float]] = {
     "entropy": lambda used, probs, entropy, logits, mask: reference.entropy_loss(entropy, mask),
     "z": lambda used, probs, entropy, logits, mask: reference.z_loss(logits, mask),
     "cv": lambda used, probs, entropy, logits, mask: reference.cv_loss(used, mask),
+    "sparsity": lambda used, probs, entropy, logits, mask: reference.sparsity_loss(logits, entropy, SPARSITY_K, mask),
 }
 
 
@@ -35,13 +37,18 @@ def router_with(loss: str, experts: int) -> Router[Any]:
     coefficients = {f"{name}_loss_coef": float(name == loss) for name in ("balance", "entropy", "z")}
     if loss == "cv":
         return build_router("dense", 8, experts, balance_loss_coef=0.0, cv_loss_coef=1.0)
+    if loss == "sparsity":
+        return build_router("sparsegen", 8, experts, sparsity_loss_coef=1.0, sparsity_k=SPARSITY_K)
     return build_router("dynmole", 8, experts, **coefficients)
 
 
 def loss_of(loss: str, used: Tensor, probs: Tensor, entropy: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
-    """The loss of routings `(L, N, …)`, from sums over the tokens that are not padding, as in training → `(L,)`."""
+    """The loss of routings `(L, N, …)`, from sums over the tokens that are not padding, as in training → `(L,)`.
+
+    The sparsity λ, a number below 1 like the entropy, is the same tensor.
+    """
     router = router_with(loss, probs.shape[-1])
-    columns = losses.token_columns(router, Routing(used, probs, entropy, logits))
+    columns = losses.token_columns(router, Routing(used, probs, entropy, logits, sparsity=entropy))
     return losses.projection_losses(router, losses.masked_sum(columns.movedim(1, 0), mask))
 
 
@@ -105,7 +112,28 @@ def test_a_batch_of_padding_alone_has_no_loss_and_a_finite_gradient(loss: str) -
 @pytest.mark.parametrize("loss", SLOW)
 def test_gradients_of_a_loss(loss: str, mask: Tensor) -> None:
     tensors = [tensor.requires_grad_() for tensor in some_routing()]
+    if loss == "sparsity":
+        tensors[3].requires_grad_(False)  # this loss moves λ only
     assert torch.autograd.gradcheck(lambda *t: loss_of(loss, *t, mask), tensors)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_where_the_sparsity_loss_is_0_at_most_k_experts_are_used(k: int) -> None:
+    """And where it is not, more are: the loss is 0 exactly from the λ on at which the support shrinks to k."""
+    logits = torch.randn(4000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sparsity = torch.linspace(-4, 0.98, 4000, dtype=torch.float64)
+    used = sparsegen.support(logits, 1 - sparsity[:, None]).sum(-1)
+    values = losses.sparsity_values(logits, sparsity, k)
+    assert torch.equal(values == 0, used <= k) and 100 < (values == 0).sum() < 3900
+    assert not losses.sparsity_values(logits, sparsity, 6).any(), "no more than all can be used"
+
+
+def test_the_sparsity_loss_moves_the_network_of_lambda_and_not_the_gate() -> None:
+    router = build_router("sparsegen", 8, EXPERTS, sparsity_loss_coef=1.0).double()
+    routing = router(torch.randn(20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    losses.sparsity_values(routing.logits, routing.sparsity, 2).mean().backward()
+    assert router.gate.weight.grad is None
+    assert all((linear.weight.grad != 0).any() for linear in (router.lambda_in, router.lambda_out))
 
 
 def test_balance_is_1_when_even_and_e_when_everything_goes_to_one_expert() -> None:

@@ -29,6 +29,7 @@ class Routing(NamedTuple):
             `entropy_of` computes it.
         logits: `(…, E)`, the router's raw scores.
         threshold: `(…)`, AdaMoLE's τ(x); None for other methods.
+        sparsity: `(…)`, LD-MoLE's λ(x), for its sparsity loss; None for other methods, and from a decode kernel.
     """
 
     weights: Tensor
@@ -36,6 +37,7 @@ class Routing(NamedTuple):
     entropy: Tensor | None
     logits: Tensor
     threshold: Tensor | None = None
+    sparsity: Tensor | None = None
 
 
 class Choice(NamedTuple):
@@ -48,12 +50,14 @@ class Choice(NamedTuple):
         entropy: `(…)` in 0…1, only if the method defines an entropy of its own or its rule computes it; else None, and
             Shannon's entropy of `probs` is computed where it is needed.
         threshold: `(…)`, a threshold that the method computes for each token; else None.
+        sparsity: `(…)`, a sparsity that the method computes for each token; else None.
     """
 
     weights: Tensor
     probs: Tensor
     entropy: Tensor | None = None
     threshold: Tensor | None = None
+    sparsity: Tensor | None = None
 
 
 ParamsT = TypeVar("ParamsT", bound=RouterParams)
@@ -122,7 +126,7 @@ class Router(nn.Module, Generic[ParamsT]):
         entropy = choice.entropy
         if entropy is None and not (defer_entropy and allowed is None):
             entropy = shannon_entropy(considered)
-        routing = Routing(choice.weights, choice.probs, entropy, logits, choice.threshold)
+        routing = Routing(choice.weights, choice.probs, entropy, logits, choice.threshold, choice.sparsity)
         return routing if allowed is None else over_all_experts(routing, allowed)
 
     def route(self, logits: Tensor, *others: Tensor) -> Choice:

@@ -15,7 +15,8 @@ class SparsegenRouter(Router[SparsegenParams]):
     """`w = relu(z − τ) / (1 − λ(x))` with Σ w = 1 and a learnt sparsity λ(x) < 1 (LD-MoLE, arXiv 2509.25684).
 
     `z = x Wᵀ`, `λ(x) = logsigmoid(MLP(x)) + 1 − 0.01`, `τ = (Σ_S z − 1 + λ) / |S|` with S the experts that get a
-    weight. The MLP's biases start at −2.5. In an adapted model the layers of one input width share the MLP.
+    weight. The MLP is linear → GELU or ReLU → linear; its biases start at −2.5. In an adapted model the layers of one
+    input width share it.
 
     Shape: logits `(…, E)` and the MLP's first output `(…, lambda_hidden)` → weights `(…, E)`, of which at least one is
     above 0.
@@ -33,17 +34,19 @@ class SparsegenRouter(Router[SparsegenParams]):
 
     def sparsity(self, hidden: Tensor) -> Tensor:
         """λ(x), below 0.99, from the MLP's first output `(…, lambda_hidden)` → `(…, 1)`; larger means fewer experts."""
-        return F.logsigmoid(self.lambda_out(F.gelu(hidden))) + 1 - 0.01
+        activation = F.relu if self.params.lambda_activation == "relu" else F.gelu
+        return F.logsigmoid(self.lambda_out(activation(hidden))) + 1 - 0.01
 
     def route(self, logits: Tensor, *others: Tensor) -> Choice:
-        scale = 1 - self.sparsity(others[0])  # (…, 1)
+        sparsity = self.sparsity(others[0])  # (…, 1)
+        scale = 1 - sparsity
         # Only differences between logits count; taking off the largest keeps the digits of large logits.
         z = logits - logits.detach().amax(-1, keepdim=True)
         used = support(z.detach(), scale.detach())
         # A mean over the support, so the backward pass needs no sort.
         tau = ((z * used).sum(-1, keepdim=True) - scale) / used.sum(-1, keepdim=True)
         weights = (z - tau).relu() / scale
-        return Choice(weights, logits.softmax(-1))
+        return Choice(weights, logits.softmax(-1), sparsity=sparsity[..., 0])
 
 
 def support(z: Tensor, scale: Tensor) -> Tensor:

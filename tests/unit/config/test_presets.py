@@ -42,7 +42,9 @@ PAPERS: dict[str, dict[str, Any]] = {
     },
     "ldmole": {
         "adapter.router": "sparsegen", "adapter.num_experts": 8, "adapter.r": 8, "adapter.lora_alpha": 16,
-        "adapter.lora_dropout": 0.1, "adapter.target_modules": "all-linear", "training.max_steps": 0,
+        "adapter.lora_dropout": 0.1, "adapter.target_modules": "all-linear", "adapter.lambda_hidden": 64,
+        "adapter.lambda_activation": "relu", "adapter.balance_loss_coef": 1.0, "adapter.sparsity_loss_coef": 0.0,
+        "adapter.sparsity_k": 2, "training.learning_rate": 1e-4, "training.weight_decay": 0.1, "training.max_steps": 0,
     },
     "lora": {"adapter.router": "lora", "adapter.num_experts": 1, "training.max_steps": 0},
 }  # fmt: skip
