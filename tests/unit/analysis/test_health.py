@@ -117,7 +117,7 @@ def test_flat_entropy_is_told_above_its_bound_and_after_a_third_of_the_run() -> 
         ("topp", "Lower adapter.top_p to 0.6."),
         ("threshold", "Raise adapter.threshold to 0.25."),
         ("adamole", "Raise adapter.max_threshold to 0.375."),
-        ("sparsegen", "Set adapter.entropy_loss_coef to 0.01."),
+        ("sparsegen", "Set adapter.sparsity_loss_coef to 0.1."),
     ],
 )
 def test_an_adaptive_router_that_uses_all_experts_late_is_told(router: str, advice: str) -> None:
