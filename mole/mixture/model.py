@@ -14,7 +14,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import register_peft_method
 from torch import nn
 
@@ -22,12 +22,13 @@ from mole.config import ROUTERS, AdapterConfig
 from mole.core import patterns
 from mole.core.errors import ConfigError, MoleError
 from mole.mixture.aux_gradient import AUX_LOSS_MODES
+from mole.mixture.bypassed import bypassed_projections
 from mole.mixture.layer import PREFIX, MoleLinear, features, supports
 from mole.mixture.quantised import limit_packing
 from mole.mixture.routing_log import install_log, layer_index, remove_log
 from mole.mixture.shared_input import SIBLINGS, InputGroup
 from mole.mixture.shared_linears import share_linears, with_copies
-from mole.mixture.targets import resolve_targets
+from mole.mixture.targets import resolve_targets, without_bypassed
 
 METHOD_NAME = PREFIX.rstrip("_")
 
@@ -196,7 +197,11 @@ class MoleModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
-        config.target_modules = resolve_targets(config.target_modules, model)  # first: PEFT would run a pattern
+        bypassed = {} if config.inference_mode else bypassed_projections(model)
+        config.target_modules = resolve_targets(config.target_modules, model, bypassed)  # or PEFT would run a pattern
+        if bypassed and isinstance(config.target_modules, str):  # all-linear
+            _maybe_include_all_linear_layers(config, model)
+            config.target_modules = without_bypassed(config.target_modules, bypassed)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)  # the order of a set differs between processes

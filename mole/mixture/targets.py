@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -17,14 +19,21 @@ LISTED = 12
 """Names of linear layers that an error lists."""
 
 
-def resolve_targets(targets: str | Collection[str], model: nn.Module) -> str | list[str]:
+def resolve_targets(
+    targets: str | Collection[str], model: nn.Module, bypassed: Mapping[str, str] = MappingProxyType({})
+) -> str | list[str]:
     """The names to give to PEFT in place of `target_modules`, for the same modules of `model`.
 
     A pattern, which must match a module's full name, becomes the full names it matches; of a list, names that no module
     has are dropped; `all-linear` stays.
 
+    Args:
+        targets: as in the config.
+        model: the base model.
+        bypassed: full names of linear layers that must not be named, with the reason.
+
     Raises:
-        ConfigError: no module is named, or one that is not linear.
+        ConfigError: no module is named, or one that is not linear, or one that is bypassed.
     """
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return targets
@@ -45,9 +54,24 @@ def resolve_targets(targets: str | Collection[str], model: nn.Module) -> str | l
             kind = type(wrapped(modules[name])).__name__
             allowed = f"linear layers only ({linear_names(modules)}), and {name} is a {kind}"
             raise ConfigError(FIELD, targets, allowed, "Name the projections to adapt, or use all-linear.")
+        if name in bypassed:
+            allowed = f"without {name}, since {bypassed[name]}"
+            raise ConfigError(FIELD, targets, allowed, "all-linear leaves it out.")
     if isinstance(targets, str):
         check_ends(names, modules)
     return sorted(names)
+
+
+def without_bypassed(targets: Iterable[str], bypassed: Mapping[str, str]) -> list[str]:
+    """The full names that `all-linear` stands for, without those of projections that are bypassed; says which."""
+    left_out = sorted({name.rpartition(".")[2] for name in targets if name in bypassed})
+    kept = sorted(name for name in targets if name not in bypassed)
+    if not kept:
+        raise ConfigError(FIELD, ALL_LINEAR, f"the name of a linear layer other than {', '.join(left_out)}")
+    if left_out:
+        reasons = sorted({bypassed[name] for name in targets if name in bypassed})
+        warnings.warn(f"{ALL_LINEAR} leaves out {', '.join(left_out)}: {'; '.join(reasons)}.", stacklevel=2)
+    return kept
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:

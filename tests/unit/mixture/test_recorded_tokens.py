@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from adapting import layers_of, shake
+from architectures import IMAGE_TOKEN, build
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -20,82 +20,10 @@ from mole.chat.process import describe_routing, routing_bytes
 from mole.models.loading import Loaded
 
 Make = Callable[..., Any]
-IMAGE_TOKEN = 500
-BODY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-WORDS: dict[str, Any] = {"vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-TEXT: dict[str, Any] = {**BODY, **WORDS, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
-SIGHT: dict[str, Any] = {**BODY, "image_size": 8, "patch_size": 4}
-MOE: dict[str, Any] = {**TEXT, "num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-SPEECH: dict[str, Any] = {
-    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
-}  # fmt: skip
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 PICTURES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 WITH_PICTURE = IDS.clone().index_fill_(1, torch.arange(1, 5), IMAGE_TOKEN)
 """A picture takes 4 tokens, and its patches are 4."""
-
-
-def opt() -> Any:
-    sizes = {**WORDS, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return hf.OPTForCausalLM(hf.OPTConfig(**sizes, max_position_embeddings=64, word_embed_proj_dim=8))
-
-
-def qwen2_moe() -> Any:
-    return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**MOE, num_experts=4, shared_expert_intermediate_size=8))
-
-
-def deepseek_v3() -> Any:
-    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
-    groups = {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**{**MOE, "head_dim": 4}, **heads, **groups))
-
-
-def modernbert_decoder() -> Any:
-    return hf.ModernBertDecoderForCausalLM(hf.ModernBertDecoderConfig(**BODY, **WORDS))
-
-
-def t5() -> Any:
-    sizes = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
-    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=512, **sizes))
-
-
-def whisper() -> Any:
-    lengths = {"num_mel_bins": 8, "max_source_positions": 7, "max_target_positions": 20, "decoder_start_token_id": 1}
-    return hf.WhisperForConditionalGeneration(hf.WhisperConfig(**WORDS, **SPEECH, **lengths))
-
-
-def bart() -> Any:
-    return hf.BartForConditionalGeneration(hf.BartConfig(**WORDS, **SPEECH, max_position_embeddings=64))
-
-
-def gemma3() -> Any:
-    marks = {"image_token_index": IMAGE_TOKEN, "boi_token_index": 501, "eoi_token_index": 502, "mm_tokens_per_image": 4}
-    text = {**TEXT, "sliding_window": 16}
-    return hf.Gemma3ForConditionalGeneration(hf.Gemma3Config(text_config=text, vision_config=SIGHT, **marks))
-
-
-def llava() -> Any:
-    parts = {
-        "text_config": {**TEXT, "model_type": "llama"},
-        "vision_config": {**SIGHT, "model_type": "clip_vision_model"},
-    }
-    marks = {"image_token_index": IMAGE_TOKEN, "image_seq_length": 4, "vision_feature_layer": -1}
-    return hf.LlavaForConditionalGeneration(hf.LlavaConfig(**parts, **marks))
-
-
-def qwen2_vl() -> Any:
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-    sight = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
-    marks = {
-        "image_token_id": IMAGE_TOKEN,
-        "vision_start_token_id": 61,
-        "vision_end_token_id": 62,
-        "video_token_id": 63,
-    }
-    return hf.Qwen2VLForConditionalGeneration(
-        hf.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": rope}, vision_config=sight, **marks)
-    )
 
 
 PLAIN = {"input_ids": IDS}
@@ -103,31 +31,30 @@ PAIRS = {"input_ids": IDS, "labels": IDS.flip(1)}
 """Encoder and decoder read as many tokens, so that their shapes are the same."""
 SPOKEN = {"input_features": torch.randn(2, 8, 14, generator=torch.Generator().manual_seed(0)), "labels": IDS}
 SEEN = {"input_ids": WITH_PICTURE, "pixel_values": PICTURES}
-CASES: dict[str, tuple[Callable[[], Any], dict[str, Tensor], str]] = {
-    "opt": (opt, PLAIN, ""),
-    "qwen2_moe": (qwen2_moe, PLAIN, ""),
-    "deepseek_v3": (deepseek_v3, PLAIN, ""),
-    "modernbert_decoder": (modernbert_decoder, PLAIN, ""),
-    "bert": (lambda: hf.BertModel(hf.BertConfig(**BODY, **WORDS)), PLAIN, "pooler"),
-    "albert": (lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**BODY, **WORDS, embedding_size=8)), PLAIN, ""),
-    "vit": (lambda: hf.ViTModel(hf.ViTConfig(**SIGHT)), {"pixel_values": PICTURES}, "pooler"),
-    "t5": (t5, PAIRS, r"^encoder|EncDecAttention\.[kv]"),
-    "bart": (bart, PAIRS, r"\.encoder\.|encoder_attn\.[kv]_proj"),
-    "whisper": (whisper, SPOKEN, r"\.encoder\.|encoder_attn\.[kv]_proj"),
-    "gemma3": (gemma3, SEEN, "vision_tower"),
-    "gemma3, text": (gemma3, PLAIN, "vision_tower"),
-    "llava": (llava, SEEN, "vision_tower|projector"),
-    "llava, text": (llava, PLAIN, "vision_tower|projector"),
-    "qwen2_vl, text": (qwen2_vl, PLAIN, "visual"),
+CASES: dict[str, tuple[str, dict[str, Tensor], str]] = {
+    "opt": ("opt", PLAIN, ""),
+    "qwen2_moe": ("qwen2_moe", PLAIN, ""),
+    "deepseek_v3": ("deepseek_v3", PLAIN, ""),
+    "modernbert_decoder": ("modernbert_decoder", PLAIN, ""),
+    "bert": ("bert", PLAIN, "pooler"),
+    "albert": ("albert", PLAIN, ""),
+    "vit": ("vit", {"pixel_values": PICTURES}, "pooler"),
+    "t5": ("t5", PAIRS, r"^encoder|EncDecAttention\.[kv]"),
+    "bart": ("bart", PAIRS, r"\.encoder\.|encoder_attn\.[kv]_proj"),
+    "whisper": ("whisper", SPOKEN, r"\.encoder\.|encoder_attn\.[kv]_proj"),
+    "gemma3": ("gemma3", SEEN, "vision_tower"),
+    "gemma3, text": ("gemma3", PLAIN, "vision_tower"),
+    "llava": ("llava", SEEN, "vision_tower|projector"),
+    "llava, text": ("llava", PLAIN, "vision_tower|projector"),
+    "qwen2_vl, text": ("qwen2_vl", PLAIN, "visual"),
 }
 """Model, what it is called with, and a pattern of the projections that are left out of its recording."""
 
 
-def adapted(make: Callable[[], Any], **values: Any) -> Any:
+def adapted(make: str | Callable[[], Any], **values: Any) -> Any:
     """The model with a mixture whose every weight matters."""
-    torch.manual_seed(0)
     values = {"router": "dynmole", "num_experts": 3, "r": 2, "lora_alpha": 2, "lora_dropout": 0.0, **values}
-    model = get_peft_model(make(), MoleConfig(**values))
+    model = get_peft_model(build(make) if isinstance(make, str) else make(), MoleConfig(**values))
     shake(model)
     return model.eval()
 
@@ -180,9 +107,9 @@ def test_token_by_token_a_decoder_has_the_rows_of_one_pass(case: str) -> None:
     torch.testing.assert_close(generated.weights[:, seen], whole.weights[:, seen], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [t5, bart])
-def test_generating_an_encoder_decoder_records_what_it_writes(make: Callable[[], Any]) -> None:
-    model = adapted(make)
+@pytest.mark.parametrize("arch", ["t5", "bart"])
+def test_generating_an_encoder_decoder_records_what_it_writes(arch: str) -> None:
+    model = adapted(arch)
     with record_routing(model) as generated:
         ids = model.generate(input_ids=IDS[:1], max_new_tokens=4, do_sample=False, eos_token_id=-1)
     whole = recorded(model, input_ids=IDS[:1], decoder_input_ids=ids[:, :-1])
@@ -191,7 +118,7 @@ def test_generating_an_encoder_decoder_records_what_it_writes(make: Callable[[],
 
 
 def test_tokens_that_were_embedded_before_are_the_same_tokens() -> None:
-    model = adapted(opt)
+    model = adapted("opt")
     whole = recorded(model, inputs_embeds=model.get_input_embeddings()(IDS))
     torch.testing.assert_close(whole.weights, recorded(model, input_ids=IDS).weights)
 
@@ -302,7 +229,7 @@ def test_a_model_of_vectors_without_rows_is_recorded_as_it_is_called() -> None:
 @pytest.mark.parametrize("with_head", [False, True])
 def test_a_chat_has_every_token_in_the_routing_view(case: str, with_head: bool, tiny_tokenizer: Any) -> None:
     make = CASES[case][0]
-    linear = [name for name, module in make().named_modules() if type(module) is nn.Linear]
+    linear = [name for name, module in build(make).named_modules() if type(module) is nn.Linear]
     model = adapted(make, target_modules=linear if with_head else "all-linear")
     loaded = Loaded(model, tiny_tokenizer, "a run", "tiny", "dynmole")
     steps = list(stream(loaded, [{"role": "user", "content": "Sort"}], ChatSettings(max_new_tokens=3)))
