@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,16 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from mole.config import coerce
 from mole.core.errors import ConfigError, InputError
 from mole.data import Example, Message, encode_example, render_prompt
 from mole.mixture.steering import AS_TRAINED, Steering, steer
 from mole.mixture.trace import RoutingDelta, Trace, record_routing
-from mole.models.loading import Loaded
+from mole.models.loading import STATES, Loaded
 from mole.models.logits import base_model
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers that keep keys and values of tokens, and nothing else."""
 GREEDY = 1e-4
 """Temperatures below this are greedy: the most likely token is certain, and dividing by them would overflow."""
 
@@ -144,16 +147,16 @@ def generate(
         read_last: run the model on the last token too, to record its routing, although no token follows.
     """
     choose = TokenSampler(settings, model.device)
-    options = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
+    options: dict[str, Any] = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
     length = min(settings.max_new_tokens, context_left)
-    read, cache = prompt, None
+    read, state = prompt, ReadingState(model)
     output: Any = None
     for count in range(length + 1):
         if count < length or read_last:
             with torch.no_grad():
                 ids = torch.tensor([read], device=model.device)
-                output = model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
-            cache = output.past_key_values
+                output = model(input_ids=ids, use_cache=True, **state.arguments(ids), **options)
+            state.keep(output)
         yield read
         if count == length:
             return
@@ -206,6 +209,33 @@ def special_ids(tokenizer: Any) -> set[int]:
 def context_length(model: Any) -> int:
     """The model's maximum number of tokens; practically unlimited if its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+class ReadingState:
+    """What a model keeps between the tokens of one text: keys and values, or the state of a recurrent model."""
+
+    def __init__(self, model: Any) -> None:
+        base = base_model(model)
+        accepted = inspect.signature(base.forward).parameters
+        stateful = getattr(base, "_is_stateful", False)
+        recurrent = stateful or not ATTENTION.issuperset(getattr(base.config, "layer_types", None) or ())
+        self._kept: dict[str, Any] = {}
+        if stateful and "past_key_values" in accepted:  # RecurrentGemma takes a cache, and does not return it
+            self._kept["past_key_values"] = DynamicCache(config=base.config)
+        # Bamba and MiniMax count the tokens of each pass from 0, unless told.
+        self._position = 0 if recurrent and "position_ids" in accepted else None
+
+    def arguments(self, ids: Tensor) -> dict[str, Any]:
+        """The arguments of a pass that reads `ids (1, tokens)` next."""
+        if self._position is None:
+            return self._kept
+        start = self._position
+        self._position += ids.shape[1]
+        return {"position_ids": torch.arange(start, self._position, device=ids.device)[None], **self._kept}
+
+    def keep(self, output: Any) -> None:
+        """Keep what a pass has returned."""
+        self._kept = {name: output[name] for name in STATES if name in output} or self._kept
 
 
 def supports_logits_to_keep(model: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mole.chat.generate import context_length
 from mole.core.errors import DataError
@@ -19,6 +20,8 @@ from mole.data import IGNORE_INDEX, Collator, EncodedExample, Example, encode_ex
 from mole.models.loading import Loaded
 from mole.models.logits import base_model, only_positions
 
+OF_TOKENS = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of a cache whose rows can be chosen and shared."""
 BATCH_TOKENS = {"cpu": 2048}
 BATCH_TOKENS_GPU = 16384
 """Tokens of a batch, padding included, by kind of device."""
@@ -113,8 +116,8 @@ class SharedPrefixes:
             # only the cache is needed: compute the logits of one position, the fewest possible
             with only_positions(base_model(model).get_output_embeddings(), torch.tensor([0], device=model.device)):
                 output = model(**{name: part.to(model.device) for name, part in inputs.items()}, use_cache=True)
-            if isinstance(output.past_key_values, DynamicCache):
-                self.cache, self.mask = output.past_key_values, mask
+            if shareable(cache := output.get("past_key_values")):
+                self.cache, self.mask = cache, mask
         if self.cache is None:
             self.lengths = [0] * len(prefixes)
 
@@ -126,6 +129,11 @@ class SharedPrefixes:
         cache.layers = [copy.copy(layer) for layer in cache.layers]  # selecting rows replaces a layer's tensors
         cache.batch_select_indices(torch.tensor(owners, device=cache.layers[0].keys.device))
         return cache
+
+
+def shareable(cache: Any) -> bool:
+    """Whether a cache holds the keys and values of tokens alone, and no state that the next tokens change in place."""
+    return type(cache) is DynamicCache and all(type(layer) in OF_TOKENS for layer in cache.layers)
 
 
 def accepts_positions(model: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 
+STATES = ("past_key_values", "cache_params", "state")
+"""What models name the state that they keep between tokens, as an argument and in their output."""
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEMPLATE = 1 << 20
 """Longest chat template that is read, in characters; the longest on the hub have some twenty thousand."""
@@ -96,6 +99,7 @@ def load_base(config: ModelConfig) -> Base:
     source = resolve(config.name)
     quantised = quantisation(config, device, dtype)
     folder = local_folder(source, progress=True)
+    check_continues_text(read_config(folder), config.name)
     tokenizer = load_tokenizer(config.name, folder)
     try:
         with quiet():
@@ -119,6 +123,37 @@ def load_base(config: ModelConfig) -> Base:
     if source.kind == "hub":  # not the cache's path: adapters store this name of their base model
         model.name_or_path = model.config._name_or_path = config.name
     return Base(model, tokenizer, config.name, device, dtype, folder)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a model; None if it cannot be read: loading the model says why."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception:
+        return None
+
+
+def check_continues_text(config: Any, name: str) -> None:
+    """Raise `ModelError` if models with this transformers config do not continue text, token by token."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if config is None or not hasattr(config, "model_type") or hasattr(config, "auto_map"):
+        return
+    kind = config.model_type
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"The model {name} ({kind}) is not a language model that continues text, which training, chat and "
+            "evaluation need. In Python, MoleConfig adapts it."
+        )
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if inspect.signature(model.forward).parameters.keys().isdisjoint(STATES):
+        raise ModelError(
+            f"The model {name} ({kind}) keeps nothing between tokens that it reads, which chat needs. In Python, "
+            "MoleConfig adapts it."
+        )
 
 
 def quantisation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -84,12 +84,13 @@ class Planner:
         """Look the model and the data of a run up. Raises `InputError`."""
         from transformers import AutoConfig
 
-        from mole.models.loading import load_tokenizer, on_its_gpu, reason
+        from mole.models.loading import check_continues_text, load_tokenizer, on_its_gpu, read_config, reason
         from mole.preflight import memory_profile
 
         model = on_its_gpu(config.model)
         device = pick_device(model.device)
         folder = folder_without_weights(model.name)
+        check_continues_text(read_config(folder), model.name)
         lengths = row_lengths(config.data, load_tokenizer(model.name, folder))
         try:
             hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

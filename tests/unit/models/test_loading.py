@@ -9,17 +9,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
+from architectures import OTHERS
 from safetensors.torch import load_file, save_file
 
 from mole import models
-from mole.config import ModelConfig
+from mole.config import ModelConfig, RunConfig
 from mole.core.errors import ModelError
 from mole.models import gguf as mole_gguf
+from mole.preflight.plan import Planner
 
 CPU = ModelConfig(device="cpu", dtype="float32")
 
@@ -161,6 +165,32 @@ def test_code_that_comes_with_a_model_is_never_run(tiny_folder: Path, tmp_path: 
     with pytest.raises(ModelError, match="code of its own, which is never run"):
         models.load_base(on_cpu(folder))
     assert not ran.exists()
+
+
+def openai_gpt() -> Any:
+    sizes = {"vocab_size": 512, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    return hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (OTHERS["t5"], r"\(t5\) is not a language model that continues text"),
+        (OTHERS["llava"], r"\(llava\) is not a language model"),
+        (OTHERS["vit"], r"\(vit\) is not a language model"),
+        (openai_gpt, r"\(openai-gpt\) keeps nothing between tokens that it reads"),
+    ],
+)
+def test_a_model_that_could_not_answer_is_refused_before_it_is_loaded_or_its_memory_estimated(
+    make: Callable[[], Any], said: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    make().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=said):
+        models.load_base(on_cpu(tmp_path))
+    run = {"model": {"name": str(tmp_path), "device": "cpu"}, "data": {"path": str(tmp_path / "rows.jsonl")}}
+    with pytest.raises(ModelError, match=said):
+        Planner.of(RunConfig.from_dict(run))
 
 
 def test_a_damaged_file_is_one_clear_line(tiny_folder: Path, tmp_path: Path) -> None:
