@@ -11,6 +11,7 @@ dotted form of a setting is `adapter.router`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -93,6 +94,13 @@ class AdapterConfig:
     target_modules: str | list[str] = setting(
         ALL_LINEAR, "Linear layers that get experts: all-linear, a list of names, or a pattern of full names."
     )
+    exclude_modules: str | list[str] | None = setting(
+        None, "Linear layers that get no experts: a list of names, or a pattern of full names."
+    )
+    layers_to_transform: list[int] | None = setting(
+        None, "Layers that get experts, by index from 0, e.g. 20,21,22; empty for all."
+    )
+    use_rslora: bool = setting(False, "Multiply the update by alpha / √r instead of alpha / r (rsLoRA).")
     params: RouterParams = field(default_factory=DynMoLEParams)
 
     def __post_init__(self) -> None:
@@ -116,11 +124,19 @@ class AdapterConfig:
             raise ConfigError("adapter.num_experts", self.num_experts, allowed)
 
     def _check_targets(self) -> None:
-        field = "adapter.target_modules"
-        if not isinstance(self.target_modules, str):
-            patterns.check_names(self.target_modules, field)
-        elif self.target_modules.lower() != ALL_LINEAR:
-            patterns.compile_pattern(self.target_modules, field)
+        self.exclude_modules, self.layers_to_transform = self.exclude_modules or None, self.layers_to_transform or None
+        for name, targets in (("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules or [])):
+            if not isinstance(targets, str):
+                patterns.check_names(targets, f"adapter.{name}")
+            elif name == "exclude_modules" or targets.lower() != ALL_LINEAR:
+                patterns.compile_pattern(targets, f"adapter.{name}")
+        if any(layer < 0 for layer in self.layers_to_transform or []):
+            raise ConfigError("adapter.layers_to_transform", self.layers_to_transform, "a list of numbers from 0")
+
+    @property
+    def scaling(self) -> float:
+        """What the update is multiplied by: alpha / r, with rsLoRA alpha / √r (arXiv 2312.03732)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def expert_counts(self) -> list[int]:

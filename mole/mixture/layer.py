@@ -69,7 +69,7 @@ class MoleLinear(nn.Module, BaseTunerLayer):
         router = build_router(adapter.router, self.in_features, num_experts, **vars(adapter.params))
         down, up = stacked_experts(self.in_features, self.out_features, num_experts, adapter.r)
         self.routers[adapter_name], self.experts[adapter_name] = router, (down, up)
-        self.scaling[adapter_name] = adapter.lora_alpha / adapter.r
+        self.scaling[adapter_name] = adapter.scaling
         self.dropout[adapter_name] = adapter.lora_dropout
         self.r[adapter_name], self.num_experts[adapter_name] = adapter.r, num_experts
         getattr(self, f"{PREFIX}A")[adapter_name] = down

@@ -28,7 +28,13 @@ from mole.mixture.quantised import limit_packing
 from mole.mixture.routing_log import install_log, layer_index, remove_log
 from mole.mixture.shared_input import SIBLINGS, InputGroup
 from mole.mixture.shared_linears import share_linears, with_copies
-from mole.mixture.targets import resolve_targets, without_bypassed
+from mole.mixture.targets import (
+    adaptable_modules,
+    excluded_modules,
+    narrow_targets,
+    resolve_targets,
+    without_bypassed,
+)
 
 METHOD_NAME = PREFIX.rstrip("_")
 
@@ -115,7 +121,6 @@ MoleConfig: Any = dataclasses.make_dataclass(
         "__module__": __name__,
         "__post_init__": _post_init,
         "adapter": _adapter,
-        "exclude_modules": None,
     },
 )
 
@@ -197,12 +202,14 @@ class MoleModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
-        bypassed = {} if config.inference_mode else bypassed_projections(model)
-        config.target_modules = resolve_targets(config.target_modules, model, bypassed)  # or PEFT would run a pattern
-        if bypassed and isinstance(config.target_modules, str):  # all-linear
-            _maybe_include_all_linear_layers(config, model)
-            config.target_modules = without_bypassed(config.target_modules, bypassed)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._resolve_targets(config, model)
+        aside = {name: getattr(config, name) for name in ("exclude_modules", "layers_to_transform")}
+        # The names say it all. PEFT would warn that nothing was excluded, and take an expert's number for a layer's.
+        vars(config).update(dict.fromkeys(aside))
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            vars(config).update(aside)
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)  # the order of a set differs between processes
         limit_packing(model, trains=not config.inference_mode)
@@ -214,6 +221,18 @@ class MoleModel(BaseTuner):
         for layer in model.modules():
             if isinstance(layer, MoleLinear):
                 layer.log = log
+
+    def _resolve_targets(self, config: Any, model: nn.Module) -> None:
+        """Put names into the config for every pattern and list of layers; PEFT would run the patterns."""
+        bypassed = {} if config.inference_mode else bypassed_projections(model)
+        exclude, layers = config.exclude_modules, config.layers_to_transform
+        config.target_modules = resolve_targets(config.target_modules, model, bypassed)
+        if isinstance(config.target_modules, str) and (bypassed or exclude or layers):  # all-linear
+            _maybe_include_all_linear_layers(config, model)
+            config.target_modules = without_bypassed(config.target_modules, bypassed)
+        if exclude or layers:
+            config.target_modules = narrow_targets(config.target_modules, exclude, layers, model)
+            config.exclude_modules = exclude and excluded_modules(exclude, adaptable_modules(model))
 
     @classmethod
     def _get_adapter_state_dict(

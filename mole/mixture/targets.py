@@ -74,6 +74,57 @@ def without_bypassed(targets: Iterable[str], bypassed: Mapping[str, str]) -> lis
     return kept
 
 
+def narrow_targets(
+    names: Iterable[str], exclude: str | Collection[str] | None, layers: Collection[int] | None, model: nn.Module
+) -> list[str]:
+    """The targets without the excluded ones, and of the chosen layers only.
+
+    Args:
+        names: what `resolve_targets` returned.
+        exclude: names, or a pattern of full names; None for nothing.
+        layers: indices from 0; None for all. A module outside the layers, such as a pooler, is in none.
+        model: the base model.
+
+    Raises:
+        ConfigError: nothing of the model is excluded, a layer does not exist, or no target is left.
+    """
+    modules = adaptable_modules(model)
+    wanted = set(names)
+    kept = [name for name in modules if not wanted.isdisjoint(patterns.suffixes(name))]
+    if exclude:
+        excluded = set(excluded_modules(exclude, modules))
+        kept = [name for name in kept if name not in excluded]
+    if layers is not None:
+        known = {number for name in modules if (number := layer_number(name)) is not None}
+        if missing := set(layers) - known:
+            allowed = f"indices of layers; this model has 0 to {max(known, default=0)}, not {min(missing)}"
+            raise ConfigError("adapter.layers_to_transform", sorted(layers), allowed)
+        kept = [name for name in kept if layer_number(name) in layers]
+    if not kept:
+        field = "adapter.exclude_modules" if exclude else "adapter.layers_to_transform"
+        raise ConfigError(field, exclude or layers, "such that some of the target modules are left")
+    check_ends(kept, modules)
+    return sorted(kept)
+
+
+def excluded_modules(exclude: str | Collection[str], modules: Iterable[str]) -> list[str]:
+    """The full names of the modules that `exclude_modules` names. Raises `ConfigError` if there are none."""
+    field = "adapter.exclude_modules"
+    if isinstance(exclude, str):
+        pattern = patterns.compile_pattern(exclude, field)
+        found = [name for name in modules if pattern.fullmatch(name)]
+    else:
+        found = [name for name in modules if not set(exclude).isdisjoint(patterns.suffixes(name))]
+    if not found:
+        raise ConfigError(field, exclude, "the name of a module of this model", "A pattern must match the full name.")
+    return sorted(found)
+
+
+def layer_number(name: str) -> int | None:
+    """The index of the layer that a module belongs to: the first number in its name; None without one."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by their full names, without the inner ones of those that have an adapter already."""
     modules: dict[str, nn.Module] = {}

@@ -37,7 +37,8 @@ MORE_SETTINGS = (
     ("training", "save_steps"), ("training", "save_total_limit"),
     ("model", "dtype"), ("model", "quantization"),
     ("model", "device"), ("adapter", "target_modules"),
-    ("training", "gradient_checkpointing"),
+    ("adapter", "exclude_modules"), ("adapter", "layers_to_transform"),
+    ("adapter", "use_rslora"), ("training", "gradient_checkpointing"),
 )  # fmt: skip
 """The settings that are rarely changed."""
 
