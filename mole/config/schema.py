@@ -100,7 +100,7 @@ class AdapterConfig:
     layers_to_transform: list[int] | None = setting(
         None, "Layers that get experts, by index from 0, e.g. 20,21,22; empty for all."
     )
-    use_rslora: bool = setting(False, "Multiply the update by alpha / √r instead of alpha / r (rsLoRA).")
+    use_rslora: bool = setting(False, "Multiply the update by alpha / √r instead of alpha / r.", label="rsLoRA scaling")
     params: RouterParams = field(default_factory=DynMoLEParams)
 
     def __post_init__(self) -> None:
