@@ -82,6 +82,8 @@ class MoleLinear(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.group.drop_adapter(adapter_name)
+        if self.log is not None and not self.routers:
+            self.log.shared.layer_left, self.log = True, None
 
     def share_linear(self, adapter_name: str, name: str, owner: MoleLinear) -> None:
         """Use the router's linear layer `name` of the projection `owner` in place of an own one."""

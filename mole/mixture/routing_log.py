@@ -80,10 +80,12 @@ class SharedByThreads:
     Attributes:
         recordings: what listens to the model, each with the thread that began it.
         aux_loss: how the auxiliary loss reaches the gradient, one of `AUX_LOSS_MODES`.
+        layer_left: whether a layer has lost its last adapter since the last pass.
     """
 
     recordings: list[Recording] = field(default_factory=list)
     aux_loss: str = "auto"
+    layer_left: bool = False
 
 
 class RoutingLog(threading.local):
@@ -128,6 +130,11 @@ class RoutingLog(threading.local):
     @torch.compiler.disable
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: drop the last pass, note the padding of this one."""
+        if self.shared.layer_left:
+            self.shared.layer_left = False
+            # PEFT's `delete_adapter` tells the model; transformers' own tells the layers only.
+            if not any(isinstance(own := getattr(part, "routers", None), dict) and own for part in module.modules()):
+                return remove_log(module)
         self.records, self.sums, self.loss = [], [], None
         self._masks = padding_masks(module, args, kwargs)
         self._open = True

@@ -343,6 +343,25 @@ def test_after_its_last_adapter_is_deleted_a_model_has_no_routing_log(tiny_model
     assert len(trace) == TOKENS.shape[1]
 
 
+def test_a_pass_after_the_last_native_adapter_was_deleted_leaves_the_plain_model(tiny_model: Make) -> None:
+    """transformers' own `delete_adapter` tells the layers, not the model that they belong to."""
+    model, plain = tiny_model(), tiny_model()
+    for name in ("first", "second"):
+        model.add_adapter(settings(), name)
+    model.delete_adapter("first")
+    model.set_adapter("second")
+    with record_routing(model) as trace:
+        logits(model)
+    assert len(trace) == TOKENS.shape[1] and find_log(model) is not None
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), logits(plain))
+    assert find_log(model) is None and not model._forward_hooks and not model._forward_pre_hooks
+    model.add_adapter(settings(), "third")
+    with record_routing(model) as trace:
+        logits(model)
+    assert len(trace) == TOKENS.shape[1]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What cannot be, and what must not break
 
