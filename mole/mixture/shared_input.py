@@ -114,13 +114,15 @@ def write_count(x: Tensor) -> int:
 def can_fuse(first: AdaptedLayer, layer: AdaptedLayer, adapter: str) -> bool:
     """Whether the adapters of one name in two layers have the same routing rule, number and kind of experts.
 
-    Hooks on `layer` itself may be what provides its weights, which are then there only during its call.
+    It is False where the weights of `layer` may be there only during its call: hooks on it may be what provides them,
+    and where FSDP has sharded them they are flat.
     """
     if adapter not in layer.routers or layer.disable_adapters or layer.active_adapters != first.active_adapters:
         return False
     if is_hooked(layer):  # type: ignore[arg-type]
         return False
     router, other = first.routers[adapter], layer.routers[adapter]
+    down, other_down = first.experts[adapter][0].weight, layer.experts[adapter][0].weight
     return (
         type(router) is type(other)
         and router.num_experts == other.num_experts
@@ -130,6 +132,7 @@ def can_fuse(first: AdaptedLayer, layer: AdaptedLayer, adapter: str) -> bool:
         and first.r[adapter] == layer.r[adapter]
         and first.scaling[adapter] == layer.scaling[adapter]
         and first.dropout[adapter] == layer.dropout[adapter]
-        and first.experts[adapter][0].weight.dtype == layer.experts[adapter][0].weight.dtype
+        and down.dtype == other_down.dtype
+        and down.dim() == other_down.dim()
         and first.training == layer.training
     )

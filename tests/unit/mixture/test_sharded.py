@@ -14,11 +14,13 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from mole.config import ROUTERS
 from mole.core.errors import MoleError
+from mole.mixture import MoleLinear
 
 Make = Callable[..., Any]
 PROCESSES = 2
@@ -108,14 +110,14 @@ def check_fsdp2(rank: int, folder: str, models: dict[str, Any]) -> None:
     distributed.destroy_process_group()
 
 
-def check_fsdp(rank: int, folder: str, models: dict[str, Any], original: bool) -> None:
+def check_fsdp(rank: int, folder: str, models: dict[str, Any], original: bool, by_projection: bool) -> None:
     """One of the processes: hold a step with FSDP against the plain model's."""
     distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=PROCESSES)
     for router, model in copy.deepcopy(models).items():  # what a process is given lies in shared memory
         losses, weights = trained(copy.deepcopy(model))
         sharded = FullyShardedDataParallel(
             model,
-            auto_wrap_policy=fsdp_auto_wrap_policy(model),
+            auto_wrap_policy=ModuleWrapPolicy({MoleLinear}) if by_projection else fsdp_auto_wrap_policy(model),
             device_id=torch.device("cpu"),
             use_orig_params=original,
         )
@@ -141,7 +143,13 @@ def test_a_step_with_fsdp_and_pefts_policy_is_that_of_the_plain_model(
     original: bool, tiny_model: Make, tmp_path: Path
 ) -> None:
     """The policy wraps every small linear layer of the adapter by itself."""
-    spawn(check_fsdp, (str(tmp_path), adapted(tiny_model), original), nprocs=PROCESSES)
+    spawn(check_fsdp, (str(tmp_path), adapted(tiny_model), original, False), nprocs=PROCESSES)
+
+
+def test_a_step_with_fsdp_of_each_projection_is_that_of_the_plain_model(tiny_model: Make, tmp_path: Path) -> None:
+    """Its weights are whole during its call only, so it computes nothing for those that read the same input."""
+    models = {router: model for router, model in adapted(tiny_model).items() if router in ("dynmole", "adamole")}
+    spawn(check_fsdp, (str(tmp_path), models, True, True), nprocs=PROCESSES)
 
 
 def test_a_step_with_ddp_is_that_of_the_plain_model(tiny_model: Make, tmp_path: Path) -> None:
