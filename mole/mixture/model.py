@@ -226,6 +226,9 @@ class MoleModel(BaseTuner):
         """Put names into the config for every pattern and list of layers; PEFT would run the patterns."""
         bypassed = {} if config.inference_mode else bypassed_projections(model)
         exclude, layers = config.exclude_modules, config.layers_to_transform
+        if bypassed and exclude:
+            excluded = excluded_modules(exclude, adaptable_modules(model))
+            bypassed = {name: reason for name, reason in bypassed.items() if name not in excluded}
         config.target_modules = resolve_targets(config.target_modules, model, bypassed)
         if isinstance(config.target_modules, str) and (bypassed or exclude or layers):  # all-linear
             _maybe_include_all_linear_layers(config, model)

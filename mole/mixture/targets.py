@@ -56,7 +56,7 @@ def resolve_targets(
             raise ConfigError(FIELD, targets, allowed, "Name the projections to adapt, or use all-linear.")
         if name in bypassed:
             allowed = f"without {name}, since {bypassed[name]}"
-            raise ConfigError(FIELD, targets, allowed, "all-linear leaves it out.")
+            raise ConfigError(FIELD, targets, allowed, "all-linear leaves it out, and exclude_modules can.")
     if isinstance(targets, str):
         check_ends(names, modules)
     return sorted(names)

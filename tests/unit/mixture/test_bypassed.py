@@ -44,6 +44,15 @@ def test_a_second_adapter_leaves_them_out_too() -> None:
     assert all(set(layer.routers) == {"default", "other"} for layer in layers_of(model))
 
 
+def test_those_that_are_excluded_anyway_are_not_refused() -> None:
+    """Bamba's attention has projections of such names too."""
+    values = {"target_modules": r".*\.(in|out|q)_proj", "exclude_modules": ["mamba.out_proj"]}
+    model = get_peft_model(build("bamba"), settings(**values))
+    assert [layer.name for layer in layers_of(model)] == [
+        "model.layers.0.mamba.in_proj", "model.layers.1.self_attn.q_proj",
+    ]  # fmt: skip
+
+
 def test_an_attention_layer_keeps_its_out_proj() -> None:
     model = get_peft_model(build("opt"), settings(target_modules=["out_proj"]))
     assert len(layers_of(model)) == 2
