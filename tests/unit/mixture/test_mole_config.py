@@ -20,7 +20,9 @@ from mole.mixture.model import mole_config
 Make = Callable[..., Any]
 
 SHARED = {
-    "num_experts": [2, 4], "r": 3, "lora_alpha": 7.0, "lora_dropout": 0.2, "target_modules": ["q_proj"],
+    "num_experts": [2, 4], "r": 3, "lora_alpha": 7.0, "lora_dropout": 0.2,
+    "target_modules": ["model.layers.1.self_attn.q_proj"], "exclude_modules": ["model.layers.1.self_attn.k_proj"],
+    "layers_to_transform": [1], "use_rslora": True,
     "balance_loss_coef": 0.21, "entropy_loss_coef": 0.22, "z_loss_coef": 0.23,
 }  # fmt: skip
 
