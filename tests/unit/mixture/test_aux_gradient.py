@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from adapting import ROUTED, TOKENS, padded, shake
 from peft import get_peft_model
 from test_auxiliary_losses import ENTROPY_AND_Z, LOSSES, Rows, adapt64, gradients, hold_equal
-from torch import Tensor, nn
+from torch import Tensor
 
 from mole import MoleConfig, auxiliary_loss
 from mole.core.errors import ConfigError
@@ -349,26 +349,3 @@ def test_padding_of_inputs_and_of_targets_is_in_no_loss_of_an_encoder_decoder(ta
         )
         tokens.append(sums.values[0].item())
     assert set(tokens) == {sum(lengths), sum(counts)}, "tokens of the inputs, and of the targets"
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Several processes
-
-
-def one_rank(rank: int, model: Any, folder: Path) -> None:
-    """A process of two: the gradients of its row, averaged with those of the other by DDP."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    ddp = nn.parallel.DistributedDataParallel(model)
-    own(ddp(input_ids=TOKENS[rank : rank + 1])).backward()
-    torch.save(gradients(model), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_under_ddp_it_is_the_mean_of_the_processes(tiny_model: Make, tmp_path: Path) -> None:
-    model = adapt64(tiny_model(), aux_loss="injected", **LOSSES).train()
-    wanted = [expected(model, own, input_ids=TOKENS[rank : rank + 1]) for rank in range(2)]
-    torch.multiprocessing.spawn(one_rank, (model, tmp_path), nprocs=2)
-    mean = {name: (grad + wanted[1][name]) / 2 for name, grad in wanted[0].items()}
-    for rank in range(2):
-        hold_equal(torch.load(tmp_path / f"{rank}.pt"), mean, rtol=1e-9, atol=1e-12)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from adapting import TOKENS, adapt
 from peft.utils.other import fsdp_auto_wrap_policy
+from test_aux_gradient import expected, gradients, own
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -23,13 +26,22 @@ from mole.core.errors import MoleError
 from mole.mixture import MoleLinear
 
 Make = Callable[..., Any]
+Models = dict[str, Any]
 PROCESSES = 2
 RATE = 0.05
+KINDS = ("dynmole", "adamole", "sparsegen")
+"""A router with a gate alone, one with a second linear layer, and one that shares layers."""
+PROJECTIONS_ALONE = ("dynmole", "adamole")
+"""Those for the check in which every projection is wrapped by itself."""
 
 
-def adapted(tiny_model: Make) -> dict[str, Any]:
+def adapted(tiny_model: Make, routers: Collection[str]) -> Models:
     """A model with an adapter of each router, to train in float64."""
-    return {router: adapt(tiny_model(), router).double().train() for router in ROUTERS}
+    return {router: adapt(tiny_model(), router).double().train() for router in routers}
+
+
+def hold_close(ours: Tensor, theirs: Tensor, *names: str) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9, msg=lambda text: f"{': '.join(names)}: {text}")
 
 
 def loss_of(model: Any, rows: Tensor) -> Tensor:
@@ -50,10 +62,9 @@ def step(model: Any) -> None:
     torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=RATE).step()
 
 
-def check_ddp(rank: int, folder: str, models: dict[str, Any]) -> None:
-    """One of the processes: hold a step with DDP against the plain model's."""
-    distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=PROCESSES)
-    for router, model in copy.deepcopy(models).items():  # what a process is given lies in shared memory
+def check_ddp(rank: int, models: Models) -> None:
+    """Hold a step with DDP against the plain model's."""
+    for router, model in copy.deepcopy(models).items():
         losses, weights = trained(copy.deepcopy(model))
         parallel = DistributedDataParallel(model)
         loss = loss_of(parallel, TOKENS[rank : rank + 1])
@@ -61,21 +72,13 @@ def check_ddp(rank: int, folder: str, models: dict[str, Any]) -> None:
         step(model)
         assert abs(loss.item() - losses[rank]) < 1e-9, router
         for name, weight in weights.items():
-            torch.testing.assert_close(
-                model.get_parameter(name),
-                weight,
-                rtol=0,
-                atol=1e-9,
-                msg=lambda text, name=name, router=router: f"{router}: {name}: {text}",
-            )
-    distributed.destroy_process_group()
+            hold_close(model.get_parameter(name), weight, router, name)
 
 
-def check_fsdp2(rank: int, folder: str, models: dict[str, Any]) -> None:
-    """One of the processes: hold the gradients with FSDP2, a decoder block each, against the plain model's."""
-    distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=PROCESSES)
+def check_fsdp2(rank: int, models: Models) -> None:
+    """Hold the gradients with FSDP2, a decoder block each, against the plain model's."""
     mesh = init_device_mesh("cpu", (PROCESSES,))
-    for router, model in copy.deepcopy(models).items():  # what a process is given lies in shared memory
+    for router, model in copy.deepcopy(models).items():
         plain = copy.deepcopy(model)
         losses, _ = trained(plain)
         blocks = model.base_model.model.model.layers
@@ -100,20 +103,14 @@ def check_fsdp2(rank: int, folder: str, models: dict[str, Any]) -> None:
             assert (weight.grad is None) == (gradient is None), name
             if weight.grad is not None:
                 found = weight.grad.full_tensor()  # type: ignore[attr-defined]
-                torch.testing.assert_close(
-                    found,
-                    gradient,
-                    rtol=0,
-                    atol=1e-9,
-                    msg=lambda text, name=name, router=router: f"{router}: {name}: {text}",
-                )
-    distributed.destroy_process_group()
+                hold_close(found, gradient, router, name)
 
 
-def check_fsdp(rank: int, folder: str, models: dict[str, Any], original: bool, by_projection: bool) -> None:
-    """One of the processes: hold a step with FSDP against the plain model's."""
-    distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=PROCESSES)
-    for router, model in copy.deepcopy(models).items():  # what a process is given lies in shared memory
+def check_fsdp(rank: int, models: Models, original: bool, by_projection: bool = False) -> None:
+    """Hold a step with FSDP against the plain model's."""
+    for router, model in copy.deepcopy(models).items():
+        if by_projection and router not in PROJECTIONS_ALONE:
+            continue
         losses, weights = trained(copy.deepcopy(model))
         sharded = FullyShardedDataParallel(
             model,
@@ -128,34 +125,60 @@ def check_fsdp(rank: int, folder: str, models: dict[str, Any], original: bool, b
         with FullyShardedDataParallel.summon_full_params(sharded):
             found = {name.replace("_fsdp_wrapped_module.", ""): weight for name, weight in sharded.named_parameters()}
             for name, weight in weights.items():
-                torch.testing.assert_close(
-                    found[name],
-                    weight,
-                    rtol=0,
-                    atol=1e-9,
-                    msg=lambda text, name=name, router=router: f"{router}: {name}: {text}",
-                )
+                hold_close(found[name], weight, router, name)
+
+
+def check_injected(rank: int, models: Models) -> None:
+    """Hold the gradients with DDP of a loss of the loop's own, with the auxiliary loss injected, against their mean."""
+    for router, model in copy.deepcopy(models).items():
+        model.get_base_model()._mole_routing_log.shared.aux_loss = "injected"
+        rows = [expected(model, own, input_ids=TOKENS[row : row + 1]) for row in range(PROCESSES)]
+        parallel = DistributedDataParallel(model)
+        own(parallel(input_ids=TOKENS[rank : rank + 1])).backward()
+        for name, found in gradients(model).items():
+            hold_close(found, (rows[0][name] + rows[1][name]) / PROCESSES, router, name)
+
+
+CHECKS: dict[str, Callable[[int, Models], None]] = {
+    "DDP": check_ddp,
+    "DDP of a loss of its own": check_injected,
+    "FSDP by PEFT's policy": partial(check_fsdp, original=True),
+    "FSDP by PEFT's policy, flat parameters": partial(check_fsdp, original=False),
+    "FSDP of each projection": partial(check_fsdp, original=True, by_projection=True),
+    "FSDP2 of each block": check_fsdp2,
+}
+"""PEFT's policy wraps every small linear layer of the adapter by itself. A projection that is wrapped has its weights
+during its call only, so it computes nothing for those that read the same input."""
+
+
+def one_process(rank: int, folder: str, models: Models) -> None:
+    """One of the processes: run all checks, and write what went wrong in each."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=PROCESSES)
+    models = copy.deepcopy(models)  # what a process is given lies in shared memory
+    for number, check in enumerate(CHECKS.values()):
+        try:
+            check(rank, models)
+            problem = ""
+        except Exception:
+            problem = traceback.format_exc()
+        Path(folder, f"{number}-{rank}").write_text(problem)
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("original", [True, False], ids=["original parameters", "flat parameters"])
-def test_a_step_with_fsdp_and_pefts_policy_is_that_of_the_plain_model(
-    original: bool, tiny_model: Make, tmp_path: Path
-) -> None:
-    """The policy wraps every small linear layer of the adapter by itself."""
-    spawn(check_fsdp, (str(tmp_path), adapted(tiny_model), original, False), nprocs=PROCESSES)
+@pytest.fixture(
+    scope="module", params=[KINDS, pytest.param(tuple(ROUTERS), marks=pytest.mark.soak)], ids=["some", "all"]
+)
+def problems(request: Any, tiny_model: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What went wrong in each check, by process. They share two processes, which take long to start."""
+    folder = tmp_path_factory.mktemp("processes")
+    spawn(one_process, (str(folder), adapted(tiny_model, request.param)), nprocs=PROCESSES)
+    return {
+        name: [(folder / f"{number}-{rank}").read_text() for rank in range(PROCESSES)]
+        for number, name in enumerate(CHECKS)
+    }
 
 
-def test_a_step_with_fsdp_of_each_projection_is_that_of_the_plain_model(tiny_model: Make, tmp_path: Path) -> None:
-    """Its weights are whole during its call only, so it computes nothing for those that read the same input."""
-    models = {router: model for router, model in adapted(tiny_model).items() if router in ("dynmole", "adamole")}
-    spawn(check_fsdp, (str(tmp_path), models, True, True), nprocs=PROCESSES)
-
-
-def test_a_step_with_ddp_is_that_of_the_plain_model(tiny_model: Make, tmp_path: Path) -> None:
-    spawn(check_ddp, (str(tmp_path), adapted(tiny_model)), nprocs=PROCESSES)
-
-
-def test_gradients_with_fsdp2_are_those_of_the_plain_model(tiny_model: Make, tmp_path: Path) -> None:
-    """With `fully_shard` of the decoder blocks; networks that all of them share are wrapped by themselves."""
-    spawn(check_fsdp2, (str(tmp_path), adapted(tiny_model)), nprocs=PROCESSES)
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_step_is_that_of_the_plain_model(check: str, problems: dict[str, list[str]]) -> None:
+    assert not any(problems[check]), "\n".join(problems[check])
