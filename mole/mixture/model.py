@@ -27,6 +27,7 @@ from mole.mixture.layer import PREFIX, MoleLinear, features, supports
 from mole.mixture.quantised import limit_packing
 from mole.mixture.routing_log import install_log, layer_index, remove_log
 from mole.mixture.shared_input import SIBLINGS, InputGroup
+from mole.mixture.shared_linears import copies as copies  # for other packages, which import this module first
 from mole.mixture.shared_linears import share_linears, with_copies
 from mole.mixture.targets import (
     adaptable_modules,

@@ -94,7 +94,7 @@ class AdapterFiles:
         """
         from peft import get_peft_model_state_dict
 
-        from mole.mixture.shared_linears import copies
+        from mole.mixture.model import copies
 
         wanted = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
         shared = {
