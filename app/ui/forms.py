@@ -37,6 +37,10 @@ def label_of(item: dataclasses.Field[Any]) -> str:
     return text if text.startswith(("LoRA", "CV", "LR")) else text[:1].upper() + text[1:]
 
 
+MAPPINGS = ("data.columns", "adapter.rank_pattern", "adapter.alpha_pattern")
+"""Settings that are left out while their box is empty."""
+
+
 def help_of(item: dataclasses.Field[Any]) -> str:
     """A setting's help, with its default where that is the paper's."""
     spec = spec_of(item)
@@ -168,7 +172,7 @@ class RunForm:
             section, _, name = dotted.rpartition(".")
             if isinstance(value, str):
                 value = value.strip()
-            if dotted == "data.columns" and not value:
+            if dotted in MAPPINGS and not value:
                 continue
             if dotted in ("name", "data.eval_path"):
                 value = value or None

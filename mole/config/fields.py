@@ -162,7 +162,8 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
             (inner,) = typing.get_args(option)
             return [coerce(inner, entry, name) for entry in value]
         elif origin is dict and isinstance(value, Mapping):
-            return {str(coerce(str, key, name)): coerce(str, entry, name) for key, entry in value.items()}
+            _, inner = typing.get_args(option)
+            return {str(coerce(str, key, name)): coerce(inner, entry, name) for key, entry in value.items()}
         elif isinstance(origin, type) and isinstance(value, origin):
             if isinstance(value, str) and not value.isascii():
                 check_characters(value, name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -101,6 +102,10 @@ class AdapterConfig:
         None, "Layers that get experts, by index from 0, e.g. 20,21,22; empty for all."
     )
     use_rslora: bool = setting(False, "Multiply the update by alpha / √r instead of alpha / r.", label="rsLoRA scaling")
+    rank_pattern: dict[str, int] = setting(
+        {}, "Ranks of some layers, by name or pattern, e.g. {down_proj: 16, v_proj: 4}."
+    )
+    alpha_pattern: dict[str, float] = setting({}, "LoRA alphas of some layers, by name or pattern.")
     params: RouterParams = field(default_factory=DynMoLEParams)
 
     def __post_init__(self) -> None:
@@ -119,8 +124,10 @@ class AdapterConfig:
         largest = max(self.expert_counts)
         if largest > limits.EXPERTS or len(self.expert_counts) > limits.EXPERTS:
             raise ConfigError("adapter.num_experts", self.num_experts, f"at most {limits.EXPERTS}")
-        if largest * self.r > limits.RANK_TIMES_EXPERTS:
-            allowed = f"such that experts × rank ({largest} × {self.r}) is at most {limits.RANK_TIMES_EXPERTS}"
+        if largest * self.largest_rank > limits.RANK_TIMES_EXPERTS:
+            allowed = (
+                f"such that experts × rank ({largest} × {self.largest_rank}) is at most {limits.RANK_TIMES_EXPERTS}"
+            )
             raise ConfigError("adapter.num_experts", self.num_experts, allowed)
 
     def _check_targets(self) -> None:
@@ -132,6 +139,28 @@ class AdapterConfig:
                 patterns.compile_pattern(targets, f"adapter.{name}")
         if any(layer < 0 for layer in self.layers_to_transform or []):
             raise ConfigError("adapter.layers_to_transform", self.layers_to_transform, "a list of numbers from 0")
+        self._check_table("rank_pattern", self.rank_pattern, "a rank of 1", 1, limits.RANK)
+        self._check_table("alpha_pattern", self.alpha_pattern, "an alpha above 0", sys.float_info.min, 1e30)
+
+    def _check_table(self, name: str, table: Mapping[str, float], words: str, low: float, high: float) -> None:
+        field = f"adapter.{name}"
+        patterns.check_names(table, field)
+        for key, value in table.items():
+            patterns.compile_pattern(key, field)
+            if not low <= value <= high:
+                raise ConfigError(f"{field}.{key}", value, f"{words} to {high:g}")
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that a projection has."""
+        return max(self.r, *self.rank_pattern.values(), 1)
+
+    def at(self, projection: str) -> AdapterConfig:
+        """The settings of one projection, by its full name; the tables must be by full names too."""
+        if not (self.rank_pattern or self.alpha_pattern):
+            return self
+        r, alpha = self.rank_pattern.get(projection, self.r), self.alpha_pattern.get(projection, self.lora_alpha)
+        return dataclasses.replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     @property
     def scaling(self) -> float:

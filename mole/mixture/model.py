@@ -33,6 +33,7 @@ from mole.mixture.targets import (
     adaptable_modules,
     excluded_modules,
     narrow_targets,
+    resolve_table,
     resolve_targets,
     without_bypassed,
 )
@@ -60,7 +61,10 @@ def config_fields() -> list[tuple[str, Any, Any]]:
     shared = [item for item in dataclasses.fields(AdapterConfig) if item.name != "params"]
     declared: list[tuple[str, Any, Any]] = []
     for item in shared:
-        declared.append((item.name, item.type, dataclasses.field(default=item.default, metadata=item.metadata)))
+        start: dict[str, Any] = {"default": item.default}
+        if item.default_factory is not dataclasses.MISSING:
+            start = {"default_factory": item.default_factory}
+        declared.append((item.name, item.type, dataclasses.field(**start, metadata=item.metadata)))
     names = {item.name for item in shared}
     for params in ROUTERS.values():
         for item in dataclasses.fields(params):
@@ -180,7 +184,7 @@ class MoleModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        adapter: AdapterConfig = peft_config.adapter()
+        adapter: AdapterConfig = self._adapter.at(current_key)
         num_experts = adapter.experts_at(layer_index(current_key), num_layers(self.model))
         if isinstance(target, MoleLinear):
             target.add_adapter(adapter_name, adapter, num_experts, peft_config.inference_mode)
@@ -207,6 +211,7 @@ class MoleModel(BaseTuner):
         aside = {name: getattr(config, name) for name in ("exclude_modules", "layers_to_transform")}
         # The names say it all. PEFT would warn that nothing was excluded, and take an expert's number for a layer's.
         vars(config).update(dict.fromkeys(aside))
+        self._adapter: AdapterConfig = config.adapter()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -231,12 +236,16 @@ class MoleModel(BaseTuner):
             excluded = excluded_modules(exclude, adaptable_modules(model))
             bypassed = {name: reason for name, reason in bypassed.items() if name not in excluded}
         config.target_modules = resolve_targets(config.target_modules, model, bypassed)
-        if isinstance(config.target_modules, str) and (bypassed or exclude or layers):  # all-linear
+        by_name = bool(exclude or layers or config.rank_pattern or config.alpha_pattern)
+        if isinstance(config.target_modules, str) and (bypassed or by_name):  # all-linear
             _maybe_include_all_linear_layers(config, model)
             config.target_modules = without_bypassed(config.target_modules, bypassed)
-        if exclude or layers:
+        if by_name:
             config.target_modules = narrow_targets(config.target_modules, exclude, layers, model)
             config.exclude_modules = exclude and excluded_modules(exclude, adaptable_modules(model))
+        for name in ("rank_pattern", "alpha_pattern"):
+            if table := getattr(config, name):
+                setattr(config, name, resolve_table(table, config.target_modules, f"adapter.{name}"))
 
     @classmethod
     def _get_adapter_state_dict(

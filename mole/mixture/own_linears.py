@@ -12,6 +12,7 @@ from operator import itemgetter
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -20,7 +21,8 @@ from mole.mixture.routers.base import ScoreLinear
 
 PLAIN = frozenset({nn.Linear, ScoreLinear})
 """The classes of an adapter's own linear layers as they are created."""
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -75,7 +77,8 @@ class OwnLinears:
         """`places` are the dictionaries of the modules, by adapter, in which PEFT and wrappers find them."""
         self._places, self._of_adapter = places, itemgetter(adapter)
         self.modules: list[nn.Module] = list(map(self._of_adapter, places))
-        self._hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
+        self._hooks = [getattr(module, name) for module in self.modules for name in FORWARD_HOOKS]
+        self._backward_hooks = [getattr(module, name) for module in self.modules for name in BACKWARD_HOOKS]
         # Whoever sets another `forward` adds an attribute; a parametrization changes the class and removes a parameter.
         self._entries = [entries for module in self.modules for entries in (module.__dict__, module._parameters)]
         self._plain_count = -1  # number of entries when all modules were as they are created
@@ -86,7 +89,7 @@ class OwnLinears:
 
     def must_be_called(self) -> bool:
         """Whether something takes part in the calls of one of them."""
-        if any(self._hooks) or _has_any_global_hook():
+        if any(self._hooks) or _has_any_global_hook() or (torch.is_grad_enabled() and any(self._backward_hooks)):
             return True
         count = sum(map(len, self._entries))
         if count == self._plain_count:

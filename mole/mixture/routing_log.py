@@ -23,7 +23,7 @@ from mole.core.errors import MoleError
 from mole.mixture.aux_gradient import deliver
 from mole.mixture.losses import has_losses, masked_sum, mixture_loss, token_columns
 from mole.mixture.routers import Router, Routing
-from mole.mixture.token_layout import TokenLayout, token_layout
+from mole.mixture.token_layout import TokenLayout, padding_masks, reads_decoder_tokens, token_layout
 
 LOG_ATTRIBUTE = "_mole_routing_log"
 
@@ -136,9 +136,9 @@ class RoutingLog(threading.local):
             if not any(isinstance(own := getattr(part, "routers", None), dict) and own for part in module.modules()):
                 return remove_log(module)
         self.records, self.sums, self.loss = [], [], None
-        self._masks = padding_masks(module, args, kwargs)
         self._open = True
         self._training, self._grad = module.training, torch.is_grad_enabled()
+        self._masks = padding_masks(module, args, kwargs) if self._training else {}
         self.listeners = self.listeners_here() if self.recordings else []
         self.layout = token_layout(module, args, kwargs) if self.listeners else None
 
@@ -191,7 +191,7 @@ class RoutingLog(threading.local):
             if (mask.shape == tokens if len(tokens) == 2 else mask.numel() == tokens.numel())
         }
         if len(fitting) == 2:  # inputs and targets of one length
-            return fitting["decoder" if sees_decoder_tokens(name) else "encoder"]
+            return fitting["decoder" if reads_decoder_tokens(name) else "encoder"]
         return next(iter(fitting.values()), None)
 
     def add(self, name: str, router: Router[Any], entry: LogEntry) -> None:
@@ -271,32 +271,6 @@ def one_batch(model: nn.Module) -> Iterator[None]:
         log.micro_batches = None
 
 
-def padding_masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The padding masks `(B, T)` of a model call, true for tokens: `encoder`, or the only one, and `decoder`."""
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    masks = {"encoder": mask}
-    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        masks["decoder"] = kwargs.get("decoder_attention_mask")
-        if masks["decoder"] is None and (labels := kwargs.get("labels")) is not None:
-            masks["decoder"] = labels != -100  # the labels, moved by one place, are the decoder's input
-    elif isinstance(mask, Tensor) and (past := cached_tokens(kwargs.get("past_key_values"))):
-        masks["encoder"] = mask[:, past:]
-    return {part: mask.bool() for part, mask in masks.items() if isinstance(mask, Tensor) and mask.dim() == 2}
-
-
-def sees_decoder_tokens(name: str) -> bool:
-    """Whether a projection of an encoder-decoder reads the decoder's tokens: its parts, without the keys and values of
-    the attention to the encoder's (T5 `EncDecAttention.k`, BART `encoder_attn.v_proj`)."""
-    parts = name.split(".")
-    crosses = any(re.search("encdec|encoder_attn|cross", part, re.IGNORECASE) for part in parts)
-    return "decoder" in parts and not (crosses and parts[-1][0] in "kv")
-
-
-def cached_tokens(cache: Any) -> int:
-    """The number of tokens in a KV cache, which a model's attention mask covers too; 0 without a cache."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-
-
 def install_log(model: nn.Module) -> RoutingLog:
     """The routing log of a model; the first call creates it and registers its hooks."""
     log: RoutingLog | None = getattr(model, LOG_ATTRIBUTE, None)
@@ -335,7 +309,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     """The weighted auxiliary loss of the model's last forward pass in training mode → scalar with gradient.
 
     It is 0 if no router has an auxiliary loss. Only a loop that computes its own loss from the logits needs it: a model
-    called with `labels` returns a loss that includes it.
+    called with `labels` returns a loss that includes it, and in a `Trainer` it is injected (`MoleConfig.aux_loss`).
 
     Raises:
         MoleError: the model has no MoLE adapter, or its last pass was not in training mode.

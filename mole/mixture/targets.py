@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
+from typing import TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -14,7 +15,10 @@ from mole.core import patterns
 from mole.core.errors import ConfigError
 from mole.mixture.layer import supports
 
+V = TypeVar("V")
 FIELD = "adapter.target_modules"
+ANY_END = r"(?:.*\.)?(?:{})"
+"""A pattern that may leave out the first parts of a name."""
 LISTED = 12
 """Names of linear layers that an error lists."""
 
@@ -105,6 +109,30 @@ def narrow_targets(
         raise ConfigError(field, exclude or layers, "such that some of the target modules are left")
     check_ends(kept, modules)
     return sorted(kept)
+
+
+def resolve_table(table: Mapping[str, V], names: Iterable[str], field: str) -> dict[str, V]:
+    """A table of settings by full names, for one by names and patterns; the first that fits a name counts, as in PEFT.
+
+    Args:
+        table: values by names, or patterns of names, of which any end counts as a name.
+        names: full names of the adapted projections.
+        field: the setting's name, for the error.
+
+    Raises:
+        ConfigError: a key fits none of them.
+    """
+    compiled = [(key, patterns.compile_pattern(key, field, ANY_END)) for key in table]
+    found: dict[str, V] = {}
+    unused = dict.fromkeys(table)
+    for name in names:
+        for key, pattern in compiled:
+            if pattern.fullmatch(name):
+                unused.pop(key, None)
+                found.setdefault(name, table[key])
+    for key in unused:
+        raise ConfigError(field, key, "the name of a target module, or a pattern for some of them")
+    return found
 
 
 def excluded_modules(exclude: str | Collection[str], modules: Iterable[str]) -> list[str]:

@@ -1,4 +1,5 @@
-"""Which tokens of a forward pass a projection sees: what the recorder needs to put a routing into the right rows.
+"""Which tokens of a forward pass a projection sees: what the recorder needs to put a routing into the right rows, and
+the losses to leave padding out.
 
 Most projections of a language model see all tokens, in their order. Others do not: those of an image encoder, or of the
 encoder of an encoder-decoder, see another sequence; the experts of a mixture-of-experts base see tokens gathered from
@@ -110,6 +111,29 @@ def commonest_layout(shapes: Iterable[tuple[int, ...]]) -> TokenLayout | None:
         return None
     ((shape, _),) = counts.most_common(1)
     return TokenLayout(1, shape[0], flat=True) if len(shape) == 1 else TokenLayout(shape[0], shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Padding
+
+
+def padding_masks(model: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The padding masks `(B, T)` of a forward pass, true for tokens: `encoder`, or the only one, and `decoder`."""
+    mask = inputs.get("attention_mask", args[1] if len(args) > 1 else None)
+    masks = {"encoder": mask}
+    if is_encoder_decoder(model):
+        masks["decoder"] = inputs.get("decoder_attention_mask")
+        if masks["decoder"] is None and (labels := inputs.get("labels")) is not None:
+            masks["decoder"] = labels != -100  # the labels, moved by one place, are the decoder's input
+    elif isinstance(mask, Tensor) and (cached := cached_tokens(inputs.get("past_key_values"))):
+        masks["encoder"] = mask[:, cached:]
+    return {part: mask.bool() for part, mask in masks.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+
+
+def reads_decoder_tokens(name: str) -> bool:
+    """Whether a projection of an encoder-decoder reads the decoder's tokens: its parts, without the keys and values of
+    cross-attention."""
+    return "decoder" in name.split(".") and not ENCODED.search(name)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -156,9 +156,9 @@ def check_size(folder: Path, config: dict[str, Any], widest: int) -> None:
                 f"The adapter in {folder} does not fit its own weights: {setting} is {brief(value)}"
                 f"{f' for {brief(many)} experts' if many > 1 else ''}, and no weight is wider than {widest}."
             )
-    ranks = config.get("rank_pattern")
+    ranks, many = config.get("rank_pattern"), max(counts, default=1)
     for value in ranks.values() if isinstance(ranks, dict) else ():
-        if isinstance(value, int) and value > widest:
+        if isinstance(value, int) and value * many > widest:
             raise ModelError(
                 f"The adapter in {folder} does not fit its own weights: rank_pattern has {brief(value)}, and no weight "
                 f"is wider than {widest}."

@@ -111,15 +111,22 @@ def step_cost(
 ) -> StepCost:
     """The cost of a forward and backward pass over one micro-batch.
 
-    Layers that get no experts (`layers_to_transform`, a pattern in `exclude_modules`) are counted as if they had them:
-    the models measured have two layers. Raises whatever the architecture raises if it cannot run on tensors without
-    data.
+    Layers that get no experts (`layers_to_transform`, a pattern in `exclude_modules`) are counted as if they had them,
+    and all with the largest rank: the models measured have two layers. Raises whatever the architecture raises if it
+    cannot run on tensors without data.
     """
     exclude = adapter.exclude_modules if isinstance(adapter.exclude_modules, list) else None
-    anywhere = dataclasses.replace(adapter, layers_to_transform=None, exclude_modules=exclude)
+    everywhere = dataclasses.replace(
+        adapter,
+        layers_to_transform=None,
+        exclude_modules=exclude,
+        r=adapter.largest_rank,
+        rank_pattern={},
+        alpha_pattern={},
+    )
 
     def profiled(layers: int, experts: int) -> StepCost:
-        small = dataclasses.replace(anywhere, num_experts=experts)
+        small = dataclasses.replace(everywhere, num_experts=experts)
         return profile_step(build_meta_model(with_layers(config, layers), small, dtype), dtype, shape, checkpointing)
 
     experts = adapter.experts_by_layer(layer_count(config))

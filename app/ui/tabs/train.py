@@ -38,6 +38,7 @@ MORE_SETTINGS = (
     ("model", "dtype"), ("model", "quantization"),
     ("model", "device"), ("adapter", "target_modules"),
     ("adapter", "exclude_modules"), ("adapter", "layers_to_transform"),
+    ("adapter", "rank_pattern"), ("adapter", "alpha_pattern"),
     ("adapter", "use_rslora"), ("training", "gradient_checkpointing"),
 )  # fmt: skip
 """The settings that are rarely changed."""

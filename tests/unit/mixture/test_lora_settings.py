@@ -66,11 +66,61 @@ def test_only_names_stand_in_the_saved_settings(tiny_model: Make, tmp_path: Path
     assert saved["target_modules"] and all("layers.1." in name for name in saved["target_modules"])
 
 
+def loras_ranks(model: Any, **values: Any) -> dict[str, tuple[int, float]]:
+    """Rank and scaling of each projection by PEFT's LoRA."""
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=2, **values))
+    return {
+        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for name, module in adapted.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+PATTERNS: dict[str, dict[str, Any]] = {
+    "names": {"rank_pattern": {"q_proj": 4, "layers.1.mlp.down_proj": 1}, "alpha_pattern": {"down_proj": 3.0}},
+    "patterns": {"rank_pattern": {r"layers\.[12]\.mlp\..*": 3, "down_proj": 8}},
+    "rsLoRA": {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"layers.0.self_attn.v_proj": 8.0}, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("what", PATTERNS)
+def test_ranks_and_alphas_of_some_projections_are_those_of_lora(what: str, tiny_model: Make, tmp_path: Path) -> None:
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = get_peft_model(tiny_model(layers=3), settings(target_modules=targets, **PATTERNS[what]))
+    wanted = loras_ranks(tiny_model(layers=3), target_modules=targets, **PATTERNS[what])
+    assert {layer.name: (layer.r["default"], layer.scaling["default"]) for layer in layers_of(model)} == wanted
+    assert len({rank for rank, _ in wanted.values()}) > 1
+    shake(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(layers=3), tmp_path)
+    assert torch.equal(logits(loaded.eval(), TOKENS), logits(model.eval(), TOKENS))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(saved["rank_pattern"]) <= names_of(model), "full names, no patterns"
+
+
+def test_projections_of_other_ranks_compute_by_themselves(tiny_model: Make) -> None:
+    """q and k read the same input; with one rank they are computed together."""
+    model = get_peft_model(tiny_model(), settings(rank_pattern={"k_proj": 6}))
+    shake(model)
+    model = model.double().train()
+    together = model(input_ids=TOKENS).logits
+    for layer in layers_of(model):
+        layer.group = type(layer.group)([layer])
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, together, rtol=0, atol=1e-12)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a name that no module has": ({"exclude_modules": ["q_prj"]}, "adapter.exclude_modules is .*the name of a module"),
     "a layer beyond the last": ({"layers_to_transform": [1, 7]}, "this model has 0 to 1, not 7"),
     "a layer below 0": ({"layers_to_transform": [-1]}, "a list of numbers from 0"),
     "nothing left": ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "target modules are left"),
+    "a rank for nothing": ({"rank_pattern": {"q_prj": 2}}, "adapter.rank_pattern is 'q_prj'; it must be the name"),
+    "a rank of 0": (
+        {"rank_pattern": {"q_proj": 0}},
+        "adapter.rank_pattern.q_proj is 0; it must be a rank of 1 to 1024",
+    ),
+    "an alpha of 0": ({"alpha_pattern": {"q_proj": 0.0}}, "adapter.alpha_pattern.q_proj is 0.0"),
+    "a pattern that backtracks": ({"rank_pattern": {"(?=a)b": 2}}, "adapter.rank_pattern"),
     "a pattern without end": ({"exclude_modules": "(?=a)b"}, "adapter.exclude_modules"),
 }
 
@@ -97,3 +147,4 @@ def test_empty_boxes_of_the_form_mean_all_layers() -> None:
     adapter = AdapterConfig.from_flat({"exclude_modules": "", "layers_to_transform": ""})
     assert adapter.exclude_modules is None and adapter.layers_to_transform is None
     assert AdapterConfig.from_flat({"layers_to_transform": "20, 21"}).layers_to_transform == [20, 21]
+    assert AdapterConfig.from_flat({"rank_pattern": "{down_proj: 16}"}).rank_pattern == {"down_proj": 16}
