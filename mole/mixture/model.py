@@ -27,8 +27,8 @@ from mole.mixture.layer import PREFIX, MoleLinear, features, supports
 from mole.mixture.quantised import limit_packing
 from mole.mixture.routing_log import install_log, layer_index, remove_log
 from mole.mixture.shared_input import SIBLINGS, InputGroup
-from mole.mixture.shared_linears import copies as copies  # for other packages, which import this module first
-from mole.mixture.shared_linears import share_linears, with_copies
+from mole.mixture.shared_linears import copy_names as copy_names  # for other packages, which import this module first
+from mole.mixture.shared_linears import share_linears, with_copies, without_copies
 from mole.mixture.targets import (
     adaptable_modules,
     excluded_modules,
@@ -255,6 +255,15 @@ class MoleModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         # transformers, where it loads an adapter by itself, would report the copies as unexpected
         return with_copies(model, adapter_name, found) if any(isinstance(m, cls) for m in model.modules()) else found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What PEFT loads into an adapter, from 0.21 on; before, `MoleLinear` leaves the copies out."""
+        own = without_copies(model, adapter_name, state_dict)
+        mapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own)
+        return mapped
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:

@@ -47,6 +47,21 @@ def copies(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
                 yield own, owners
 
 
+def copy_names(model: nn.Module, adapter: str) -> set[str]:
+    """The names of the copies in a file, which are without the adapter's name."""
+    return {own.replace(f".{adapter}.", ".") for own, _ in copies(model, adapter)}
+
+
+def without_copies(model: nn.Module, adapter: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file has, without the copies; a file of a `PeftModel` may be loaded into a model without its prefix."""
+    names = copy_names(model, adapter)
+    return {
+        name: weight
+        for name, weight in state_dict.items()
+        if not {name, name.removeprefix("base_model.model.")} & names
+    }
+
+
 def with_copies(model: nn.Module, adapter: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict with a copy of the shared weights for each projection; none of them shares memory."""
     found = dict(state_dict)

@@ -144,7 +144,8 @@ def excluded_modules(exclude: str | Collection[str], modules: Iterable[str]) -> 
     else:
         found = [name for name in modules if not set(exclude).isdisjoint(patterns.suffixes(name))]
     if not found:
-        raise ConfigError(field, exclude, "the name of a module of this model", "A pattern must match the full name.")
+        advice = "Text is a pattern of full names, e.g. .*\\.v_proj; a list, e.g. [v_proj], holds names."
+        raise ConfigError(field, exclude, "the name of a module of this model", advice)
     return sorted(found)
 
 

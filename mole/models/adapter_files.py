@@ -94,12 +94,10 @@ class AdapterFiles:
         """
         from peft import get_peft_model_state_dict
 
-        from mole.mixture.model import copies
+        from mole.mixture.model import copy_names
 
         wanted = set(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
-        shared = {
-            name.replace(f".{adapter}.", ".") for name, _ in copies(model, adapter)
-        }  # a file may have them or not
+        shared = copy_names(model, adapter)  # a file may have them or not
         wanted -= shared
         ours = model.peft_config[adapter].peft_type == our_type()
         if (missing := wanted - self.names) and (ours or missing == wanted):
