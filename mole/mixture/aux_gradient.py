@@ -16,6 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mole.mixture.token_layout import is_encoder_decoder
+
 AUX_LOSS_MODES = ("auto", "in_loss", "injected", "manual")
 """Values of `MoleConfig.aux_loss`:
 
@@ -78,9 +80,7 @@ class Injected(torch.autograd.Function):
         return grad, (ctx.scale if ctx.delivery.is_first() else torch.zeros_like(ctx.scale)), None, None
 
 
-def deliver(
-    model: nn.Module, output: Any, loss: Tensor, kwargs: Mapping[str, Any], mode: str, grad: bool
-) -> tuple[Any, Tensor]:
+def deliver(model: nn.Module, output: Any, loss: Tensor, kwargs: Mapping[str, Any], mode: str) -> tuple[Any, Tensor]:
     """Send the auxiliary loss of a training pass into the backward passes to come.
 
     Args:
@@ -89,15 +89,14 @@ def deliver(
         loss: the auxiliary loss, a scalar.
         kwargs: what the model was called with.
         mode: one of `AUX_LOSS_MODES`.
-        grad: whether the pass has gradients.
 
     Returns:
         The output to return instead, and the auxiliary loss for who adds it by hand.
     """
     delivery = Delivery()
     given = loss
-    if grad and loss.requires_grad:
-        trainer = running_trainer()
+    if loss.requires_grad:
+        trainer = running_trainer() if mode in ("auto", "injected") else None
         if mode == "injected" or (mode == "auto" and trainer is not None):
             own = own_loss(output) if mode == "auto" else None
             output = inject(output, loss, loss_scale(loss, trainer), delivery, but=own)
@@ -191,9 +190,8 @@ def counted_labels(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | None
         return None
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    config = getattr(model, "config", None)
     causal = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss
-    return labels[..., 1:] if causal and not getattr(config, "is_encoder_decoder", False) else labels
+    return labels[..., 1:] if causal and not is_encoder_decoder(model) else labels
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -157,8 +157,7 @@ class RoutingLog(threading.local):
             router: the router of one of them; all follow the same rule.
             routing: `(…, L, E)`.
             training: whether the projections train. The log cannot tell: when checkpointing recomputes a layer, which
-            must
-                run the same operations as before, the log may have seen other passes.
+                must run the same operations as before, the log may have seen other passes.
         """
         count = routing.weights.shape[-2]
         recorded = routing if self.listeners else None
@@ -215,7 +214,7 @@ class RoutingLog(threading.local):
 
     @torch.compiler.disable
     def finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook: notify the listeners, compute the auxiliary loss, add it to the output's own loss."""
+        """Forward hook: notify the listeners, compute the auxiliary loss, send it on its way to the gradient."""
         self._open = False
         for listener in self.listeners:
             listener.extend(self.records)
@@ -232,7 +231,7 @@ class RoutingLog(threading.local):
             return output
         self.compute_loss()
         if self.loss is not None:
-            output, self.loss = deliver(module, output, self.loss, kwargs, self.shared.aux_loss, self._grad)
+            output, self.loss = deliver(module, output, self.loss, kwargs, self.shared.aux_loss)
         return output
 
     def compute_loss(self) -> None:
@@ -322,5 +321,10 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
 def layer_index(name: str) -> int:
     """The index of the layer a projection belongs to: the first number in its dotted name; 0 without one."""
+    return layer_number(name) or 0
+
+
+def layer_number(name: str) -> int | None:
+    """The index of the layer that a module belongs to: the first number in its dotted name; None without one."""
     match = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(match.group(1)) if match else 0
+    return int(match.group(1)) if match else None

@@ -14,6 +14,7 @@ from mole.config import ALL_LINEAR
 from mole.core import patterns
 from mole.core.errors import ConfigError
 from mole.mixture.layer import supports
+from mole.mixture.routing_log import layer_number
 
 V = TypeVar("V")
 FIELD = "adapter.target_modules"
@@ -42,14 +43,9 @@ def resolve_targets(
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return targets
     modules = adaptable_modules(model)
-    if isinstance(targets, str):
-        pattern = patterns.compile_pattern(targets, FIELD)
-        names = [name for name in modules if pattern.fullmatch(name)]
-        found = names
-    else:
-        wanted = set(targets)
-        found = [name for name in modules if not wanted.isdisjoint(patterns.suffixes(name))]
-        names = sorted(wanted & {suffix for name in found for suffix in patterns.suffixes(name)})
+    found = names = named_by(targets, modules, FIELD)
+    if not isinstance(targets, str):
+        names = sorted(set(targets) & {suffix for name in found for suffix in patterns.suffixes(name)})
     if not found:
         advice = "A pattern must match the full name, e.g. .*\\.q_proj." if isinstance(targets, str) else ""
         raise ConfigError(FIELD, targets, f"the name of a linear layer ({linear_names(modules)})", advice)
@@ -93,8 +89,7 @@ def narrow_targets(
         ConfigError: nothing of the model is excluded, a layer does not exist, or no target is left.
     """
     modules = adaptable_modules(model)
-    wanted = set(names)
-    kept = [name for name in modules if not wanted.isdisjoint(patterns.suffixes(name))]
+    kept = named_by(list(names), modules, FIELD)
     if exclude:
         excluded = set(excluded_modules(exclude, modules))
         kept = [name for name in kept if name not in excluded]
@@ -135,23 +130,23 @@ def resolve_table(table: Mapping[str, V], names: Iterable[str], field: str) -> d
     return found
 
 
+def named_by(targets: str | Collection[str], modules: Iterable[str], field: str) -> list[str]:
+    """The full names that a pattern matches, or of which a name in a list is the end; `field` is for the error."""
+    if isinstance(targets, str):
+        pattern = patterns.compile_pattern(targets, field)
+        return [name for name in modules if pattern.fullmatch(name)]
+    wanted = set(targets)
+    return [name for name in modules if not wanted.isdisjoint(patterns.suffixes(name))]
+
+
 def excluded_modules(exclude: str | Collection[str], modules: Iterable[str]) -> list[str]:
     """The full names of the modules that `exclude_modules` names. Raises `ConfigError` if there are none."""
     field = "adapter.exclude_modules"
-    if isinstance(exclude, str):
-        pattern = patterns.compile_pattern(exclude, field)
-        found = [name for name in modules if pattern.fullmatch(name)]
-    else:
-        found = [name for name in modules if not set(exclude).isdisjoint(patterns.suffixes(name))]
+    found = named_by(exclude, modules, field)
     if not found:
         advice = "Text is a pattern of full names, e.g. .*\\.v_proj; a list, e.g. [v_proj], holds names."
         raise ConfigError(field, exclude, "the name of a module of this model", advice)
     return sorted(found)
-
-
-def layer_number(name: str) -> int | None:
-    """The index of the layer that a module belongs to: the first number in its name; None without one."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
