@@ -37,10 +37,6 @@ def label_of(item: dataclasses.Field[Any]) -> str:
     return text if text.startswith(("LoRA", "CV", "LR")) else text[:1].upper() + text[1:]
 
 
-MAPPINGS = ("data.columns", "adapter.rank_pattern", "adapter.alpha_pattern")
-"""Settings that are left out while their box is empty."""
-
-
 def help_of(item: dataclasses.Field[Any]) -> str:
     """A setting's help, with its default where that is the paper's."""
     spec = spec_of(item)
@@ -57,6 +53,15 @@ def default_of(item: dataclasses.Field[Any]) -> Any:
     if item.default_factory is not dataclasses.MISSING:
         return item.default_factory()
     return item.default
+
+
+MAPPINGS = {
+    f"{section}.{item.name}"
+    for section, owner in SECTIONS.items()
+    for item in dataclasses.fields(owner)
+    if "spec" in item.metadata and isinstance(default_of(item), dict)
+}
+"""Settings that are left out while their box is empty."""
 
 
 def setting_component(owner: type, item: dataclasses.Field[Any], **options: Any) -> Component:
