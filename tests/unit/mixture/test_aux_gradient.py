@@ -12,7 +12,7 @@ import transformers as hf
 from accelerate import Accelerator
 from adapting import ROUTED, TOKENS, padded, shake
 from peft import get_peft_model
-from test_auxiliary_losses import ENTROPY_AND_Z, LOSSES, Rows, adapt64, gradients, hold_equal
+from test_auxiliary_losses import ENTROPY_AND_Z, LOSSES, Rows, adapt64, gradients, hold_equal, trainer_step
 from torch import Tensor
 
 from mole import MoleConfig, auxiliary_loss
@@ -198,20 +198,6 @@ class ScaledTrainer(OwnLossTrainer):
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
 
-def step_of(
-    trainer_class: type[hf.Trainer], model: Any, rows: Rows, folder: Path, **settings: Any
-) -> dict[str, Tensor]:
-    """How one plain SGD step changes each weight: minus its gradient."""
-    arguments = hf.TrainingArguments(
-        output_dir=str(folder), max_steps=1, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
-        max_grad_norm=0.0, remove_unused_columns=False, report_to=[], save_strategy="no", disable_tqdm=True,
-        use_cpu=True, **settings,
-    )  # fmt: skip
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    trainer_class(model=model, args=arguments, train_dataset=rows).train()
-    return {name: before[name] - weight.detach() for name, weight in model.named_parameters() if name in before}
-
-
 @pytest.fixture
 def rows() -> Rows:
     tokens = torch.randint(5, 300, (4, 8), generator=torch.Generator().manual_seed(1))
@@ -230,7 +216,7 @@ def test_in_a_trainer_it_counts_once_whichever_outputs_are_used(
     inputs = {"input_ids": tokens, "labels": tokens, "output_hidden_states": True}
     wanted = expected(adapt64(tiny_model(), **LOSSES).train(), OWN_LOSSES[what], **inputs)
     model = adapt64(tiny_model(), **LOSSES)
-    step = step_of(AnyLossTrainer, model, rows, tmp_path, per_device_train_batch_size=4)
+    step = trainer_step(model, rows, tmp_path, 4, 1, AnyLossTrainer)
     hold_equal(step, wanted, rtol=1e-6, atol=1e-9)
 
 
@@ -243,8 +229,8 @@ def test_accumulated_in_a_trainer_it_counts_once_a_step(
     tokens = torch.stack([row["input_ids"] for row in rows.rows])
     wanted = expected(model, own, input_ids=tokens)
     for batch in (4, 2, 1):
-        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch}
-        step = step_of(trainer, adapt64(tiny_model(), **ENTROPY_AND_Z), rows, tmp_path, **sizes)
+        model = adapt64(tiny_model(), **ENTROPY_AND_Z)
+        step = trainer_step(model, rows, tmp_path, batch, 4 // batch, trainer)
         hold_equal(step, wanted, rtol=1e-6, atol=1e-9)
 
 
@@ -253,8 +239,7 @@ def test_with_smoothed_labels_trainer_has_it_too(rows: Rows, tiny_model: Make, t
     steps = []
     for values in (ENTROPY_AND_Z, dict.fromkeys(ENTROPY_AND_Z, 0.0)):
         model = adapt64(tiny_model(), **values)
-        sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-        steps.append(step_of(hf.Trainer, model, rows, tmp_path, label_smoothing_factor=0.1, **sizes))
+        steps.append(trainer_step(model, rows, tmp_path, 2, 2, label_smoothing_factor=0.1))
     model = adapt64(tiny_model(), **ENTROPY_AND_Z).train()
     tokens = torch.stack([row["input_ids"] for row in rows.rows])
     wanted = expected(model, lambda out: 0.0 * out.logits.sum(), input_ids=tokens)

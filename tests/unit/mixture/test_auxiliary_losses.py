@@ -206,9 +206,9 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def trainer_step(
-    model: Any, rows: Rows, folder: Any, batch: int, accumulation: int, **settings: Any
+    model: Any, rows: Rows, folder: Any, batch: int, accumulation: int, trainer: Any = None, **settings: Any
 ) -> dict[str, Tensor]:
-    """How one plain SGD step of `transformers.Trainer` changes each weight: minus its gradient."""
+    """How one plain SGD step of `Trainer`, or of a `trainer` class, changes each weight: minus its gradient."""
     from transformers import Trainer, TrainingArguments
 
     fixed: dict[str, Any] = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
@@ -224,7 +224,7 @@ def trainer_step(
         **settings,
     )
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    (trainer or Trainer)(model=model, args=arguments, train_dataset=rows).train()
     return {name: before[name] - weight.detach() for name, weight in model.named_parameters() if name in before}
 
 
