@@ -54,6 +54,8 @@ class LoadedBase:
         if name and self.adapters:
             self.peft.delete_adapter(name)
         elif name:  # a PEFT model needs at least one adapter
+            if self.peft.peft_config[name].peft_type == our_type():
+                self.peft.base_model.delete_adapter(name)  # what it trained whole would stay in the base model
             self.base.model, self.peft = self.peft.unload(), None
 
     def activate(self, key: Key) -> AbstractContextManager[Any]:

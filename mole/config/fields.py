@@ -188,7 +188,8 @@ def parse_text(text: str, options: tuple[Any, ...]) -> Any:
         except ValueError:
             pass
     origins = {typing.get_origin(option) for option in options}
-    if list in origins and "," in stripped and not stripped.startswith("["):
+    is_list = list in origins and not {str, int, float, bool} & set(options)  # then one entry is a list of one
+    if list in origins and ("," in stripped or is_list) and not stripped.startswith(("[", "{")):
         return [part.strip() for part in stripped.split(",") if part.strip()]
     if stripped.startswith(("[", "{")) or bool in options:
         try:

@@ -101,6 +101,12 @@ class AdapterConfig:
     layers_to_transform: list[int] | None = setting(
         None, "Layers that get experts, by index from 0, e.g. 20,21,22; empty for all."
     )
+    layers_pattern: str | list[str] | None = setting(
+        None, "Which list of layers those indices are of, by name or pattern, where a model has several."
+    )
+    modules_to_save: list[str] | None = setting(
+        None, "Modules trained and saved whole beside the experts, by the end of their names, e.g. lm_head."
+    )
     use_rslora: bool = setting(False, "Multiply the update by alpha / √r instead of alpha / r.", label="rsLoRA scaling")
     rank_pattern: dict[str, int] = setting(
         {}, "Ranks of some layers, by name or pattern, e.g. {down_proj: 16, v_proj: 4}."
@@ -131,7 +137,8 @@ class AdapterConfig:
             raise ConfigError("adapter.num_experts", self.num_experts, allowed)
 
     def _check_targets(self) -> None:
-        self.exclude_modules, self.layers_to_transform = self.exclude_modules or None, self.layers_to_transform or None
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+            setattr(self, name, getattr(self, name) or None)  # an empty box
         for name, targets in (("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules or [])):
             if not isinstance(targets, str):
                 patterns.check_names(targets, f"adapter.{name}")
@@ -139,8 +146,21 @@ class AdapterConfig:
                 patterns.compile_pattern(targets, f"adapter.{name}")
         if any(layer < 0 for layer in self.layers_to_transform or []):
             raise ConfigError("adapter.layers_to_transform", self.layers_to_transform, "a list of numbers from 0")
+        self._check_layers_pattern()
+        if self.modules_to_save:
+            patterns.check_plain(self.modules_to_save, "adapter.modules_to_save")
+            self.modules_to_save = list(dict.fromkeys(self.modules_to_save))
         self._check_table("rank_pattern", self.rank_pattern, "a rank of 1", 1, limits.RANK)
         self._check_table("alpha_pattern", self.alpha_pattern, "an alpha above 0", sys.float_info.min, 1e30)
+
+    def _check_layers_pattern(self) -> None:
+        field, given = "adapter.layers_pattern", self.layers_pattern or []
+        wanted = [given] if isinstance(given, str) else given
+        patterns.check_names(wanted, field)
+        for pattern in wanted:
+            patterns.compile_pattern(pattern, field)
+        if wanted and not self.layers_to_transform:
+            raise ConfigError(field, given, "empty where layers_to_transform is")
 
     def _check_table(self, name: str, table: Mapping[str, float], words: str, low: float, high: float) -> None:
         field = f"adapter.{name}"

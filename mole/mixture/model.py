@@ -19,7 +19,6 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from mole.config import ROUTERS, AdapterConfig
-from mole.core import patterns
 from mole.core.errors import ConfigError, MoleError
 from mole.mixture.aux_gradient import AUX_LOSS_MODES
 from mole.mixture.bypassed import bypassed_projections
@@ -32,9 +31,11 @@ from mole.mixture.shared_linears import share_linears, with_copies, without_copi
 from mole.mixture.targets import (
     adaptable_modules,
     excluded_modules,
+    layer_lists,
     narrow_targets,
     resolve_table,
     resolve_targets,
+    whole_modules,
     without_bypassed,
 )
 
@@ -77,7 +78,8 @@ def config_fields() -> list[tuple[str, Any, Any]]:
 
 HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 """Heads of tasks, which PEFT trains whole, but excludes from the targets only if the config names them beforehand."""
-MODULES_TO_SAVE = "Modules of the base model that are trained and saved whole, such as the head of a classifier."
+HEADS_OF_TASKS = ("classifier", "score", "qa_outputs")
+"""What PEFT adds to the modules that are saved, whether a model has it or not."""
 
 
 AUX_LOSS = (
@@ -94,11 +96,9 @@ def _post_init(self: Any) -> None:
         raise ConfigError("aux_loss", self.aux_loss, f"one of {', '.join(AUX_LOSS_MODES)}")
     if self.modules_to_save is None:
         self.modules_to_save = HEADS.get(getattr(self.task_type, "value", self.task_type))
-    if self.modules_to_save is not None:
-        patterns.check_plain(self.modules_to_save, "modules_to_save")  # PEFT puts them into patterns
-        self.modules_to_save = list(dict.fromkeys(self.modules_to_save))
-    if isinstance(self.target_modules, set):
-        self.target_modules = sorted(self.target_modules)
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(names := getattr(self, name), set):
+            setattr(self, name, sorted(names))
     values = {name: getattr(self, name) for name, _, _ in config_fields()}
     for name, value in AdapterConfig.from_flat(values).to_flat().items():
         setattr(self, name, value)
@@ -117,7 +117,6 @@ MoleConfig: Any = dataclasses.make_dataclass(
     "MoleConfig",
     [
         *config_fields(),
-        ("modules_to_save", "list[str] | None", dataclasses.field(default=None, metadata={"help": MODULES_TO_SAVE})),
         ("aux_loss", "str", dataclasses.field(default="auto", metadata={"help": AUX_LOSS})),
     ],
     bases=(PeftConfig,),
@@ -208,7 +207,7 @@ class MoleModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
         self._resolve_targets(config, model)
-        aside = {name: getattr(config, name) for name in ("exclude_modules", "layers_to_transform")}
+        aside = {name: getattr(config, name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern")}
         # The names say it all. PEFT would warn that nothing was excluded, and take an expert's number for a layer's.
         vars(config).update(dict.fromkeys(aside))
         self._adapter: AdapterConfig = config.adapter()
@@ -231,17 +230,22 @@ class MoleModel(BaseTuner):
     def _resolve_targets(self, config: Any, model: nn.Module) -> None:
         """Put names into the config for every pattern and list of layers; PEFT would run the patterns."""
         bypassed = {} if config.inference_mode else bypassed_projections(model)
-        exclude, layers = config.exclude_modules, config.layers_to_transform
+        exclude = config.exclude_modules
         if bypassed and exclude:
             excluded = excluded_modules(exclude, adaptable_modules(model))
             bypassed = {name: reason for name, reason in bypassed.items() if name not in excluded}
         config.target_modules = resolve_targets(config.target_modules, model, bypassed)
-        by_name = bool(exclude or layers or config.rank_pattern or config.alpha_pattern)
+        if config.modules_to_save:
+            heads = HEADS_OF_TASKS if config.task_type else ()
+            config.modules_to_save = whole_modules(config.modules_to_save, model, heads)
+        narrowed = exclude or config.layers_to_transform or config.modules_to_save
+        by_name = bool(narrowed or config.rank_pattern or config.alpha_pattern)
         if isinstance(config.target_modules, str) and (bypassed or by_name):  # all-linear
             _maybe_include_all_linear_layers(config, model)
             config.target_modules = without_bypassed(config.target_modules, bypassed)
         if by_name:
-            config.target_modules = narrow_targets(config.target_modules, exclude, layers, model)
+            config.layers_pattern = layer_lists(config.layers_pattern, model)
+            config.target_modules = narrow_targets(config.target_modules, config, model)
             config.exclude_modules = exclude and excluded_modules(exclude, adaptable_modules(model))
         for name in ("rank_pattern", "alpha_pattern"):
             if table := getattr(config, name):

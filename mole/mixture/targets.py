@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from mole.config import ALL_LINEAR
@@ -18,6 +19,9 @@ from mole.mixture.routing_log import layer_number
 
 V = TypeVar("V")
 FIELD = "adapter.target_modules"
+SAVED = "adapter.modules_to_save"
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules that are never called."""
 ANY_END = r"(?:.*\.)?(?:{})"
 """A pattern that may leave out the first parts of a name."""
 LISTED = 12
@@ -74,36 +78,93 @@ def without_bypassed(targets: Iterable[str], bypassed: Mapping[str, str]) -> lis
     return kept
 
 
-def narrow_targets(
-    names: Iterable[str], exclude: str | Collection[str] | None, layers: Collection[int] | None, model: nn.Module
-) -> list[str]:
-    """The targets without the excluded ones, and of the chosen layers only.
+def narrow_targets(names: Iterable[str], config: Any, model: nn.Module) -> list[str]:
+    """The targets without the excluded ones and those that are saved whole, and of the chosen layers only.
 
     Args:
         names: what `resolve_targets` returned.
-        exclude: names, or a pattern of full names; None for nothing.
-        layers: indices from 0; None for all. A module outside the layers, such as a pooler, is in none.
+        config: the settings; `modules_to_save` are full names.
         model: the base model.
 
     Raises:
         ConfigError: nothing of the model is excluded, a layer does not exist, or no target is left.
     """
     modules = adaptable_modules(model)
-    kept = named_by(list(names), modules, FIELD)
-    if exclude:
-        excluded = set(excluded_modules(exclude, modules))
-        kept = [name for name in kept if name not in excluded]
-    if layers is not None:
-        known = {number for name in modules if (number := layer_number(name)) is not None}
-        if missing := set(layers) - known:
-            allowed = f"indices of layers; this model has 0 to {max(known, default=0)}, not {min(missing)}"
+    left_out = set(excluded_modules(config.exclude_modules, modules) if config.exclude_modules else ())
+    whole = tuple(f"{name}." for name in config.modules_to_save or ())
+    kept = [name for name in named_by(list(names), modules, FIELD) if name not in left_out]
+    kept = [name for name in kept if not f"{name}.".startswith(whole)]
+    if config.layers_to_transform is not None:
+        layers = set(config.layers_to_transform)
+        numbers = {name: place[1] for name in modules if (place := layer_place(name, config.layers_pattern))}
+        if missing := layers - set(numbers.values()):
+            allowed = f"indices of layers; this model has 0 to {max(numbers.values(), default=0)}, not {min(missing)}"
             raise ConfigError("adapter.layers_to_transform", sorted(layers), allowed)
-        kept = [name for name in kept if layer_number(name) in layers]
+        kept = [name for name in kept if numbers.get(name) in layers]
     if not kept:
-        field = "adapter.exclude_modules" if exclude else "adapter.layers_to_transform"
-        raise ConfigError(field, exclude or layers, "such that some of the target modules are left")
+        narrowing = ("exclude_modules", "layers_to_transform", "modules_to_save")
+        field = next((name for name in narrowing if getattr(config, name)), "target_modules")
+        raise ConfigError(f"adapter.{field}", getattr(config, field), "such that some of the target modules are left")
     check_ends(kept, modules)
     return sorted(kept)
+
+
+def layer_place(name: str, patterns_of_lists: str | Collection[str] | None) -> tuple[str, int] | None:
+    """The full name of the list of layers that a module is in and its index there; None outside, such as a pooler.
+
+    Args:
+        name: the module's full name.
+        patterns_of_lists: `layers_pattern`, ends of the names of lists; None for any, then the outermost one counts.
+    """
+    parts = name.split(".")
+    places = [(".".join(parts[:at]), int(part)) for at, part in enumerate(parts) if at and part.isdecimal()]
+    if patterns_of_lists is None:
+        return places[0] if places else None
+    wanted = [patterns_of_lists] if isinstance(patterns_of_lists, str) else patterns_of_lists
+    for pattern in wanted:
+        compiled = patterns.compile_pattern(pattern, "adapter.layers_pattern", ANY_END)
+        if place := next((place for place in places if compiled.fullmatch(place[0])), None):
+            return place
+    return None
+
+
+def layer_lists(layers_pattern: str | Collection[str] | None, model: nn.Module) -> list[str] | None:
+    """The full names of the lists of layers that `layers_pattern` fits. Raises `ConfigError` if it fits none."""
+    if layers_pattern is None:
+        return None
+    found = {place[0] for name in adaptable_modules(model) if (place := layer_place(name, layers_pattern))}
+    if not found:
+        lists = sorted({place[0] for name in adaptable_modules(model) if (place := layer_place(name, None))})
+        allowed = f"the name of a list of layers of this model ({', '.join(lists[:LISTED])})"
+        raise ConfigError("adapter.layers_pattern", layers_pattern, allowed)
+    return sorted(found)
+
+
+def whole_modules(names: Iterable[str], model: nn.Module, may_be_missing: Collection[str] = ()) -> list[str]:
+    """The full names of the modules that `modules_to_save` names: as under LoRA, those whose names end so.
+
+    Args:
+        names: ends of names.
+        model: the base model.
+        may_be_missing: names that stay as they are where the model has no such module.
+
+    Raises:
+        ConfigError: no module with weights is named, or one that is never called, such as a list of layers.
+    """
+    modules = {name: module for name, module in outer_modules(model, False).items() if has_weights(module)}
+    found: dict[str, None] = {}
+    for name in names:
+        ends = [full for full in modules if full.endswith(name)]
+        if not ends and name not in may_be_missing:
+            plain = [full for full, module in modules.items() if next(module.children(), None) is None]
+            others = ", ".join([full for full in plain if layer_number(full) is None][:LISTED])
+            raise ConfigError(SAVED, name, f"the end of a module's name (outside the layers: {others})")
+        if uncalled := next((full for full in ends if isinstance(modules[full], CONTAINERS)), None):
+            kind = type(modules[uncalled]).__name__
+            raise ConfigError(SAVED, name, f"a module that is called, and {uncalled} is a {kind}")
+        found.update(dict.fromkeys(ends or [name]))
+    # one inside another is trained with it
+    return [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
 
 
 def resolve_table(table: Mapping[str, V], names: Iterable[str], field: str) -> dict[str, V]:
@@ -151,15 +212,25 @@ def excluded_modules(exclude: str | Collection[str], modules: Iterable[str]) -> 
 
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by their full names, without the inner ones of those that have an adapter already."""
+    return outer_modules(model, True)
+
+
+def outer_modules(model: nn.Module, remove_duplicate: bool) -> dict[str, nn.Module]:
+    """The modules by full names, without the inner ones of adapters; a module with two names has both if asked."""
     modules: dict[str, nn.Module] = {}
     inside: str | None = None
-    for name, module in model.named_modules():  # an adapted module, then its inner ones
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):  # an adapted module, then its inner
         if inside is not None and name.startswith(inside):
             continue
-        inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
+        inside = f"{name}." if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) else None
         if name:
             modules[name] = module
     return modules
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Whether a module has parameters."""
+    return next(module.parameters(), None) is not None
 
 
 def wrapped(module: nn.Module) -> nn.Module:

@@ -37,7 +37,8 @@ MORE_SETTINGS = (
     ("training", "save_steps"), ("training", "save_total_limit"),
     ("model", "dtype"), ("model", "quantization"),
     ("model", "device"), ("adapter", "target_modules"),
-    ("adapter", "exclude_modules"), ("adapter", "layers_to_transform"),
+    ("adapter", "exclude_modules"), ("adapter", "modules_to_save"),
+    ("adapter", "layers_to_transform"), ("adapter", "layers_pattern"),
     ("adapter", "rank_pattern"), ("adapter", "alpha_pattern"),
     ("adapter", "use_rslora"), ("training", "gradient_checkpointing"),
 )  # fmt: skip

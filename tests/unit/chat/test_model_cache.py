@@ -35,10 +35,13 @@ def targets(tmp_path: Path, tiny_folder: Path, tiny_tokenizer: Any) -> dict[str,
         [
             ("dynmole", "dynmole", {}),
             ("few", "topk", {"num_experts": [2, 4], "target_modules": ["q_proj", "down_proj"]}),
-            ("lora", "lora", {"num_experts": 1}),
+            ("lora", "lora", {"num_experts": 1, "modules_to_save": ["lm_head", "norm"]}),
         ]
     ):
         model = adapt(load_base(config).model, router, seed, **values)
+        for weight_name, weight in model.named_parameters():
+            if "modules_to_save" in weight_name:
+                weight.data.mul_(1.5)
         model.save_pretrained(tmp_path / name)
         (tmp_path / name / "chat_template.jinja").write_text(f"{{{{ messages[0]['content'] }}}} {name}:")
         found[name] = str(tmp_path / name)
@@ -115,20 +118,21 @@ def test_what_fits_stays(targets: dict[str, str], tiny_folder: Path) -> None:
     assert len(cache) == len(targets)
 
 
-def test_after_the_last_adapter_has_left_the_base_answers_as_before(targets: dict[str, str]) -> None:
+@pytest.mark.parametrize("last", ["dynmole", "lora"])  # the second trains modules whole
+def test_after_the_last_adapter_has_left_the_base_answers_as_before(targets: dict[str, str], last: str) -> None:
     left = {"bytes": 1 << 60}
     cache = ModelCache(lambda device: left["bytes"])
     alone = logits(load_target(targets["few"], CPU).model)
     with cache.use(targets["base"], CPU) as loaded:
         before = logits(loaded.model)
-    with cache.use(targets["dynmole"], CPU):
+    with cache.use(targets[last], CPU):
         pass
     with cache.use(targets["base"], CPU):
         pass
-    left["bytes"] = 0  # drops dynmole, the only adapter, and keeps the base, the newest
+    left["bytes"] = 0  # drops the only adapter, and keeps the base, the newest
     with cache.use(targets["few"], CPU) as loaded:
         assert torch.equal(logits(loaded.model), alone)
-    assert not cache.holds(targets["dynmole"], CPU)
+    assert not cache.holds(targets[last], CPU)
     with cache.use(targets["base"], CPU) as loaded:
         assert torch.equal(logits(loaded.model), before)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapting import TOKENS, layers_of, logits, settings, shake
+from architectures import build
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from mole.config import AdapterConfig
@@ -36,6 +37,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "an excluded pattern": {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*_proj"},
     "a layer": {"target_modules": ["q_proj", "o_proj", "up_proj"], "layers_to_transform": [1]},
     "layers of a list": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]},
+    "layers of a named list": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
     "both": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2], "exclude_modules": ["v_proj"]},
 }
 
@@ -50,6 +52,18 @@ def test_the_same_projections_are_adapted_as_by_lora(what: str, tiny_model: Make
     loaded = PeftModel.from_pretrained(tiny_model(layers=3), tmp_path)
     assert names_of(loaded) == names_of(model)
     assert torch.equal(logits(loaded.eval(), TOKENS), logits(model.eval(), TOKENS))
+
+
+@pytest.mark.parametrize("lists", ["decoder.block", ["nothing", "encoder.block"], r"(en|de)coder\.block"])
+def test_layers_are_counted_in_the_lists_that_are_named(lists: str | list[str], tmp_path: Path) -> None:
+    """An encoder-decoder has two lists of layers."""
+    chosen = {"target_modules": ["q", "wo"], "layers_to_transform": [1], "layers_pattern": lists}
+    model = get_peft_model(build("t5"), settings(**chosen))
+    assert names_of(model) == loras_choice(build("t5"), **chosen)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["layers_pattern"]
+    assert set(saved) <= {"encoder.block", "decoder.block"}, "full names, no patterns"
+    assert names_of(PeftModel.from_pretrained(build("t5"), tmp_path)) == names_of(model)
 
 
 def test_a_layer_of_all_linear_is_all_of_its_projections(tiny_model: Make) -> None:
@@ -113,6 +127,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a name that no module has": ({"exclude_modules": ["q_prj"]}, "adapter.exclude_modules is .*the name of a module"),
     "a layer beyond the last": ({"layers_to_transform": [1, 7]}, "this model has 0 to 1, not 7"),
     "a layer below 0": ({"layers_to_transform": [-1]}, "a list of numbers from 0"),
+    "a list of layers that is not there": (
+        {"layers_to_transform": [1], "layers_pattern": "blocks"},
+        r"layers_pattern is .*of this model \(model.layers\)",
+    ),
+    "a list of layers without layers": ({"layers_pattern": "layers"}, "empty where layers_to_transform is"),
+    "a pattern of lists that backtracks": ({"layers_to_transform": [1], "layers_pattern": "(?=a)b"}, "layers_pattern"),
+    "a module to save that is not there": (
+        {"modules_to_save": ["lm_hed"]},
+        "modules_to_save is 'lm_hed'.*the end of a module's name.*lm_head",
+    ),
+    "a list of layers to save": ({"modules_to_save": ["layers"]}, "modules_to_save.*model.layers is a ModuleList"),
+    "a module to save without weights": ({"modules_to_save": ["rotary_emb"]}, "modules_to_save is 'rotary_emb'"),
+    "all of it saved whole": (
+        {"target_modules": ["up_proj"], "modules_to_save": ["mlp"]},
+        "modules_to_save.*target modules are left",
+    ),
     "nothing left": ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "target modules are left"),
     "a rank for nothing": ({"rank_pattern": {"q_prj": 2}}, "adapter.rank_pattern is 'q_prj'; it must be the name"),
     "a rank of 0": (
@@ -147,4 +177,6 @@ def test_empty_boxes_of_the_form_mean_all_layers() -> None:
     adapter = AdapterConfig.from_flat({"exclude_modules": "", "layers_to_transform": ""})
     assert adapter.exclude_modules is None and adapter.layers_to_transform is None
     assert AdapterConfig.from_flat({"layers_to_transform": "20, 21"}).layers_to_transform == [20, 21]
+    assert AdapterConfig.from_flat({"layers_to_transform": "20"}).layers_to_transform == [20]
+    assert AdapterConfig.from_flat({"modules_to_save": "lm_head", "layers_pattern": ""}).modules_to_save == ["lm_head"]
     assert AdapterConfig.from_flat({"rank_pattern": "{down_proj: 16}"}).rank_pattern == {"down_proj": 16}

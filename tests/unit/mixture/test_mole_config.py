@@ -22,7 +22,7 @@ Make = Callable[..., Any]
 SHARED = {
     "num_experts": [2, 4], "r": 3, "lora_alpha": 7.0, "lora_dropout": 0.2,
     "target_modules": ["model.layers.1.self_attn.q_proj"], "exclude_modules": ["model.layers.1.self_attn.k_proj"],
-    "layers_to_transform": [1], "use_rslora": True,
+    "layers_to_transform": [1], "layers_pattern": ["model.layers"], "modules_to_save": ["lm_head"], "use_rslora": True,
     "rank_pattern": {"model.layers.1.self_attn.q_proj": 5}, "alpha_pattern": {"model.layers.1.self_attn.q_proj": 2.5},
     "balance_loss_coef": 0.21, "entropy_loss_coef": 0.22, "z_loss_coef": 0.23,
 }  # fmt: skip

@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from adapting import TOKENS, logits
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mole import runs
-from mole.config import RunConfig, apply_overrides
+from mole.chat.generate import ChatSettings, generate
+from mole.config import ModelConfig, RunConfig, apply_overrides
 from mole.core.errors import CheckpointError, TrainingError
 from mole.models.logits import only_positions
+from mole.runs.targets import load_target
 from mole.training.trainer import train
 
 ROWS = [{"prompt": f"Sort {a} {b}", "completion": f"{min(a, b)} {max(a, b)}"} for a in range(6) for b in range(6)]
@@ -73,6 +78,33 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights_bit_for_bit(
     assert parts.events()[-1]["type"] == "stopped" and not parts.adapter_dir.exists()
     train(parts, resume=True)
     assert weights(parts) == weights(whole)
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "whole modules": {"adapter.modules_to_save": ["lm_head", "norm"]},
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_what_is_trained_beside_the_experts_resumes_and_is_loaded_by_every_way(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, what: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    settings = {**BESIDE[what], "training.max_steps": 4}
+    whole, parts, without = make_run("whole", **settings), make_run("parts", **settings), make_run("without")
+    for run in (whole, without):
+        train(run)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train(parts)
+    train(parts, resume=True)
+    assert weights(parts) == weights(whole) and len(weights(whole)) > len(weights(without))
+    in_studio = load_target("whole", ModelConfig(device="cpu", dtype="float32")).model
+    exported = runs.export(whole, tmp_path / "exported") / "adapter"
+    in_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), exported).eval()
+    assert torch.equal(logits(in_studio), logits(in_peft))
+    (prompt,) = TOKENS[:1].tolist()
+    read = [*generate(in_studio, prompt, ChatSettings(max_new_tokens=3), set(), context_left=100)]
+    assert read[0] == prompt and len(read) == 4
 
 
 def test_two_runs_of_one_config_are_equal_and_another_seed_is_not(make_run: Any) -> None:
