@@ -42,6 +42,10 @@ class MoleError(Exception):
         return _unpickled, (type(self), self.args), self.__dict__
 
 
+class MoleNotice(UserWarning):
+    """What somebody should know of an adapter that works all the same, in one line; preflight says it too."""
+
+
 class InputError(MoleError):
     """The input is wrong: a setting, a file, a name (exit code 2)."""
 

@@ -8,6 +8,7 @@ internals.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,9 +20,10 @@ from peft.utils import register_peft_method
 from torch import nn
 
 from mole.config import ROUTERS, AdapterConfig
-from mole.core.errors import ConfigError, MoleError
+from mole.core.errors import ConfigError, MoleError, MoleNotice
 from mole.mixture.aux_gradient import AUX_LOSS_MODES
 from mole.mixture.bypassed import bypassed_projections
+from mole.mixture.coverage import coverage_notice
 from mole.mixture.layer import PREFIX, MoleLinear, features, supports
 from mole.mixture.quantised import limit_packing
 from mole.mixture.routing_log import install_log, layer_index, remove_log
@@ -89,11 +91,17 @@ AUX_LOSS = (
 )
 
 
+TARGET_PARAMETERS = "Not supported: LoRA's setting for parameters that are no linear layers, such as 3-D experts."
+
+
 def _post_init(self: Any) -> None:
     super(MoleConfig, self).__post_init__()
     self.peft_type = PEFT_TYPE
     if self.aux_loss not in AUX_LOSS_MODES:
         raise ConfigError("aux_loss", self.aux_loss, f"one of {', '.join(AUX_LOSS_MODES)}")
+    if self.target_parameters:
+        allowed = "empty: an adapter is beside linear layers, and how much its experts add depends on the token"
+        raise ConfigError("adapter.target_parameters", self.target_parameters, allowed)
     if self.modules_to_save is None:
         self.modules_to_save = HEADS.get(getattr(self.task_type, "value", self.task_type))
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -117,6 +125,11 @@ MoleConfig: Any = dataclasses.make_dataclass(
     "MoleConfig",
     [
         *config_fields(),
+        (
+            "target_parameters",
+            "list[str] | None",
+            dataclasses.field(default=None, metadata={"help": TARGET_PARAMETERS}),
+        ),
         ("aux_loss", "str", dataclasses.field(default="auto", metadata={"help": AUX_LOSS})),
     ],
     bases=(PeftConfig,),
@@ -221,6 +234,8 @@ class MoleModel(BaseTuner):
         log = install_log(model)
         if not config.inference_mode:
             log.shared.aux_loss = config.aux_loss
+            if notice := coverage_notice(model, adapter_name):
+                warnings.warn(notice, MoleNotice, stacklevel=2)
         group_siblings(model)
         share_linears(model, adapter_name)
         for layer in model.modules():

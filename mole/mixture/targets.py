@@ -13,7 +13,7 @@ from torch import nn
 
 from mole.config import ALL_LINEAR
 from mole.core import patterns
-from mole.core.errors import ConfigError
+from mole.core.errors import ConfigError, MoleNotice
 from mole.mixture.layer import supports
 from mole.mixture.routing_log import layer_number
 
@@ -74,7 +74,7 @@ def without_bypassed(targets: Iterable[str], bypassed: Mapping[str, str]) -> lis
         raise ConfigError(FIELD, ALL_LINEAR, f"the name of a linear layer other than {', '.join(left_out)}")
     if left_out:
         reasons = sorted({bypassed[name] for name in targets if name in bypassed})
-        warnings.warn(f"{ALL_LINEAR} leaves out {', '.join(left_out)}: {'; '.join(reasons)}.", stacklevel=2)
+        warnings.warn(f"{ALL_LINEAR} leaves out {', '.join(left_out)}: {'; '.join(reasons)}.", MoleNotice, stacklevel=2)
     return kept
 
 

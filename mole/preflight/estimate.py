@@ -72,7 +72,7 @@ def estimate(config: RunConfig) -> Estimate:
     """Estimate what a run takes. Raises `InputError` when its model, data or settings cannot be used."""
     plan = Planner.of(config)
     memory, note = plan.memory(config)
-    notes = [note] if note else []
+    notes = [*plan.counts.notices, *filter(None, [note])]
     fits = plan.fits(sum(memory.values())) if memory else "unknown"
     device = runs.device_of(config)
     user = runs.device_user(device)

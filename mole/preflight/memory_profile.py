@@ -2,14 +2,12 @@
 
 The model is built on the `meta` device, where tensors have shapes but no data, and one step is run there while every
 operation's allocations and FLOPs are counted. Attention, routing, checkpointing, autocast and the backward pass are
-those of the real step, so no knowledge about the architecture is needed. Layers repeat, so models of one and of two
-layers are profiled and the other layers are extrapolated.
+those of the real step, so no knowledge about the architecture is needed. `layer_costs` profiles deep models.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable
@@ -24,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mole.config import AdapterConfig
-from mole.mixture.model import mole_config, num_layers
+from mole.core.errors import MoleNotice
+from mole.mixture.model import mole_config
 from mole.mixture.routing_log import auxiliary_loss
 from mole.models.logits import summed_loss_at
 
@@ -37,6 +36,7 @@ class ParameterCounts(NamedTuple):
         base_bytes, adapter_bytes: their bytes, in the dtype in which the model was counted.
         projections: number of base weights in adapted projections, which quantisation makes smaller.
         in_features, out_features: those of the largest adapted projection.
+        notices: what the adapter leaves out of the base model, in sentences.
     """
 
     trainable: int
@@ -46,6 +46,7 @@ class ParameterCounts(NamedTuple):
     projections: int
     in_features: int
     out_features: int
+    notices: tuple[str, ...] = ()
 
 
 class BatchShape(NamedTuple):
@@ -90,7 +91,9 @@ def count_parameters(config: Any, adapter: AdapterConfig, dtype: torch.dtype) ->
     """Exact numbers of parameters of the adapted model, and their bytes."""
     from mole.mixture import MoleLinear
 
-    model = build_meta_model(config, adapter, dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MoleNotice)
+        model = build_meta_model(config, adapter, dtype)
     weights = list(model.parameters())
     trainable = [weight for weight in weights if weight.requires_grad]
     adapted = [module for module in model.modules() if isinstance(module, MoleLinear)]
@@ -103,59 +106,8 @@ def count_parameters(config: Any, adapter: AdapterConfig, dtype: torch.dtype) ->
         projections=sum(module.in_features * module.out_features for module in adapted),
         in_features=largest.in_features,
         out_features=largest.out_features,
+        notices=tuple(str(entry.message) for entry in caught if issubclass(entry.category, MoleNotice)),
     )
-
-
-def step_cost(
-    config: Any, adapter: AdapterConfig, dtype: torch.dtype, shape: BatchShape, checkpointing: bool
-) -> StepCost:
-    """The cost of a forward and backward pass over one micro-batch.
-
-    Layers that get no experts (`layers_to_transform`, a pattern in `exclude_modules`) are counted as if they had them,
-    and all with the largest rank: the models measured have two layers. Raises whatever the architecture raises if it
-    cannot run on tensors without data.
-    """
-    exclude = adapter.exclude_modules if isinstance(adapter.exclude_modules, list) else None
-    everywhere = dataclasses.replace(
-        adapter,
-        layers_to_transform=None,
-        exclude_modules=exclude,
-        r=adapter.largest_rank,
-        rank_pattern={},
-        alpha_pattern={},
-    )
-
-    def profiled(layers: int, experts: int) -> StepCost:
-        small = dataclasses.replace(everywhere, num_experts=experts)
-        return profile_step(build_meta_model(with_layers(config, layers), small, dtype), dtype, shape, checkpointing)
-
-    experts = adapter.experts_by_layer(layer_count(config))
-    # the cost is fixed + layers · per_layer, so: fixed = 2 · one - two, per_layer = two - one
-    one, two = profiled(1, experts[0]), profiled(2, experts[0])
-    fixed = [2 * a - b for a, b in zip(one, two, strict=True)]
-    per_layer = {experts[0]: [b - a for a, b in zip(one, two, strict=True)]}
-    for other in {*experts} - {*per_layer}:
-        per_layer[other] = [(b - a) / 2 for a, b in zip(fixed, profiled(2, other), strict=True)]
-    columns = zip(*(per_layer[number] for number in experts), strict=True)
-    return StepCost(*(start + sum(column) for start, column in zip(fixed, columns, strict=True)))
-
-
-def layer_count(config: Any) -> int:
-    """Number of layers of a transformers config."""
-    holder: Any = nn.Module()
-    holder.config = config
-    return num_layers(holder)
-
-
-def with_layers(config: Any, layers: int) -> Any:
-    """A copy of a transformers config with only the first `layers` layers."""
-    short = copy.deepcopy(config)
-    text = short.get_text_config()
-    before, text.num_hidden_layers = text.num_hidden_layers, layers
-    for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == before and name.startswith("layer"):
-            setattr(text, name, value[:layers])
-    return short
 
 
 def profile_step(model: Any, dtype: torch.dtype, shape: BatchShape, checkpointing: bool) -> StepCost:
@@ -173,8 +125,7 @@ def profile_step(model: Any, dtype: torch.dtype, shape: BatchShape, checkpointin
     with mode, tracker:
         inputs = {
             "input_ids": torch.zeros(shape.rows, shape.length, dtype=torch.long),
-            # the 4D mask that transformers makes of a padding mask; making it here would need the mask's data
-            "attention_mask": torch.zeros(shape.rows, 1, shape.length, shape.length, dtype=torch.bool),
+            "attention_mask": torch.ones(shape.rows, shape.length, dtype=torch.long),
         }
         positions = torch.zeros(shape.labelled, dtype=torch.long)
         with torch.autocast("cpu", dtype=half, enabled=dtype != torch.float32):
@@ -228,7 +179,7 @@ class MemoryTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = func(*args, **kwargs)
+        output = grouped_product(*args, **kwargs) if is_grouped_product(func, args) else func(*args, **kwargs)
         self.calls += 1
         formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if formula is not None:
@@ -256,3 +207,18 @@ class MemoryTracker(TorchDispatchMode):
         """Subtract the memory of a freed storage."""
         size, logits = self.live.pop(key)
         self.now, self.logits = self.now - size, self.logits - logits
+
+
+def is_grouped_product(func: Any, args: Any) -> bool:
+    """Whether an operation is the product with the experts of a mixture-of-experts base, on tensors without data."""
+    return func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor)
+
+
+def grouped_product(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What `_grouped_mm` returns. It works on every dtype on a CPU, but without data torch lets it have bfloat16 only.
+
+    Shapes: `(tokens, in) · (experts, in, out)` → `(tokens, out)`; `(m, tokens) · (tokens, n)` → `(experts, m, n)`.
+    """
+    if a.dim() == 2 and b.dim() == 2:
+        return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
+    return a.new_empty(*a.shape[:-1], b.shape[-1])

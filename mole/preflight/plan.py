@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from mole.config import DataConfig, RunConfig
 from mole.core.devices import free_memory, pick_device, pick_dtype
 from mole.core.errors import DataError, InputError, ModelError
-from mole.core.text import one_line
 from mole.data import IGNORE_INDEX, Example, encode_examples, read_examples
 
 if TYPE_CHECKING:
@@ -118,8 +117,8 @@ class Planner:
             shape = self.largest_batch(config)
             step = self.step_cost(config, shape)
             kept = ALLOCATOR_SHARE.get(self.device.type, 0.1) * self.step_cost(config, shape, checkpointing=False).bytes
-        except Exception as error:  # an architecture whose forward pass depends on the contents of its tensors
-            return {}, f"The memory of this architecture cannot be estimated ({one_line(error)[:120]}): measure it."
+        except Exception:  # an architecture whose forward pass depends on the contents of its tensors
+            return {}, "The memory of this architecture cannot be estimated: measure it."
         states = 3 + (config.training.gradient_accumulation_steps > 1)  # weights, two moments, accumulated gradients
         quantisation = config.model.quantization
         base = self.counts.base_bytes / self.bytes_per_weight * dtype.itemsize
@@ -158,14 +157,14 @@ class Planner:
 
     def step_cost(self, config: RunConfig, shape: BatchShape, checkpointing: bool | None = None) -> StepCost:
         """The profiled cost of a micro-batch, cached; `checkpointing` None takes the run's own setting."""
-        from mole.preflight import memory_profile
+        from mole.preflight import layer_costs
 
         if checkpointing is None:
             checkpointing = config.training.gradient_checkpointing
         key = shape, config.model.dtype, checkpointing
         if key not in self._costs:
             dtype = self.dtype(config)
-            self._costs[key] = memory_profile.step_cost(self.hf_config, config.adapter, dtype, shape, checkpointing)
+            self._costs[key] = layer_costs.step_cost(self.hf_config, config.adapter, dtype, shape, checkpointing)
         return self._costs[key]
 
     def seconds_per_step(self, config: RunConfig) -> float:

@@ -16,11 +16,14 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mole import MoleConfig, record_routing
+from mole import MoleConfig, auxiliary_loss, record_routing
 from mole.chat.generate import ChatSettings, generate
+from mole.config import AdapterConfig
 from mole.data import Example
 from mole.evaluation.scoring import score_families
+from mole.mixture.model import mole_config
 from mole.models.loading import Loaded
+from mole.preflight import layer_costs, memory_profile
 
 IDS = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 PICTURES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -166,3 +169,29 @@ def test_answers_to_one_question_have_the_scores_of_each_alone(text_model: Any, 
     for answer, score in zip(answers, together, strict=True):
         ((_, (alone,)),) = score_families(loaded, [[answer]])
         torch.testing.assert_close(torch.tensor(score.log_probs), torch.tensor(alone.log_probs), rtol=0, atol=1e-4)
+
+
+PROFILED = ("llama", "opt", "bloom", "mixtral", "gpt_oss", "mamba", "recurrent_gemma", "jamba", "gemma3")
+"""For each kind of padding mask, of layers and of experts one that CI profiles; soak profiles the others."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in PROFILED else pytest.param(name, marks=pytest.mark.soak) for name in (*TEXT_MODELS, "gemma3")],
+)
+def test_preflight_counts_its_weights_and_the_memory_of_a_step(name: str) -> None:
+    """The memory is that of tensors: beside the interpreter's, a tiny model's does not show in a process."""
+    base, shape = build(name), memory_profile.BatchShape(rows=4, length=12, labelled=30)
+    adapter = AdapterConfig.from_flat({"router": "dynmole", "num_experts": 3, "r": 2})
+    counted = memory_profile.count_parameters(base.config, adapter, torch.float32)
+    predicted = layer_costs.step_cost(base.config, adapter, torch.float32, shape, checkpointing=False)
+    real = get_peft_model(base, mole_config(adapter, task_type="CAUSAL_LM")).train()
+    assert (counted.trainable, counted.total) == layer_costs.sizes(real)
+    head = real.get_base_model().get_output_embeddings()
+    positions, ids = torch.arange(shape.labelled), torch.full((shape.rows, shape.length), 5)
+    mask = (torch.arange(shape.length) < torch.tensor([[12], [12], [9], [7]])).long()
+    tracker = memory_profile.MemoryTracker([*real.parameters(), *real.buffers()], head.weight.shape[0])
+    with tracker:
+        loss = memory_profile.summed_loss_at(real, head, positions, positions, input_ids=ids, attention_mask=mask)
+        (loss + auxiliary_loss(real)).backward()
+    assert predicted.bytes == pytest.approx(tracker.peak, rel=0.25)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from mole import runs
 from mole.cli import parser
@@ -22,7 +22,7 @@ from mole.core import locks
 from mole.core.errors import ConfigError, InputError
 from mole.mixture.model import mole_config
 from mole.models.loading import load_base
-from mole.preflight import dry_run, estimate, memory_profile, suggestions
+from mole.preflight import dry_run, estimate, layer_costs, memory_profile, suggestions
 from mole.preflight import job as preflight_job
 from mole.preflight.job import PreflightJob
 from mole.preflight.plan import Planner
@@ -95,11 +95,45 @@ def test_the_profile_of_two_layers_predicts_five(arch: str, checkpointing: bool,
     config = tiny_model(arch, layers=5).config
     adapter = AdapterConfig.from_flat({"router": "topk", "num_experts": [2, 8], "r": 4})
     shape = memory_profile.BatchShape(4, 48, 60)
-    predicted = memory_profile.step_cost(config, adapter, torch.float32, shape, checkpointing)
+    predicted = layer_costs.step_cost(config, adapter, torch.float32, shape, checkpointing)
     model = memory_profile.build_meta_model(config, adapter, torch.float32)
     whole = memory_profile.profile_step(model, torch.float32, shape, checkpointing)
     assert 0.95 * whole.bytes < predicted.bytes < (1.25 if checkpointing else 1.05) * whole.bytes
     assert predicted.flops == pytest.approx(whole.flops, rel=0.02)
+
+
+UNEQUAL: dict[str, dict[str, Any]] = {
+    "a layer in the middle": {"layers_to_transform": [1]},
+    "layers left out by a pattern": {"exclude_modules": r".*layers\.[02]\..*", "modules_to_save": ["lm_head"]},
+    "other ranks": {"rank_pattern": {"layers.2.mlp.down_proj": 32, "q_proj": 1}},
+    "a module saved whole": {"modules_to_save": ["layers.1.mlp"], "target_modules": ["q_proj", "down_proj"]},
+}
+
+
+@pytest.mark.parametrize("what", UNEQUAL)
+def test_layers_are_counted_by_what_each_has_of_the_adapter(what: str, tiny_model: Make) -> None:
+    model = tiny_model(layers=3)
+    adapter = AdapterConfig.from_flat({"router": "topk", "num_experts": 4, "r": 4, **UNEQUAL[what]})
+    shape = memory_profile.BatchShape(4, 48, 60)
+    whole = memory_profile.build_meta_model(model.config, adapter, torch.float32)
+    short = layer_costs.ShortModels(model.config, adapter, torch.float32, shape, checkpointing=False)
+    predicted = short.whole_cost(whole)
+    real = get_peft_model(model, mole_config(adapter, task_type="CAUSAL_LM"))
+    assert layer_costs.sizes(whole) == layer_costs.sizes(real)
+    profiled = memory_profile.profile_step(whole, torch.float32, shape, checkpointing=False)
+    assert predicted is not None and predicted.bytes == pytest.approx(profiled.bytes, rel=0.05)
+    assert predicted.flops == pytest.approx(profiled.flops, rel=0.02)
+
+
+def test_a_deep_model_whose_layers_differ_is_profiled_whole() -> None:
+    """Qwen3-MoE, of which every other layer has no experts."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": [1, 3]}
+    config = Qwen3MoeConfig(**sizes, **experts, num_key_value_heads=1, head_dim=8, vocab_size=64)
+    adapter, shape = AdapterConfig.from_flat({"num_experts": 2, "r": 2}), memory_profile.BatchShape(2, 8, 6)
+    whole = memory_profile.build_meta_model(config, adapter, torch.float32)
+    predicted = layer_costs.step_cost(config, adapter, torch.float32, shape, checkpointing=False)
+    assert predicted == memory_profile.profile_step(whole, torch.float32, shape, checkpointing=False)
 
 
 def test_the_profile_allocates_what_the_real_step_allocates(tiny_model: Make) -> None:
@@ -107,7 +141,7 @@ def test_the_profile_allocates_what_the_real_step_allocates(tiny_model: Make) ->
     model = tiny_model("llama", layers=4)
     adapter = AdapterConfig.from_flat({"router": "dynmole"})
     shape = memory_profile.BatchShape(8, 96, 200)
-    predicted = memory_profile.step_cost(model.config, adapter, torch.float32, shape, False)
+    predicted = layer_costs.step_cost(model.config, adapter, torch.float32, shape, False)
     real = get_peft_model(model, mole_config(adapter, task_type="CAUSAL_LM")).train()
     head = real.get_base_model().get_output_embeddings()
     tracker = memory_profile.MemoryTracker([*real.parameters(), *real.buffers()], head.weight.shape[0])
