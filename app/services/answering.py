@@ -16,6 +16,7 @@ from app.services.steering_options import overrides_text
 from mole import runs
 from mole.analysis.tables import escaped
 from mole.chat.messages import Stage
+from mole.chat.thoughts import split_thought
 from mole.core.errors import MoleError
 from mole.core.redaction import redacted
 from mole.mixture.steering import AS_TRAINED, Steering
@@ -139,7 +140,8 @@ def answer_column(place: int, column: ChatColumn, request: ReplyRequest, records
         if not reply.finished and time.monotonic() - updated < UPDATE_SECONDS:
             continue
         reply.record.meta["against_label"] = against_label
-        turns = [*column.turns[:-1], replace(turn, answer=reply.text or None)]
+        thought, answer = split_thought(reply.text)
+        turns = [*column.turns[:-1], replace(turn, answer=answer or None, thought=thought)]
         yield UIUpdate(place, history_of(turns), reply.record.since(sent), reply_status(reply, training))
         updated, sent = time.monotonic(), len(reply.record.tokens)
     if last is not None:
@@ -166,6 +168,9 @@ def reply_status(reply: PartialReply, training: str) -> str:
     """How long the reply is and how fast it comes; `training` is the run that slows it down, or empty."""
     slow = f" · slower while the run {training} trains" if training else ""
     note = f"\n\n{escaped(reply.notice)}" if reply.finished and reply.notice else ""
+    thought, answer = split_thought(reply.text)
+    if reply.finished and thought is not None and not answer:
+        note = f"\n\nThe reply ends within the model's thought: raise the maximum length.{note}"
     if reply.count:
         return f"{reply.count} tokens · {reply.count / max(reply.seconds, 1e-3):.1f} tokens/s{slow}{note}"
     return f"The model ended its reply immediately.{note}" if reply.finished else "Reading the prompt …"

@@ -8,6 +8,8 @@ from typing import Any
 
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)")
 """The start of an HTML tag or an image, which the browser might fetch from elsewhere."""
+THOUGHT = "Thought"
+"""Title of the entry with what a model wrote before its answer."""
 JOINER = "\u2060"
 """WORD JOINER: put after such a start, it makes it plain text. It is invisible, and removed before the model reads the
 text and when it is copied. Code is escaped too: Markdown parsers disagree about what is code, and an attack would use
@@ -16,11 +18,19 @@ the difference."""
 
 @dataclass(frozen=True)
 class Turn:
-    """A message and its answer, None until there is one; `note` names the routing overrides of the answer."""
+    """A message and its answer.
+
+    Attributes:
+        user: the message.
+        answer: None until there is one.
+        note: names the routing overrides of the answer.
+        thought: what the model wrote before its answer, to itself; None for nothing.
+    """
 
     user: str
     answer: str | None = None
     note: str = ""
+    thought: str | None = None
 
 
 def escape_markup(text: str) -> str:
@@ -42,6 +52,8 @@ def turns_of(history: list[Any]) -> list[Turn]:
         text, title = message_text(entry["content"]), (entry.get("metadata") or {}).get("title")
         if entry["role"] == "user":
             turns.append(Turn(text))
+        elif turns and title == THOUGHT:
+            turns[-1] = replace(turns[-1], thought=text)
         elif turns and title:
             turns[-1] = replace(turns[-1], note=title)
         elif turns:
@@ -56,10 +68,18 @@ def history_of(turns: list[Turn]) -> list[dict[str, Any]]:
         history.append({"role": "user", "content": escape_markup(turn.user)})
         if turn.note:
             detail = "For this reply only; the adapter itself does not change."
-            history.append({"role": "assistant", "content": detail, "metadata": {"title": turn.note, "status": "done"}})
+            history.append(folded(turn.note, detail))
+        if turn.thought is not None:
+            history.append(folded(THOUGHT, escape_markup(turn.thought), done=turn.answer is not None))
         if turn.answer is not None:
             history.append({"role": "assistant", "content": escape_markup(turn.answer)})
     return history
+
+
+def folded(title: str, content: str, done: bool = True) -> dict[str, Any]:
+    """An entry that the chat component shows under its title, folded once it is done."""
+    metadata = {"title": title, **({"status": "done"} if done else {})}
+    return {"role": "assistant", "content": content, "metadata": metadata}
 
 
 def model_messages(turns: list[Turn], system: str = "") -> list[dict[str, str]]:

@@ -96,7 +96,7 @@ class Engine:
         Args:
             target: what answers, see `mole.runs.targets.locate`.
             messages: the conversation, each with `role` and `content`.
-            settings: those of `mole.chat.generate.ChatSettings`.
+            settings: those of `mole.chat.ChatSettings`, by name.
             should_stop: asked all the time; returning true ends the reply.
             steering: routing overrides for this reply.
             against: id of an earlier routing record to show the difference from.

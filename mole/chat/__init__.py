@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 from mole.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from mole.chat.generate import ChatSettings, Step, stream
+    from mole.chat.generate import Step, stream
     from mole.chat.model_cache import ModelCache
+    from mole.chat.settings import ChatSettings
 
 __all__ = ["ChatSettings", "ModelCache", "Step", "stream"]
 
 __getattr__ = lazy_exports(
     __name__,
     {
-        "ChatSettings": "mole.chat.generate",
+        "ChatSettings": "mole.chat.settings",
         "ModelCache": "mole.chat.model_cache",
         "Step": "mole.chat.generate",
         "stream": "mole.chat.generate",

@@ -3,59 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from torch import BoolTensor, FloatTensor, LongTensor, Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from mole.config import coerce
-from mole.core.errors import ConfigError, InputError
-from mole.data import Example, Message, encode_example, render_prompt
+from mole.chat.settings import DEFAULTS, ChatSettings
+from mole.chat.thoughts import opened_by
+from mole.chat.tokens import TokenTexts, prompt_text, stop_ids, text_ids
+from mole.core.errors import InputError
+from mole.core.threads import iterate
+from mole.data import Message
 from mole.mixture.steering import AS_TRAINED, Steering, steer
 from mole.mixture.trace import RoutingDelta, Trace, record_routing
-from mole.models.loading import STATES, Loaded
-from mole.models.logits import base_model
-
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Kinds of layers that keep keys and values of tokens, and nothing else."""
-GREEDY = 1e-4
-"""Temperatures below this are greedy: the most likely token is certain, and dividing by them would overflow."""
-
-
-@dataclass(frozen=True)
-class ChatSettings:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: maximum length of the reply, in tokens.
-        temperature: 0 takes the most likely token (greedy); larger values sample from a flatter distribution.
-        top_p: nucleus sampling: sample from the smallest set of tokens with at least this total probability.
-        seed: seed of the sampling.
-
-    Raises `ConfigError` for a value out of range.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, kind in (("max_new_tokens", int), ("temperature", float), ("top_p", float), ("seed", int)):
-            object.__setattr__(self, name, coerce(kind, getattr(self, name), name))
-        if self.max_new_tokens < 1:
-            raise ConfigError("max_new_tokens", self.max_new_tokens, "a whole number of at least 1")
-        if self.temperature < 0:
-            raise ConfigError("temperature", self.temperature, "a number of at least 0")
-        if self.seed < 0:
-            raise ConfigError("seed", self.seed, "a whole number of at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError("top_p", self.top_p, "a number greater than 0 and at most 1")
+from mole.models.loading import Loaded
 
 
 @dataclass(frozen=True)
@@ -63,7 +38,7 @@ class Step:
     """What one forward pass added: the first step is the whole prompt, each later one a token, the last one the end.
 
     Attributes:
-        text: the reply so far, complete characters only.
+        text: the reply so far, complete characters only; what may be the beginning of a stop string is held back.
         tokens: (id, text) of the tokens the model has just read; joined, the texts of all steps are all text read.
         routing: the routing of these tokens only; None if not recorded, without layers if the model has no router.
         trace: the routing of all tokens so far; None if not recorded.
@@ -82,7 +57,7 @@ class Step:
 def stream(
     loaded: Loaded,
     messages: Sequence[Message],
-    settings: ChatSettings = ChatSettings(),
+    settings: ChatSettings = DEFAULTS,
     record: bool = True,
     should_stop: Callable[[], bool] | None = None,
     steering: Steering = AS_TRAINED,
@@ -90,181 +65,199 @@ def stream(
 ) -> Iterator[Step]:
     """Generate the reply to a conversation, one `Step` per token.
 
-    A token is yielded after the model has read it, so that its routing is known. Run one stream at a time on a model:
-    two would record each other's tokens.
+    A token is yielded after the model has read it, so that its routing is known. The model runs in a thread of its own,
+    and only while the next step is waited for. Run one stream at a time on a model: two would switch each other's
+    steering.
 
     Args:
         loaded: model, tokenizer and adapter.
         messages: the conversation, each with `role` and `content`, the user's message last.
-        settings: how tokens are chosen, and how many.
+        settings: how tokens are chosen, and where the reply ends.
         record: whether to record the routing.
-        should_stop: called before every token; returning true ends the reply.
+        should_stop: called after every token, in the model's thread; returning true ends the reply.
         steering: routing overrides for this reply; the model is restored when it ends.
         encoding: entered while the chat template and the tokenizer work, which may be anyone's.
 
-    Raises `InputError` when the conversation fills the model's context, or the steering does not fit the model.
+    Raises `InputError` when the conversation fills the model's context, or settings or steering do not fit the model.
     """
     tokenizer, model = loaded.tokenizer, loaded.model
     with encoding or contextlib.nullcontext():
-        prompt, stop = prompt_ids(messages, tokenizer), stop_ids(model, tokenizer)
+        rendered = prompt_text(messages, tokenizer, settings.enable_thinking)
+        prompt, stop = text_ids(rendered, tokenizer), stop_ids(model, tokenizer)
     context_left = context_length(model) - len(prompt)
     if context_left < 1:
         raise InputError(
             f"The conversation has {len(prompt)} tokens, and {loaded.base} takes {context_length(model)} with its "
             "answer: start a new conversation, or shorten it."
         )
-    texts, reply, text, seen = TokenTexts(tokenizer), list[int](), "", 0
-    modules: list[str] | None = None  # those of the prompt's pass: the same in all steps
-    with steer(model, steering), record_routing(model) if record else contextlib.nullcontext() as trace:
-        for read in generate(model, prompt, settings, stop, context_left, read_last=record):
-            if seen:
-                reply += read
-                text = tokenizer.decode(reply, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if trace is not None and modules is None:
-                modules = trace.modules
-            routing = trace.since(seen, modules) if trace is not None else None
-            seen += len(read)
-            yield Step(text.rstrip("\ufffd"), texts.push(read), routing, trace, len(prompt))
-            if should_stop is not None and should_stop():
-                break
-        routing = trace.since(seen, modules) if trace is not None else None
-        yield Step(text, [], routing, trace, len(prompt), finished=True)
+
+    def give_steps(give: Callable[[Step], None]) -> None:
+        with steer(model, steering), record_routing(model) if record else contextlib.nullcontext() as trace:
+            reply = Reply(tokenizer, len(prompt), settings.stop_strings, opened_by(rendered), trace)
+
+            def go_on(read: list[int]) -> bool:
+                give(reply.step(read))
+                return not reply.stopped and not (should_stop is not None and should_stop())
+
+            generate(model, prompt, settings, stop, context_left, go_on, read_last=record)
+            give(reply.step([], finished=True))
+
+    yield from iterate(give_steps, "generate")
+
+
+class Reply:
+    """A reply as it grows: the tokens of each forward pass become a `Step`.
+
+    Args:
+        tokenizer: decodes them.
+        prompt_tokens: length of the prompt.
+        stop_strings: texts that end the reply.
+        beginning: text that the prompt has begun the reply with.
+        trace: records the routing; None if it is not recorded.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt_tokens: int, stop_strings: Sequence[str], beginning: str, trace: Trace | None
+    ) -> None:
+        self.stopped = False
+        """Whether a stop string has appeared."""
+        self._tokenizer, self._prompt_tokens, self._trace = tokenizer, prompt_tokens, trace
+        self._stop_strings, self._beginning = stop_strings, beginning
+        self._texts, self._ids, self._text = TokenTexts(tokenizer), list[int](), ""
+        self._seen = 0
+        self._modules: list[str] | None = None  # those of the prompt's pass: the same in all steps
+
+    def step(self, read: list[int], finished: bool = False) -> Step:
+        """The step of a pass that has read these ids; the first one is the prompt's."""
+        if self._seen and read:
+            self._ids += read
+            text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self._text, self.stopped = cut_at(text, self._stop_strings)
+        routing = None
+        if self._trace is not None:
+            self._modules = self._trace.modules if self._modules is None else self._modules
+            routing = self._trace.since(self._seen, self._modules)
+        self._seen += len(read)
+        text = self._text
+        if not finished and not self.stopped:
+            text = text.rstrip("\ufffd")
+            text = text[: len(text) - held_back(text, self._stop_strings)]
+        return Step(self._beginning + text, self._texts.push(read), routing, self._trace, self._prompt_tokens, finished)
+
+
+def cut_at(text: str, stop_strings: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first stop string, and whether there is one."""
+    # transformers' `StopStringCriteria` looks through the vocabulary first: half a second for 49,000 tokens.
+    places = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
+def held_back(text: str, stop_strings: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a stop string."""
+    return max((size for stop in stop_strings for size in range(len(stop)) if text.endswith(stop[:size])), default=0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# transformers' `generate`
 
 
 def generate(
-    model: Any, prompt: list[int], settings: ChatSettings, stop: set[int], context_left: int, read_last: bool = False
-) -> Iterator[list[int]]:
-    """Continue a prompt; yields the ids that each forward pass has read: the prompt, then one new token at a time.
-
-    Greedy generation equals transformers' `generate` without penalties.
+    model: Any,
+    prompt: list[int],
+    settings: ChatSettings,
+    stop: set[int],
+    context_left: int,
+    go_on: Callable[[list[int]], bool],
+    read_last: bool = False,
+) -> None:
+    """Continue a prompt by transformers' `generate`, with the cache or the state that it chooses for the model.
 
     Args:
         model: a causal language model in eval mode.
         prompt: token ids.
         settings: how tokens are chosen, and how many.
-        stop: ids that end the reply; they are not yielded.
-        context_left: tokens that still fit the model's context.
+        stop: ids that end the reply.
+        context_left: tokens that still fit the model's context, at least 1.
+        go_on: called with the ids that each forward pass has read, first the prompt, then one new token at a time, but
+            not with one of `stop`; returning false ends the reply.
         read_last: run the model on the last token too, to record its routing, although no token follows.
     """
-    choose = TokenSampler(settings, model.device)
-    options: dict[str, Any] = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
     length = min(settings.max_new_tokens, context_left)
-    read, state = prompt, ReadingState(model)
-    output: Any = None
-    for count in range(length + 1):
-        if count < length or read_last:
-            with torch.no_grad():
-                ids = torch.tensor([read], device=model.device)
-                output = model(input_ids=ids, use_cache=True, **state.arguments(ids), **options)
-            state.keep(output)
-        yield read
-        if count == length:
-            return
-        token = choose(output.logits[0, -1])
-        if token in stop:
-            return
-        read = [token]
+    ids = torch.tensor([prompt], device=model.device)
+    config = GenerationConfig(
+        max_new_tokens=length + read_last,  # reading the last token chooses one more, which is dropped
+        do_sample=False,  # `Sampling` does
+        num_beams=1,
+        num_return_sequences=1,
+        repetition_penalty=settings.repetition_penalty,
+        use_cache=True,
+        eos_token_id=sorted(stop) or None,
+        pad_token_id=min(stop, default=0),  # of one row nothing is padded
+    )
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        logits_processor=sampling(settings, model.device),
+        stopping_criteria=StoppingCriteriaList([AfterEachToken(prompt, length, stop, go_on, read_last)]),
+    )
 
 
-class TokenSampler:
-    """Chooses the next token from logits `(vocabulary,)`, with its own random generator."""
+class AfterEachToken(StoppingCriteria):
+    """Calls `go_on` with what the model has read, and decides whether to go on; the arguments are those of `generate`.
 
-    def __init__(self, settings: ChatSettings, device: torch.device) -> None:
-        self.greedy = settings.temperature < GREEDY
-        self.generator = torch.Generator(device).manual_seed(settings.seed)
-        self.warpers = LogitsProcessorList()
-        if not self.greedy:
-            self.warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
-            if settings.top_p < 1:
-                self.warpers.append(TopPLogitsWarper(settings.top_p))
+    It is called when a token has been chosen, before the model reads it.
+    """
 
-    def __call__(self, logits: Tensor) -> int:
-        if self.greedy:
-            return int(logits.float().argmax())
-        scores = self.warpers(torch.LongTensor(), logits.float()[None])
-        return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self.generator))
+    def __init__(
+        self, prompt: list[int], length: int, stop: set[int], go_on: Callable[[list[int]], bool], read_last: bool
+    ) -> None:
+        self.reading, self.length, self.stop, self.go_on, self.read_last = prompt, length, stop, go_on, read_last
+        self.count = 0
+        """Number of tokens chosen."""
 
+    def __call__(self, input_ids: LongTensor, scores: FloatTensor, **kwargs: Any) -> BoolTensor:
+        ended = not self._goes_on(int(input_ids[0, -1]))
+        return torch.full((1,), ended, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
-def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """The token ids of a conversation up to the assistant's next answer, encoded as in training."""
-    ids: list[int] = tokenizer(render_prompt(messages, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The ids that end an answer: the model's and tokenizer's end tokens, and the one training appends to answers."""
-    given = model.generation_config.eos_token_id
-    stop = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
-    turn = Example(messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
-    last = encode_example(turn, tokenizer, 1 << 20).input_ids[-1]
-    return stop | ({last} & special_ids(tokenizer))
+    def _goes_on(self, token: int) -> bool:
+        if not self.go_on(self.reading):
+            return False
+        self.count += 1
+        if token in self.stop or self.count > self.length:
+            return False
+        self.reading = [token]
+        if self.count == self.length and not self.read_last:
+            self.go_on(self.reading)
+            return False
+        return True
 
 
-def special_ids(tokenizer: Any) -> set[int]:
-    """The ids of the tokenizer's special tokens."""
-    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+def sampling(settings: ChatSettings, device: torch.device) -> LogitsProcessorList:
+    """What changes the logits so that their maximum is the token to take; empty for greedy decoding."""
+    if settings.greedy:
+        return LogitsProcessorList()
+    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(float(settings.temperature))]
+    if settings.top_k:
+        processors.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        processors.append(TopPLogitsWarper(settings.top_p))
+    if settings.min_p:
+        processors.append(MinPLogitsWarper(settings.min_p))
+    return LogitsProcessorList([*processors, Sampling(settings.seed, device)])
+
+
+class Sampling(LogitsProcessor):
+    """Leaves only a token drawn with a random generator of its own: `generate` would draw with torch's global one."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
+        drawn: Tensor = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)  # (1, 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)  # type: ignore[return-value]
 
 
 def context_length(model: Any) -> int:
     """The model's maximum number of tokens; practically unlimited if its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-
-
-class ReadingState:
-    """What a model keeps between the tokens of one text: keys and values, or the state of a recurrent model."""
-
-    def __init__(self, model: Any) -> None:
-        base = base_model(model)
-        accepted = inspect.signature(base.forward).parameters
-        stateful = getattr(base, "_is_stateful", False)
-        recurrent = stateful or not ATTENTION.issuperset(getattr(base.config, "layer_types", None) or ())
-        self._kept: dict[str, Any] = {}
-        if stateful and "past_key_values" in accepted:  # RecurrentGemma takes a cache, and does not return it
-            self._kept["past_key_values"] = DynamicCache(config=base.config)
-        # Bamba and MiniMax count the tokens of each pass from 0, unless told.
-        self._position = 0 if recurrent and "position_ids" in accepted else None
-
-    def arguments(self, ids: Tensor) -> dict[str, Any]:
-        """The arguments of a pass that reads `ids (1, tokens)` next."""
-        if self._position is None:
-            return self._kept
-        start = self._position
-        self._position += ids.shape[1]
-        return {"position_ids": torch.arange(start, self._position, device=ids.device)[None], **self._kept}
-
-    def keep(self, output: Any) -> None:
-        """Keep what a pass has returned."""
-        self._kept = {name: output[name] for name in STATES if name in output} or self._kept
-
-
-def supports_logits_to_keep(model: Any) -> bool:
-    """Whether the model can compute the logits of the last tokens only."""
-    return bool(base_model(model)._supports_logits_to_keep())
-
-
-class TokenTexts:
-    """Maps token ids to pieces of text; a character made of several tokens belongs to the last of them."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.done = 0
-        """How many of `ids` have been returned as text; they stay as context, because it decides about spaces."""
-
-    def push(self, ids: Sequence[int]) -> list[tuple[int, str]]:
-        """The new tokens with their texts."""
-        return [(token, self._next(token)) for token in ids]
-
-    def _next(self, token: int) -> str:
-        before = self._decode(self.ids[: self.done])
-        self.ids.append(token)
-        after = self._decode(self.ids)
-        if after.endswith("\ufffd"):
-            return ""
-        self.ids, self.done = self.ids[self.done :], len(self.ids) - self.done
-        return after[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text

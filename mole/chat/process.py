@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from mole.chat.generate import ChatSettings, Step, stream
+from mole.chat.generate import Step, stream
 from mole.chat.messages import Opened, Part, ReplyJob, Stage
 from mole.chat.model_cache import ModelCache
+from mole.chat.settings import ChatSettings
 from mole.config import AdapterConfig, ModelConfig
 from mole.core.child import memory_limit, serve
 from mole.core.errors import ModelError
@@ -55,7 +56,7 @@ class ReplyGenerator:
 
     def _generate(self, job: ReplyJob, connection: Connection) -> None:
         config, steering = ModelConfig(device=job.device), Steering.from_dict(job.steering)
-        settings = ChatSettings(**job.settings)
+        settings = ChatSettings.from_dict(job.settings)
         if not self.cache.holds(job.target, config):
             connection.send(Stage.LOADING)
         with self.cache.use(job.target, config) as loaded:

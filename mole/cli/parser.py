@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from mole import __version__
+from mole.chat.settings import ChatSettings
 from mole.cli.commands import chat, data, models, runs, studio, train
 from mole.cli.console import prepare_streams
 from mole.config import ROUTERS, SECTIONS, spec_of
@@ -188,33 +190,31 @@ def add_chat(parts: Any) -> None:
     command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     command.add_argument("--prompt", help="Reply to this prompt and exit; without it, the chat is interactive.")
     command.add_argument("--system", help="System prompt.")
-    command.add_argument(
-        "--max-new-tokens",
-        type=in_range(int, 1),
-        default=256,
-        metavar="N",
-        help="Maximum length of a reply in tokens (default %(default)s).",
-    )
-    command.add_argument(
-        "--temperature",
-        type=in_range(float, 0),
-        default=0.0,
-        metavar="T",
-        help="Sampling temperature; 0 is greedy decoding (default %(default)s).",
-    )
-    command.add_argument(
-        "--top-p",
-        type=in_range(float, 0, 1),
-        default=1.0,
-        metavar="P",
-        help="Nucleus sampling cutoff (default %(default)s).",
-    )
-    command.add_argument(
-        "--seed", type=in_range(int, 0), default=0, metavar="N", help="Sampling seed (default %(default)s)."
-    )
+    add_chat_settings(command)
     command.add_argument(
         "--trace", metavar="FILE.json", help="Write the routing of every token to a file; needs --prompt."
     )
+
+
+def add_chat_settings(command: Parser) -> None:
+    """Add a flag for each of the `ChatSettings`."""
+    for item in dataclasses.fields(ChatSettings):
+        spec, flag = spec_of(item), f"--{item.name.replace('_', '-')}"
+        if isinstance(item.default, bool):
+            command.add_argument(flag, action="store_true", help=spec.help)
+        elif item.default is dataclasses.MISSING:  # a list
+            flag = flag.removesuffix("s")
+            command.add_argument(
+                flag, action="append", default=[], dest=item.name, metavar="TEXT", help=f"{spec.help} Repeatable."
+            )
+        else:
+            command.add_argument(
+                flag,
+                type=in_range(type(item.default), spec.ge or 0, math.inf if spec.le is None else spec.le),
+                default=item.default,
+                metavar="N" if isinstance(item.default, int) else "X",
+                help=f"{spec.help} Default %(default)s.",
+            )
 
 
 def add_eval(parts: Any) -> None:

@@ -90,18 +90,19 @@ def build_settings(section_class: Any, values: Mapping[str, Any], section: str) 
     for key in values:
         if key not in known:
             raise unknown_setting(section, key, known)
-    return section_class(**{key: coerce(hints[key], value, f"{section}.{key}") for key, value in values.items()})
+    dotted = {key: f"{section}.{key}" if section else key for key in values}
+    return section_class(**{key: coerce(hints[key], value, dotted[key]) for key, value in values.items()})
 
 
-def check_settings(section: Any, prefix: str) -> None:
+def check_settings(section: Any, prefix: str = "") -> None:
     """Convert every setting of a section to its type and check its bounds and choices. Raises `ConfigError`."""
     hints = typing.get_type_hints(type(section))
     for item in fields(section):
         if "spec" not in item.metadata:
             continue
-        spec, name = spec_of(item), f"{prefix}.{item.name}"
+        spec, name = spec_of(item), f"{prefix}.{item.name}" if prefix else item.name
         value = coerce(hints[item.name], getattr(section, item.name), name)
-        setattr(section, item.name, value)
+        object.__setattr__(section, item.name, value)  # also of a frozen one
         if spec.choices and value not in spec.choices:
             raise ConfigError(name, value, f"one of: {', '.join(spec.choices)}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -58,6 +58,8 @@ EVENT_BYTES = 4 << 20
 """Bytes of events that one request to the studio's API reads; the next one continues."""
 NEW_TOKENS = 1024
 """New tokens of a reply in the studio; on the command line the model's context is the limit."""
+STOP_STRINGS = 16
+"""Texts that end a reply."""
 MESSAGE = 100_000
 """Characters of a message, and of a system prompt."""
 CHATS = 8

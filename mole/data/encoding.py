@@ -47,16 +47,18 @@ def chat_template(tokenizer: Any) -> str:
     return template or DEFAULT_CHAT_TEMPLATE
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: Any) -> str:
+def render_prompt(messages: Sequence[Message], tokenizer: Any, enable_thinking: bool = False) -> str:
     """The text before the assistant's next answer; tokenize it with `add_special_tokens=False`.
 
-    Thinking is disabled in templates that support it, because the training data has none. Raises `DataError` when the
-    template rejects the messages.
+    Thinking is disabled in templates that support it, unless asked for: the training data has none. Raises `DataError`
+    when the template rejects the messages.
     """
-    return render_chat(messages, tokenizer, add_generation_prompt=True)
+    return render_chat(messages, tokenizer, add_generation_prompt=True, enable_thinking=enable_thinking)
 
 
-def render_chat(messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool) -> str:
+def render_chat(
+    messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool, enable_thinking: bool = False
+) -> str:
     """The conversation rendered by the chat template. Raises `DataError` when the template rejects it."""
     try:
         return tokenizer.apply_chat_template(
@@ -64,7 +66,7 @@ def render_chat(messages: Sequence[Message], tokenizer: Any, *, add_generation_p
             chat_template=chat_template(tokenizer),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            enable_thinking=False,
+            enable_thinking=enable_thinking,
         )
     except Exception as error:  # a template is a (sandboxed) program and can raise anything
         raise DataError(f"the chat template rejects the messages: {one_line(error)}") from None

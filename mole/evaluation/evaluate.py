@@ -9,7 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mole.chat.generate import ChatSettings, context_length, generate, prompt_ids, special_ids, stop_ids
+from mole.chat.generate import context_length, generate
+from mole.chat.settings import ChatSettings
+from mole.chat.tokens import prompt_ids, special_ids, stop_ids
 from mole.core.errors import DataError
 from mole.data import Example, read_examples
 from mole.evaluation.scoring import AnswerScore, score_families
@@ -154,9 +156,14 @@ def generates_reference(loaded: Loaded, example: Example, score: AnswerScore, st
         return False
     prompt = prompt_ids(example.prompt, loaded.tokenizer)
     context_left = context_length(loaded.model) - len(prompt) - len(answer)
+    if context_left < 1:
+        return False
     settings = ChatSettings(max_new_tokens=len(tokens) + EXTRA_TOKENS)
-    for count, read in enumerate(generate(loaded.model, prompt + answer, settings, stop, context_left)):
-        answer += read if count else []
-        if not can_match(answer):
-            return False
+    given = prompt + answer
+
+    def go_on(read: list[int]) -> bool:
+        answer.extend(read if read is not given else [])
+        return can_match(answer)
+
+    generate(loaded.model, given, settings, stop, context_left, go_on)
     return text(answer) == reference

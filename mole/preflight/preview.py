@@ -217,7 +217,7 @@ class TokenLabeller:
     """Labels the tokens of encoded examples with their texts; joined, the texts are the text of the row."""
 
     def __init__(self, tokenizer: Any) -> None:
-        from mole.chat.generate import TokenTexts, special_ids
+        from mole.chat.tokens import TokenTexts, special_ids
 
         self.tokenizer = tokenizer
         self.special = special_ids(tokenizer)

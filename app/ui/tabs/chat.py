@@ -17,6 +17,7 @@ from app.services.conversation import Turn, history_of, message_text, turn_index
 from app.services.engine import ACTIVE_REPLIES, ENGINE
 from app.services.steering_options import chosen_steering
 from app.ui.panels import steering as panel
+from app.ui.panels.chat_options import ChatOptions, build_chat_options, chosen_settings
 from app.ui.panels.steering import SteeringPanel
 from app.ui.wiring import QUIET, on_change
 from app.views.routing import routing_view
@@ -55,9 +56,8 @@ class ChatTab:
     message: gr.Textbox
     stop: gr.Button
     again: gr.Button
-    free: gr.Button
     steering: SteeringPanel
-    options: list[Any]
+    options: ChatOptions
     card: gr.Column
     view: gr.HTML
     records: gr.State
@@ -109,12 +109,12 @@ def build_chat_tab() -> ChatTab:
                 stop = gr.Button("Stop", size="md", visible=False, elem_id="chat-stop")
                 again = gr.Button("New conversation", size="md", elem_id="chat-new")
             steering = panel.build_steering()
-            options, free = build_options()
+            options = build_chat_options()
         with gr.Column(scale=12, min_width=320, elem_classes=["card", "sticky"]) as card:
             view = routing_view(elem_id="routing-view")
     tab = ChatTab(
-        target, gr.State(False), compare, columns, status, notice, where, message, stop, again, free, steering, options,
-        card, view, gr.State({}),
+        target, gr.State(False), compare, columns, status, notice, where, message, stop, again, steering, options, card,
+        view, gr.State({}),
     )  # fmt: skip
     wire_messages(tab)
     wire_choices(tab)
@@ -168,25 +168,6 @@ def build_column(number: int) -> ColumnView:
     return ColumnView(column, title, chatbot, routing)
 
 
-def build_options() -> tuple[list[Any], gr.Button]:
-    """System prompt, length, temperature, top-p and seed, in the order `stream_replies` takes them; Unload's button."""
-    with gr.Accordion("Options", open=False, elem_classes="accordion-card", elem_id="chat-options"):
-        system = gr.Textbox(label="System prompt", info="Leave empty for the model's default.", lines=2)
-        with gr.Row():
-            length = gr.Slider(
-                1, limits.NEW_TOKENS, value=128, step=1, label="Maximum length", info="In tokens.", buttons=[]
-            )
-            temperature = gr.Slider(
-                0, 2, value=0.0, step=0.05, label="Temperature", info="0 takes the most likely token.", buttons=[]
-            )
-        with gr.Row():
-            top_p = gr.Slider(0.05, 1, value=1.0, step=0.05, label="Top p", info="Nucleus sampling cutoff.", buttons=[])
-            seed = gr.Number(0, precision=0, label="Seed", info="The same seed gives the same reply.")
-        with gr.Row(elem_classes="buttons"):
-            free = gr.Button("Unload models", size="md", elem_id="chat-unload")
-    return [system, length, temperature, top_p, seed], free
-
-
 def example_prompts() -> list[dict[str, str]]:
     """One prompt of each skill in the held-out sample data."""
     path = settings.sample("skills_heldout.jsonl")
@@ -210,7 +191,7 @@ def wire_messages(tab: ChatTab) -> None:
         main.edit(edit_message, main, asked, queue=False, **QUIET),
         main.retry(retry_message, main, asked, queue=False, **QUIET),
     ]
-    given = [*tab.chatbots, tab.target, tab.compare, tab.steering.view, tab.where, tab.records, *tab.options]
+    given = [*tab.chatbots, tab.target, tab.compare, tab.steering.view, tab.where, tab.records, *tab.options.inputs]
     for question in questions:
         question.then(stream_replies, given, tab.replies, concurrency_limit=limits.CHATS, **QUIET).then(
             lambda: (gr.Textbox(interactive=True), gr.Button(visible=False)),
@@ -222,7 +203,7 @@ def wire_messages(tab: ChatTab) -> None:
     main.undo(undo_message, tab.chatbots, [tab.message, *tab.chatbots], queue=False, **QUIET)
     tab.stop.click(stop_reply, None, None, queue=False, **QUIET)
     tab.again.click(new_conversation, None, tab.replies, queue=False, **QUIET)
-    tab.free.click(unload_models, None, tab.status, **QUIET)
+    tab.options.free.click(unload_models, None, tab.status, **QUIET)
 
 
 def wire_choices(tab: ChatTab) -> None:
@@ -332,19 +313,17 @@ def stream_replies(request: gr.Request, *given: Any) -> Iterator[list[Any]]:
     """Generate the replies: conversations, routing and status line for `ChatTab.replies`, several times a second.
 
     `given` are the columns' conversations, target, compared targets, overrides, where to compute, the last records, and
-    the values of `build_options`.
+    the values of `ChatOptions.inputs`.
     """
-    histories, options = list(given[:MAX_COLUMNS]), given[-5:]
-    target, compare, steering, where, records = given[MAX_COLUMNS:-5]
+    histories = list(given[:MAX_COLUMNS])
+    target, compare, steering, where, records, system, *options = given[MAX_COLUMNS:]
     if not histories[0] or histories[0][-1]["role"] != "user":
         return
     session = request.session_hash or ""
     should_stop = ACTIVE_REPLIES.start(session)
-    system, length, temperature, top_p, seed = options
-    chosen = {"max_new_tokens": int(length), "temperature": temperature, "top_p": top_p, "seed": int(seed or 0)}
     try:
         columns = chat_columns(target, compare, chosen_steering(steering), histories)
-        question = ReplyRequest(chosen, system or "", where, should_stop)
+        question = ReplyRequest(chosen_settings(options), system or "", where, should_stop)
         for update in answer_columns(columns, question, records):
             yield update_outputs(update, several=len(columns) > 1)
     except MoleError as error:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from mole.chat.settings import ChatSettings
+from mole.chat.thoughts import split_thought
 from mole.cli.console import check_writable, metric_text, write_json
 from mole.config import ModelConfig
 from mole.core.errors import InputError
@@ -22,10 +25,9 @@ def chat_command(options: argparse.Namespace) -> None:
     if options.trace and options.prompt is None:
         raise InputError("--trace needs --prompt: it writes the routing of one reply.", field="trace")
     check_writable(options.trace, "--trace")
-    from mole.chat.generate import ChatSettings
     from mole.mixture.aot_compile import prepare_kernels
 
-    settings = ChatSettings(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    settings = ChatSettings(**{item.name: getattr(options, item.name) for item in dataclasses.fields(ChatSettings)})
     loaded = load_with_notice(options.target)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     if options.prompt is not None:
@@ -41,7 +43,8 @@ def chat_command(options: argparse.Namespace) -> None:
             return
         if question.strip():
             messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": print_reply(loaded, messages, settings)})
+            reply = print_reply(loaded, messages, settings)
+            messages.append({"role": "assistant", "content": split_thought(reply)[1] or ""})
             prepare_kernels(loaded.model)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,56 @@ def test_the_columns_share_the_message_and_only_the_first_is_steered(tiny_adapte
     assert [bool(column.steering) for column in columns] == [True, False]
     (alone,) = chat_columns(str(tiny_adapter), [], steering, [history_of(main), [], [], []])
     assert not alone.label
+
+
+def reciting(folder: Path, tokenizer: Any, prompt: str, text: str) -> str:
+    """The target of a base model that answers a prompt with this text: what it says depends on the position alone."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) - 1
+    said = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    shape = {"vocab_size": len(tokenizer), "n_embd": 256, "n_layer": 1, "n_head": 1, "n_positions": 128}
+    model = GPT2LMHeadModel(
+        GPT2Config(**shape, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id)  # type: ignore[arg-type]
+    )
+    positions, (block,) = model.transformer.wpe.weight, model.transformer.h
+    with torch.no_grad():
+        for weight in (
+            model.transformer.wte.weight, block.attn.c_proj.weight, block.mlp.c_proj.weight, model.lm_head.weight
+        ):  # fmt: skip
+            weight.zero_()
+        for place, token in enumerate(said, start):
+            model.lm_head.weight[token] += positions[place]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return f"base:{folder}"
+
+
+def test_a_thought_is_shown_before_the_answer_and_is_not_read_again(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}|{% endfor %}"
+    target = reciting(tmp_path / "base", tokenizer, "2 + 2?|", "<think>\nIt is even.\n</think>\n\n4.")
+    long = ReplyRequest({"max_new_tokens": 64})
+    (turn,) = turns_of(last_of(list(answer_columns([ChatColumn(target, [Turn("2 + 2?")])], long, {})), "history"))
+    assert (turn.thought, turn.answer) == ("It is even.", "4.")
+    again = ChatColumn(target, [turn, Turn("And 3 + 3?")])
+    (first, *_) = [update.view for update in answer_columns([again], long, {}) if update.view and update.view["meta"]]
+    prompt = "2 + 2?|4.|And 3 + 3?|"
+    assert first["meta"]["prompt"] == len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def test_a_reply_that_ends_within_its_thought_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "thinks"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages[-1].content }}{% if enable_thinking %}<think>\n{% endif %}"
+    )
+    column = ChatColumn(f"base:{folder}", [Turn("hello")])
+    updates = list(answer_columns([column], replace(SHORT, settings={**SHORT.settings, "enable_thinking": True}), {}))
+    (turn,) = turns_of(last_of(updates, "history"))
+    assert turn.thought and turn.answer is None
+    assert last_of(updates, "status").endswith("The reply ends within the model's thought: raise the maximum length.")
 
 
 def test_what_goes_wrong_in_one_column_is_said_and_the_next_answers(tiny_adapter: Path) -> None:

@@ -22,6 +22,8 @@ TURNS = [
     Turn("one", "eins"),
     Turn("two", "zwei", "Routing overrides: expert 2 muted"),
     Turn("three", None),
+    Turn("thought about", "42", "Routing overrides: expert 2 muted", "What is <b> * 7?"),
+    Turn("thought about for too long", None, thought="Hm"),
     Turn("four"),
 ]
 
@@ -30,25 +32,34 @@ def test_turns_there_and_back_with_their_notes() -> None:
     assert turns_of(history_of(TURNS)) == TURNS
 
 
+def test_a_thought_is_folded_once_the_answer_has_begun() -> None:
+    *_, thought, answer = history_of([TURNS[3]])
+    assert thought["metadata"] == {"title": "Thought", "status": "done"} and answer["content"] == "42"
+    *_, thought = history_of([TURNS[4]])
+    assert thought["metadata"] == {"title": "Thought"} and thought["content"] == "Hm"
+
+
 def test_the_component_may_give_text_in_parts() -> None:
     parts = [{"type": "text", "text": "a <b"}, {"type": "text", "text": ">"}]
     assert turns_of([{"role": "user", "content": parts, "metadata": None}]) == [Turn("a <b>")]
 
 
-def test_the_model_gets_neither_notes_nor_messages_without_an_answer() -> None:
+def test_the_model_gets_neither_notes_nor_thoughts_nor_messages_without_an_answer() -> None:
     assert model_messages(TURNS, " be kind ") == [
         {"role": "system", "content": "be kind"},
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "eins"},
         {"role": "user", "content": "two"},
         {"role": "assistant", "content": "zwei"},
+        {"role": "user", "content": "thought about"},
+        {"role": "assistant", "content": "42"},
         {"role": "user", "content": "four"},
     ]
 
 
 def test_an_entry_of_the_page_belongs_to_its_turn() -> None:
     history = history_of(TURNS)
-    assert [turn_index(history, place) for place in range(len(history))] == [0, 0, 1, 1, 1, 2, 3]
+    assert [turn_index(history, place) for place in range(len(history))] == [0, 0, 1, 1, 1, 2, 3, 3, 3, 3, 4, 4, 5]
 
 
 def test_another_model_keeps_its_own_answers_to_the_same_messages() -> None:

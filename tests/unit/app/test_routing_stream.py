@@ -25,7 +25,7 @@ MESSAGES = [{"role": "user", "content": "Convert 3 km to metres."}]
 @pytest.fixture(scope="module")
 def recorded(tiny_adapter: Path) -> tuple[RoutingRecord, Any]:
     """A short reply on a record, and the trace it was made from."""
-    from mole.chat.generate import ChatSettings, stream
+    from mole.chat import ChatSettings, stream
     from mole.runs.targets import load_target
 
     loaded = load_target(str(tiny_adapter))
@@ -83,7 +83,7 @@ def test_a_reply_or_a_token_that_is_not_there_is_none(recorded: tuple[RoutingRec
 
 
 def test_the_entropy_threshold_shown_is_the_one_this_reply_used(tiny_adapter: Path) -> None:
-    from mole.chat.generate import ChatSettings, stream
+    from mole.chat import ChatSettings, stream
     from mole.mixture.steering import Steering
     from mole.runs.targets import load_target
 

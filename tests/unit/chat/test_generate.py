@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mole.chat.generate import ChatSettings, TokenTexts, generate, prompt_ids, stop_ids, stream
+from mole.chat.generate import Step, cut_at, generate, held_back, stream
+from mole.chat.settings import ChatSettings
+from mole.chat.tokens import TokenTexts, prompt_ids, stop_ids
 from mole.config import ModelConfig
 from mole.core.errors import ConfigError, InputError
 from mole.models.loading import Loaded
@@ -33,23 +37,22 @@ def routed(tiny_adapter: Path) -> Loaded:
     return load_target(str(tiny_adapter), CPU)
 
 
-def transformers_greedy(loaded: Loaded, tokens: int, use_cache: bool) -> list[int]:
-    """What transformers' own `generate` answers to HELLO, without the end token."""
+def transformers_reply(loaded: Loaded, tokens: int, **settings: Any) -> list[int]:
+    """What transformers' own `generate` answers to HELLO, without the end token; greedy unless set."""
     prompt = prompt_ids(HELLO, loaded.tokenizer)
     stop = stop_ids(loaded.model, loaded.tokenizer)
     with torch.no_grad():
         output = loaded.model.generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            do_sample=False,
             max_new_tokens=tokens,
             eos_token_id=list(stop),
-            use_cache=use_cache,
+            **{"do_sample": False, **settings},
         )
     return [token for token in output[0, len(prompt) :].tolist() if token not in stop]
 
 
-def ours(loaded: Loaded, settings: ChatSettings, record: bool) -> list[int]:
+def ours(loaded: Loaded, settings: ChatSettings, record: bool = False) -> list[int]:
     """The reply's token ids."""
     steps = list(stream(loaded, HELLO, settings, record))
     return [token for step in steps for token, _ in step.tokens][steps[0].prompt_tokens :]
@@ -59,7 +62,7 @@ def ours(loaded: Loaded, settings: ChatSettings, record: bool) -> list[int]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_greedy_is_transformers_greedy(arch: str, use_cache: bool, tiny_model: Any, tiny_tokenizer: Any) -> None:
     loaded = Loaded(tiny_model(arch), tiny_tokenizer, "base:tiny", "tiny")
-    assert ours(loaded, ChatSettings(24), record=False) == transformers_greedy(loaded, 24, use_cache)
+    assert ours(loaded, ChatSettings(24), record=False) == transformers_reply(loaded, 24, use_cache=use_cache)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -68,7 +71,125 @@ def test_greedy_with_an_adapter_is_the_same_with_and_without_cache_and_recorder(
 ) -> None:
     recorded = ours(routed, ChatSettings(24), record=True)
     assert recorded == ours(routed, ChatSettings(24), record=False)
-    assert recorded == transformers_greedy(routed, 24, use_cache)
+    assert recorded == transformers_reply(routed, 24, use_cache=use_cache)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 3.0}, {"top_k": 5}, {"top_p": 0.3}, {"min_p": 0.9}, {"repetition_penalty": 30.0},
+        {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2},
+    ],
+)  # fmt: skip
+def test_a_seed_draws_what_torch_draws_with_it_and_the_settings_do_what_they_do_in_transformers(
+    settings: dict[str, float], base: Loaded
+) -> None:
+    settings = {"temperature": 1.0, **settings}
+    torch.manual_seed(11)
+    theirs = transformers_reply(base, 24, do_sample=True, **{"top_k": 0, **settings})
+    assert ours(base, ChatSettings(24, seed=11, **settings)) == theirs  # type: ignore[arg-type]
+    assert ours(base, ChatSettings(24, seed=11, temperature=1.0)) != theirs
+
+
+def test_a_repetition_penalty_without_sampling_is_transformers_too(base: Loaded) -> None:
+    penalised = ours(base, ChatSettings(24, repetition_penalty=1.5))
+    assert penalised == transformers_reply(base, 24, repetition_penalty=1.5)
+    assert penalised != ours(base, ChatSettings(24))
+
+
+def test_what_a_models_own_generation_config_samples_has_no_part_in_a_reply(
+    base: Loaded, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plain = ours(base, ChatSettings(12))
+    base.model.generation_config.update(
+        do_sample=True, temperature=0.6, top_k=20, top_p=0.8, repetition_penalty=1.3, num_beams=3, use_cache=False,
+        max_length=40, num_return_sequences=3,
+    )  # fmt: skip
+    assert ours(base, ChatSettings(12), record=True) == plain
+    assert capfd.readouterr() == ("", ""), "transformers says nothing on the side"
+
+
+def test_a_static_cache_as_a_model_may_ask_for_changes_neither_reply_nor_routing(routed: Loaded) -> None:
+    plain = list(stream(routed, HELLO, ChatSettings(12)))
+    config = routed.model.generation_config
+    config.cache_implementation = "static"
+    try:
+        other = list(stream(routed, HELLO, ChatSettings(12)))
+    finally:
+        config.cache_implementation = None
+    assert [step.tokens for step in other] == [step.tokens for step in plain]
+    assert plain[-1].trace is not None and other[-1].trace is not None
+    torch.testing.assert_close(other[-1].trace.weights, plain[-1].trace.weights, rtol=0, atol=1e-5)
+
+
+def test_a_window_shorter_than_the_conversation_is_kept_to(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    model, long = tiny_model("gemma3"), [{"role": "user", "content": HELLO[0]["content"] * 5}]
+    prompt = prompt_ids(long, tiny_tokenizer)
+    assert len(prompt) > model.config.sliding_window
+    *_, last = stream(Loaded(model, tiny_tokenizer, "base:tiny", "tiny"), long, ChatSettings(12), record=False)
+    whole = torch.tensor([prompt])
+    for _ in range(12):  # without any cache
+        with torch.no_grad():
+            whole = torch.cat([whole, model(whole).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert last.text == tiny_tokenizer.decode(whole[0, len(prompt) :], skip_special_tokens=True)
+
+
+def test_a_stop_string_ends_the_reply_before_it_and_every_token_read_has_its_routing(routed: Loaded) -> None:
+    whole = list(stream(routed, HELLO, ChatSettings(24)))
+    text = whole[-1].text
+    stop = text[len(text) // 2 : len(text) // 2 + 3]  # in the middle of the reply, and of its tokens
+    steps = list(stream(routed, HELLO, ChatSettings(24, stop_strings=["never said", stop])))
+    assert steps[-1].text == text[: text.index(stop)] and steps[-1].finished
+    assert len(steps) < len(whole)
+    shown = [step.text for step in steps]
+    assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
+    trace = steps[-1].trace
+    assert trace is not None and len(trace) == sum(len(step.tokens) for step in steps)
+
+
+def test_what_may_become_a_stop_string_is_held_back_until_it_is_known(base: Loaded) -> None:
+    steps = list(stream(base, HELLO, ChatSettings(8)))
+    last = steps[-2].text  # of the reply's last token
+    unfinished = [f"{last[-2:]} and on"]
+    held = list(stream(base, HELLO, ChatSettings(8, stop_strings=unfinished)))
+    assert held[-2].text == last[:-2]
+    assert held[-1].text == steps[-1].text
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_cut_where_the_first_of_them_begins(text: str, stops: list[str]) -> None:
+    begun = [place for place in range(len(text)) if any(text[place:].startswith(stop) for stop in stops)]
+    assert cut_at(text, stops) == ((text[: begun[0]], True) if begun else (text, False))
+    held = held_back(text, stops)
+    could = [
+        size for size in range(len(text) + 1) if any(text[len(text) - size :] == stop[:size] != stop for stop in stops)
+    ]
+    assert held == max(could, default=0)
+
+
+def test_thinking_is_asked_of_the_template_and_a_thought_it_begins_is_part_of_the_reply(
+    base: Loaded, tiny_tokenizer: Any
+) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    asked = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.chat_template = asked + "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}"
+    loaded = Loaded(base.model, tokenizer, "base:tiny", "tiny")
+
+    def first_and_last(settings: ChatSettings) -> tuple[Step, Step]:
+        first, *_, last = stream(loaded, HELLO, settings)
+        return first, last
+
+    first, last = first_and_last(ChatSettings(4, enable_thinking=True))
+    assert "".join(text for _, text in first.tokens).endswith("longest?<think>\n")
+    assert first.text == "<think>\n" and last.text.startswith("<think>\n")
+    first, last = first_and_last(ChatSettings(4))
+    assert "".join(text for _, text in first.tokens).endswith("</think>\n\n") and first.text == ""
+    with pytest.raises(
+        ConfigError, match="enable_thinking is True; it must be false with this model: its chat template"
+    ):
+        next(stream(base, HELLO, ChatSettings(4, enable_thinking=True)))
 
 
 def test_routing_covers_exactly_the_tokens_it_comes_with(routed: Loaded) -> None:
@@ -162,10 +283,17 @@ def test_the_reply_keeps_within_the_context(base: Loaded) -> None:
     assert len(ours(base, ChatSettings(50), record=False)) <= 3
 
 
-@pytest.mark.parametrize("setting, value", [("max_new_tokens", 0), ("temperature", -0.1), ("top_p", 1.5), ("top_p", 0)])
-def test_a_setting_out_of_range_is_named(setting: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=setting):
-        ChatSettings(**{setting: value})  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("max_new_tokens", 0), ("temperature", -0.1), ("top_p", 1.5), ("top_p", 0), ("top_k", -1), ("top_k", 1.5),
+        ("min_p", 1.1), ("repetition_penalty", 0), ("stop_strings", [""]), ("stop_strings", ["a"] * 17), ("seed", -1),
+        ("stop_strings", [1]), ("enable_thinking", "perhaps"),
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_named(setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{setting} is .*; it must be "):
+        ChatSettings(**{setting: value})
 
 
 @given(st.text(max_size=40))
@@ -195,13 +323,20 @@ def test_a_character_of_several_tokens_is_never_shown_in_part(tiny_model: Any, t
     assert all("ab🎉é".startswith(text) for text in shown)
 
 
+def note(reads: list[list[int]], read: list[int]) -> bool:
+    """A `go_on` that keeps what was read."""
+    reads.append(read)
+    return True
+
+
 def test_generate_does_not_read_the_last_token_unless_asked(base: Loaded) -> None:
     calls = []
     base.model.register_forward_hook(lambda *_: calls.append(1))
     for read_last, passes in ((False, 3), (True, 4)):
         calls.clear()
-        list(generate(base.model, [5, 6, 7], ChatSettings(3), set(), context_left=100, read_last=read_last))
-        assert len(calls) == passes
+        reads: list[list[int]] = []
+        generate(base.model, [5, 6, 7], ChatSettings(3), set(), 100, partial(note, reads), read_last)
+        assert len(calls) == passes and [len(read) for read in reads] == [3, 1, 1, 1]
 
 
 @pytest.mark.model

@@ -110,6 +110,10 @@ def test_the_flags_of_train_follow_from_the_settings(mole: Mole) -> None:
         ("runs show", "mole runs show --help"),
         ("chat x --prompt y --max-new-tokens 0", "a whole number at least 1"),
         ("chat x --prompt y --temperature -1", "a number at least 0"),
+        ("chat x --prompt y --top-p 1.5", "a number from 0 to 1"),
+        ("chat x --prompt y --top-k 1.5", "a whole number at least 0"),
+        ("chat x --prompt y --min-p 2", "a number from 0 to 1"),
+        ("chat x --prompt y --repetition-penalty x", "a number from 0 to"),
         ("eval x", "--data"),
         ("studio --port http", "from 1 to 65535"),
     ],
@@ -385,6 +389,9 @@ def test_train_chat_eval_and_export_in_a_row(
     plain, traced = mole(*chat), mole(*chat, "--trace", "trace.json")
     assert plain.code == traced.code == 0, plain
     assert plain.out == traced.out
+    assert mole(*chat, "--stop-string", plain.out[1:3]).out == plain.out[0] + "\n"
+    refused(mole(*chat, "--enable-thinking"), "enable_thinking", "its chat template has no such choice")
+    refused(mole(*chat, "--repetition-penalty", "0"), "repetition_penalty is 0", "greater than 0")
     trace = json.loads(Path("trace.json").read_text())
     assert (trace["router"], trace["experts"], trace["layers"]) == ("dynmole", 2, 2)
     tokens = len(trace["tokens"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mole.chat.generate import prompt_ids, stop_ids
+from mole.chat.tokens import prompt_ids, stop_ids
 from mole.config import ModelConfig
 from mole.core.errors import DataError
 from mole.data import encode_example, read_examples

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mole import MoleConfig, auxiliary_loss, record_routing
-from mole.chat.generate import ChatSettings, generate
+from mole.chat.generate import generate
+from mole.chat.settings import ChatSettings
 from mole.config import AdapterConfig
 from mole.data import Example
 from mole.evaluation.scoring import score_families
@@ -150,8 +150,9 @@ def test_text_is_the_same_with_and_without_cache_recorder_and_chat(text_model: A
         assert text() == plain
     settings = ChatSettings(max_new_tokens=6)
     with record_routing(text_model) as trace:
-        read = generate(text_model, IDS[0].tolist(), settings, set(), context_left=100)
-        assert list(itertools.chain.from_iterable(read)) == plain
+        read: list[int] = []
+        generate(text_model, IDS[0].tolist(), settings, set(), 100, go_on=lambda ids: not read.extend(ids))
+        assert read == plain
     with torch.no_grad(), record_routing(text_model) as whole:
         text_model(input_ids=torch.tensor([plain[:-1]]))
     seen = ~trace.weights.isnan()  # not by the dense layer of ModernBERT's head, which computes the last logits only

@@ -15,8 +15,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from mole import MoleConfig, record_routing
-from mole.chat.generate import ChatSettings, stream
+from mole.chat.generate import stream
 from mole.chat.process import describe_routing, routing_bytes
+from mole.chat.settings import ChatSettings
 from mole.models.loading import Loaded
 
 Make = Callable[..., Any]
