@@ -1,7 +1,8 @@
 """Chat models in memory: each base model is loaded once and shared by its MoLE adapters.
 
-Adapters of other PEFT methods get a base model of their own. When memory runs short, the least recently used target is
-unloaded first. Use one target of a cache at a time: the adapters of a base model are switched, not copied.
+Adapters of other PEFT methods, and those that change the base model's biases, get a base model of their own. When
+memory runs short, the least recently used target is unloaded first. Use one target of a cache at a time: the adapters
+of a base model are switched, not copied.
 """
 
 from __future__ import annotations
@@ -140,9 +141,10 @@ class ModelCache:
 
     def _unload(self, key: Key) -> None:
         base_key, _ = self._targets.pop(key)
-        self._bases[base_key].remove(key)
         if all(other != base_key for other, _ in self._targets.values()):
             del self._bases[base_key]
+        else:
+            self._bases[base_key].remove(key)
 
 
 def cache_keys(target: str, config: ModelConfig) -> tuple[Key, Key]:
@@ -153,7 +155,8 @@ def cache_keys(target: str, config: ModelConfig) -> tuple[Key, Key]:
     if folder is None:
         return base_key, base_key
     version = (str(folder), (folder / "adapter_config.json").stat().st_mtime_ns)
-    shares_base = read_adapter_config(folder).get("peft_type") == our_type()
+    settings = read_adapter_config(folder)
+    shares_base = settings.get("peft_type") == our_type() and settings.get("bias", "none") == "none"
     return (*base_key, *version), base_key if shares_base else (*base_key, *version)
 
 

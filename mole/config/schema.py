@@ -107,6 +107,15 @@ class AdapterConfig:
     modules_to_save: list[str] | None = setting(
         None, "Modules trained and saved whole beside the experts, by the end of their names, e.g. lm_head."
     )
+    bias: str = setting(
+        "none",
+        "Biases of the base model that are trained: none, those of layers with experts (lora_only), or all.",
+        choices=("none", "lora_only", "all"),
+        label="Biases",
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
+        None, "Tokens whose embeddings are trained, by id, e.g. 49152,49153.", label="Trainable tokens"
+    )
     use_rslora: bool = setting(False, "Multiply the update by alpha / √r instead of alpha / r.", label="rsLoRA scaling")
     rank_pattern: dict[str, int] = setting(
         {}, "Ranks of some layers, by name or pattern, e.g. {down_proj: 16, v_proj: 4}."
@@ -137,7 +146,9 @@ class AdapterConfig:
             raise ConfigError("adapter.num_experts", self.num_experts, allowed)
 
     def _check_targets(self) -> None:
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        for name in (
+            "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices",
+        ):  # fmt: skip
             setattr(self, name, getattr(self, name) or None)  # an empty box
         for name, targets in (("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules or [])):
             if not isinstance(targets, str):
@@ -147,6 +158,7 @@ class AdapterConfig:
         if any(layer < 0 for layer in self.layers_to_transform or []):
             raise ConfigError("adapter.layers_to_transform", self.layers_to_transform, "a list of numbers from 0")
         self._check_layers_pattern()
+        self._check_tokens()
         if self.modules_to_save:
             patterns.check_plain(self.modules_to_save, "adapter.modules_to_save")
             self.modules_to_save = list(dict.fromkeys(self.modules_to_save))
@@ -161,6 +173,14 @@ class AdapterConfig:
             patterns.compile_pattern(pattern, field)
         if wanted and not self.layers_to_transform:
             raise ConfigError(field, given, "empty where layers_to_transform is")
+
+    def _check_tokens(self) -> None:
+        field, given = "adapter.trainable_token_indices", self.trainable_token_indices or {}
+        by_module = given if isinstance(given, dict) else {"": given}
+        patterns.check_plain([name for name in by_module if name], field)
+        for tokens in by_module.values():
+            if not tokens or min(tokens) < 0 or len(set(tokens)) < len(tokens) or len(tokens) > limits.TARGETS:
+                raise ConfigError(field, tokens, f"a list of 1 to {limits.TARGETS:,} different ids from 0")
 
     def _check_table(self, name: str, table: Mapping[str, float], words: str, low: float, high: float) -> None:
         field = f"adapter.{name}"

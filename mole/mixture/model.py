@@ -16,12 +16,13 @@ from typing import Any
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
 from torch import nn
 
 from mole.config import ROUTERS, AdapterConfig
 from mole.core.errors import ConfigError, MoleError, MoleNotice
 from mole.mixture.aux_gradient import AUX_LOSS_MODES
+from mole.mixture.beside import check_biases, check_tokens, whole_modules
 from mole.mixture.bypassed import bypassed_projections
 from mole.mixture.coverage import coverage_notice
 from mole.mixture.layer import PREFIX, MoleLinear, features, supports
@@ -37,7 +38,6 @@ from mole.mixture.targets import (
     narrow_targets,
     resolve_table,
     resolve_targets,
-    whole_modules,
     without_bypassed,
 )
 
@@ -250,6 +250,8 @@ class MoleModel(BaseTuner):
             excluded = excluded_modules(exclude, adaptable_modules(model))
             bypassed = {name: reason for name, reason in bypassed.items() if name not in excluded}
         config.target_modules = resolve_targets(config.target_modules, model, bypassed)
+        check_biases(config, model)
+        check_tokens(config, model)
         if config.modules_to_save:
             heads = HEADS_OF_TASKS if config.task_type else ()
             config.modules_to_save = whole_modules(config.modules_to_save, model, heads)
@@ -284,18 +286,48 @@ class MoleModel(BaseTuner):
         mapped: dict[str, Any] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own)
         return mapped
 
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        biased = [name for name, other in self.peft_config.items() if getattr(other, "bias", "none") != "none"]
+        if biased and len(self.peft_config) > 1:
+            raise MoleError(
+                f"The adapter {biased[0]} trains biases of the base model itself, which all adapters of a model share: "
+                "it can only be the model's one adapter. Load a base model for each."
+            )
+
+    def disable_adapter_layers(self) -> None:
+        self._check_base_is_unchanged()
+        super().disable_adapter_layers()
+
+    def _check_base_is_unchanged(self) -> None:
+        """Raise `MoleError` if the model without its adapters would not be the base model."""
+        configs = self.peft_config.items()
+        if biased := next((name for name, config in configs if getattr(config, "bias", "none") != "none"), None):
+            raise MoleError(
+                f"The adapter {biased} has trained biases of the base model itself, so that the model without it is "
+                "not the base model. Load the base model beside it."
+            )
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):  # unloaded; its weights are computed, and not its module's
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             raise MoleError(
                 "A mixture of experts cannot be merged into the base weights: how much each expert adds depends "
                 "on the token. Save the adapter and load it beside the base model."
             )
+        self._check_base_is_unchanged()
         unload: Any = super()._unload_and_optionally_merge
         unloaded = unload(merge, *args, **kwargs)
         remove_log(self.model)
         return unloaded
 
     def delete_adapter(self, adapter_name: str) -> None:
+        self._check_base_is_unchanged()
         super().delete_adapter(adapter_name)
         layers = [layer for layer in self.model.modules() if isinstance(layer, MoleLinear)]
         if not any(layer.routers for layer in layers):  # they stay as they are, as LoRA's do

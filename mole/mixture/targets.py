@@ -15,13 +15,9 @@ from mole.config import ALL_LINEAR
 from mole.core import patterns
 from mole.core.errors import ConfigError, MoleNotice
 from mole.mixture.layer import supports
-from mole.mixture.routing_log import layer_number
 
 V = TypeVar("V")
 FIELD = "adapter.target_modules"
-SAVED = "adapter.modules_to_save"
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-"""Modules that are never called."""
 ANY_END = r"(?:.*\.)?(?:{})"
 """A pattern that may leave out the first parts of a name."""
 LISTED = 12
@@ -140,33 +136,6 @@ def layer_lists(layers_pattern: str | Collection[str] | None, model: nn.Module) 
     return sorted(found)
 
 
-def whole_modules(names: Iterable[str], model: nn.Module, may_be_missing: Collection[str] = ()) -> list[str]:
-    """The full names of the modules that `modules_to_save` names: as under LoRA, those whose names end so.
-
-    Args:
-        names: ends of names.
-        model: the base model.
-        may_be_missing: names that stay as they are where the model has no such module.
-
-    Raises:
-        ConfigError: no module with weights is named, or one that is never called, such as a list of layers.
-    """
-    modules = {name: module for name, module in outer_modules(model, False).items() if has_weights(module)}
-    found: dict[str, None] = {}
-    for name in names:
-        ends = [full for full in modules if full.endswith(name)]
-        if not ends and name not in may_be_missing:
-            plain = [full for full, module in modules.items() if next(module.children(), None) is None]
-            others = ", ".join([full for full in plain if layer_number(full) is None][:LISTED])
-            raise ConfigError(SAVED, name, f"the end of a module's name (outside the layers: {others})")
-        if uncalled := next((full for full in ends if isinstance(modules[full], CONTAINERS)), None):
-            kind = type(modules[uncalled]).__name__
-            raise ConfigError(SAVED, name, f"a module that is called, and {uncalled} is a {kind}")
-        found.update(dict.fromkeys(ends or [name]))
-    # one inside another is trained with it
-    return [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
-
-
 def resolve_table(table: Mapping[str, V], names: Iterable[str], field: str) -> dict[str, V]:
     """A table of settings by full names, for one by names and patterns; the first that fits a name counts, as in PEFT.
 
@@ -226,11 +195,6 @@ def outer_modules(model: nn.Module, remove_duplicate: bool) -> dict[str, nn.Modu
         if name:
             modules[name] = module
     return modules
-
-
-def has_weights(module: nn.Module) -> bool:
-    """Whether a module has parameters."""
-    return next(module.parameters(), None) is not None
 
 
 def wrapped(module: nn.Module) -> nn.Module:

@@ -116,10 +116,10 @@ def profile_step(model: Any, dtype: torch.dtype, shape: BatchShape, checkpointin
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    mode = FakeTensorMode()
-    to_fake(model, mode)
     base = model.get_base_model()
     vocabulary = base.get_output_embeddings().weight.shape[0]
+    mode = FakeTensorMode()
+    to_fake(model, mode)
     tracker = MemoryTracker([*model.parameters(), *model.buffers()], vocabulary)
     half = dtype if dtype != torch.float32 else torch.bfloat16
     with mode, tracker:

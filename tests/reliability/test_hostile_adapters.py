@@ -181,8 +181,11 @@ HOSTILE: dict[str, Any] = {
     "task_type": ["os.system", 5, None, "SEQ_CLS"],
     "router": ["none", 5, None, [1], {"a": 1}, "topk", "../x", "lora"],
     "trust_remote_code": [True], "auto_map": [{"AutoModel": "evil.py--Evil"}], "custom_code": ["import os"],
-    "layers_to_transform": [[10**9], "x"], "modules_to_save": [["lm_head"], "x", 5], "revision": ["x", 5, "../.."],
-    "inference_mode": ["x", 5], "peft_version": [5, "99.0"], "entropy_index": [0, -1, 1e308, "x"],
+    "layers_to_transform": [[10**9], "x"], "modules_to_save": [["lm_head"], ["model"], ["e"], "x", 5],
+    "layers_pattern": ["(a+)+$", "[", [5], "layers"], "bias": ["all", "lora_only", "x", 5, None],
+    "trainable_token_indices": [[10**9], [-1], [0], [0] * 20_000, "x", 5, {"lm_head": [0]}, {"(a+)+$": [0]}, {"a": 1}],
+    "target_parameters": [["weight"], "x"], "inference_mode": ["x", 5], "peft_version": [5, "99.0"],
+    "entropy_index": [0, -1, 1e308, "x"], "revision": ["x", 5, "../.."],
 }  # fmt: skip
 
 

@@ -30,19 +30,31 @@ MAIN_SETTINGS = (
     ("training", "per_device_train_batch_size"), ("training", "gradient_accumulation_steps"),
     ("training", "learning_rate"), ("training", "seed"),
 )  # fmt: skip
-MORE_SETTINGS = (
-    ("training", "lr_scheduler_type"), ("training", "warmup_steps"),
-    ("training", "weight_decay"), ("training", "max_grad_norm"),
-    ("training", "eval_steps"), ("training", "logging_steps"),
-    ("training", "save_steps"), ("training", "save_total_limit"),
-    ("model", "dtype"), ("model", "quantization"),
-    ("model", "device"), ("adapter", "target_modules"),
-    ("adapter", "exclude_modules"), ("adapter", "modules_to_save"),
-    ("adapter", "layers_to_transform"), ("adapter", "layers_pattern"),
-    ("adapter", "rank_pattern"), ("adapter", "alpha_pattern"),
-    ("adapter", "use_rslora"), ("training", "gradient_checkpointing"),
-)  # fmt: skip
-"""The settings that are rarely changed."""
+MORE_SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "Schedule": (
+        ("training", "lr_scheduler_type"), ("training", "warmup_steps"),
+        ("training", "weight_decay"), ("training", "max_grad_norm"),
+    ),
+    "Evaluation and checkpoints": (
+        ("training", "eval_steps"), ("training", "logging_steps"),
+        ("training", "save_steps"), ("training", "save_total_limit"),
+    ),
+    "Base model": (
+        ("model", "dtype"), ("model", "quantization"),
+        ("model", "device"), ("training", "gradient_checkpointing"),
+    ),
+    "Layers with experts": (
+        ("adapter", "target_modules"), ("adapter", "exclude_modules"),
+        ("adapter", "layers_to_transform"), ("adapter", "layers_pattern"),
+        ("adapter", "rank_pattern"), ("adapter", "alpha_pattern"),
+        ("adapter", "use_rslora"),
+    ),
+    "Trained beside the experts": (
+        ("adapter", "modules_to_save"), ("adapter", "trainable_token_indices"),
+        ("adapter", "bias"),
+    ),
+}  # fmt: skip
+"""The settings that are rarely changed, by groups."""
 
 
 @dataclass
@@ -177,7 +189,9 @@ def build_training(form: RunForm) -> None:
     """Steps, batch, learning rate and seed; the other settings in an accordion."""
     add_pairs(form, MAIN_SETTINGS)
     with gr.Accordion("More", open=False, elem_classes="accordion-card", elem_id="more"):
-        add_pairs(form, MORE_SETTINGS)
+        for title, names in MORE_SETTINGS.items():
+            gr.Markdown(f"### {title}", elem_classes="group")
+            add_pairs(form, names)
 
 
 def router_summary(router: str) -> str:

@@ -53,6 +53,8 @@ def test_an_untouched_form_is_the_default_config(form: forms.RunForm) -> None:
         {"adapter_num_experts": "2,4,6,8", "adapter_target_modules": "q_proj, v_proj", "name": "a-b"},
         {"data_columns": "{prompt: my question, completion: reply}", "adapter_dynmole_inclusive_top_p": True},
         {"adapter_layers_to_transform": "1", "adapter_layers_pattern": "layers", "adapter_modules_to_save": "lm_head"},
+        {"adapter_bias": "lora_only", "adapter_trainable_token_indices": "{embed_tokens: [3, 4]}"},
+        {"adapter_trainable_token_indices": "3", "adapter_exclude_modules": "[v_proj]"},
         {"adapter_router": "lora", "training_max_steps": 0, "training_num_train_epochs": 2, "model_device": "cpu"},
     ],
 )

@@ -137,6 +137,29 @@ def test_after_the_last_adapter_has_left_the_base_answers_as_before(targets: dic
         assert torch.equal(logits(loaded.model), before)
 
 
+def test_an_adapter_that_changes_biases_of_the_base_leaves_that_of_others_alone(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    for part in (tiny_model("gpt2"), tiny_tokenizer):
+        part.save_pretrained(tmp_path / "gpt2")
+    config = ModelConfig(name=str(tmp_path / "gpt2"), device="cpu", dtype="float32")
+    for name, values in {"biased": {"bias": "all"}, "plain": {}}.items():
+        model = adapt(load_base(config).model, **values)
+        for weight_name, weight in model.named_parameters():
+            if weight_name.endswith(".bias") and name == "biased":
+                weight.data.add_(0.5)
+        model.save_pretrained(tmp_path / name)
+    targets = [f"base:{tmp_path / 'gpt2'}", str(tmp_path / "plain"), str(tmp_path / "biased")]
+    alone = {target: logits(load_target(target, CPU).model) for target in targets}
+    cache = ModelCache(plenty)
+    for target in [*targets, *reversed(targets)]:
+        with cache.use(target, CPU) as loaded:
+            assert torch.equal(logits(loaded.model), alone[target])
+    assert not torch.equal(alone[targets[1]], alone[targets[2]])
+    cache.clear()
+    assert len(cache) == 0
+
+
 def test_an_adapter_that_does_not_load_leaves_no_trace(targets: dict[str, str], tmp_path: Path) -> None:
     cache = ModelCache(plenty)
     with cache.use(targets["base"], CPU) as loaded:

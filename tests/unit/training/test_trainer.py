@@ -80,17 +80,22 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights_bit_for_bit(
     assert weights(parts) == weights(whole)
 
 
-BESIDE: dict[str, dict[str, Any]] = {
-    "whole modules": {"adapter.modules_to_save": ["lm_head", "norm"]},
+BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "whole modules": ("llama", {"adapter.modules_to_save": ["lm_head", "norm"]}),
+    "biases and tokens": ("gpt2", {"adapter.bias": "all", "adapter.trainable_token_indices": [20, 21]}),
 }
 
 
 @pytest.mark.parametrize("what", BESIDE)
 def test_what_is_trained_beside_the_experts_resumes_and_is_loaded_by_every_way(
-    make_run: Any, monkeypatch: pytest.MonkeyPatch, what: str, tiny_folder: Path, tmp_path: Path
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, what: str, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    settings = {**BESIDE[what], "training.max_steps": 4}
-    whole, parts, without = make_run("whole", **settings), make_run("parts", **settings), make_run("without")
+    arch, beside = BESIDE[what]
+    for part in (tiny_model(arch), tiny_tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    settings = {"model.name": str(tmp_path / "base"), "training.max_steps": 4}
+    whole, parts = (make_run(name, **settings, **beside) for name in ("whole", "parts"))
+    without = make_run("without", **settings)
     for run in (whole, without):
         train(run)
     with monkeypatch.context() as patch:
@@ -100,7 +105,7 @@ def test_what_is_trained_beside_the_experts_resumes_and_is_loaded_by_every_way(
     assert weights(parts) == weights(whole) and len(weights(whole)) > len(weights(without))
     in_studio = load_target("whole", ModelConfig(device="cpu", dtype="float32")).model
     exported = runs.export(whole, tmp_path / "exported") / "adapter"
-    in_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), exported).eval()
+    in_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), exported).eval()
     assert torch.equal(logits(in_studio), logits(in_peft))
     (prompt,) = TOKENS[:1].tolist()
     read = [*generate(in_studio, prompt, ChatSettings(max_new_tokens=3), set(), context_left=100)]
