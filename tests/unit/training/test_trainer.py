@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mole import runs
-from mole.chat.generate import ChatSettings, generate
+from mole.chat.generate import generate
+from mole.chat.settings import ChatSettings
 from mole.config import ModelConfig, RunConfig, apply_overrides
 from mole.core.errors import CheckpointError, TrainingError
 from mole.models.logits import only_positions
@@ -108,8 +109,9 @@ def test_what_is_trained_beside_the_experts_resumes_and_is_loaded_by_every_way(
     in_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), exported).eval()
     assert torch.equal(logits(in_studio), logits(in_peft))
     (prompt,) = TOKENS[:1].tolist()
-    read = [*generate(in_studio, prompt, ChatSettings(max_new_tokens=3), set(), context_left=100)]
-    assert read[0] == prompt and len(read) == 4
+    read: list[int] = []
+    generate(in_studio, prompt, ChatSettings(max_new_tokens=3), set(), 100, go_on=lambda ids: not read.extend(ids))
+    assert read[: len(prompt)] == prompt and len(read) == len(prompt) + 3
 
 
 def test_two_runs_of_one_config_are_equal_and_another_seed_is_not(make_run: Any) -> None:
