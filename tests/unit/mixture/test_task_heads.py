@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapting import TOKENS, logits
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -65,6 +66,25 @@ def test_the_head_is_trained_saved_and_loaded(architecture: str, task: str, tmp_
     fresh = kind.from_config(ARCHITECTURES[architecture])
     fresh.load_state_dict(plain)
     assert torch.equal(predictions(PeftModel.from_pretrained(fresh, tmp_path)), predictions(model))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_second_adapter_has_a_head_of_its_own(task: str, tmp_path: Path) -> None:
+    """all-linear is resolved into names, the head's among them, which PEFT has wrapped for the first adapter."""
+    kind, _ = TASKS[task]
+    torch.manual_seed(0)
+    config = MoleConfig(task_type=task, router="topk", num_experts=2, r=2)
+    model = get_peft_model(kind.from_config(ARCHITECTURES["bert"]), config)
+    model.save_pretrained(tmp_path)
+    before = predictions(model)
+    model.load_adapter(str(tmp_path), "loaded")
+    model.add_adapter("same", config)
+    model.add_adapter("other", MoleConfig(task_type=task, router="dense", num_experts=3, r=2))
+    heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    assert heads and all(set(head.modules_to_save) == {"default", "loaded", "same", "other"} for head in heads)
+    assert not any(isinstance(module, MoleLinear) for head in heads for module in head.modules())
+    model.set_adapter("loaded")
+    assert torch.equal(predictions(model), before)
 
 
 def test_loading_and_saving_again_names_no_module_twice_more(tmp_path: Path) -> None:
