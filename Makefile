@@ -17,7 +17,8 @@ WORKERS ?= 2
 PARALLEL = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help run install model test test-unit test-peft-oldest soak bench audit lint format browser clean
+.PHONY: help run install model test test-unit test-peft test-peft-short test-peft-oldest soak bench \
+  audit lint format browser clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -54,6 +55,12 @@ audit: $(VENV)/.dev ## look for known faults in the pinned versions, where the a
 
 test-unit: $(VENV)/.dev ## run the unit tests alone
 	$(PARALLEL) tests/unit -m "not soak and not timed"
+
+test-peft: $(VENV)/.dev ## run PEFT's own tests with MoLE in place of LoRA, for every router
+	PYTHONPATH=tests $(BIN)/python -m peft_suite --workers $(WORKERS)
+
+test-peft-short: $(VENV)/.dev ## run a few of them, as continuous integration does
+	PYTHONPATH=tests $(BIN)/python -m peft_suite --short
 
 test-peft-oldest: $(VENV)/.dev ## run the adapter's tests with the oldest PEFT that is supported
 	$(PIP) install -q --no-deps --upgrade --target build/oldest $(OLDEST)
