@@ -40,6 +40,7 @@ from mole.mixture.targets import (
     resolve_targets,
     without_bypassed,
 )
+from mole.mixture.targets import layer_place as layer_place  # for other packages, as above
 
 METHOD_NAME = PREFIX.rstrip("_")
 

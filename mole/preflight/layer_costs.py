@@ -21,8 +21,7 @@ from torch import nn
 from mole.config import AdapterConfig
 from mole.core.errors import MoleNotice
 from mole.mixture import MoleLinear
-from mole.mixture.model import num_layers
-from mole.mixture.targets import layer_place
+from mole.mixture.model import layer_place, num_layers
 from mole.preflight.memory_profile import BatchShape, StepCost, build_meta_model, profile_step
 
 FEW = 4
