@@ -8,6 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from mole.core import patterns
 from mole.core.errors import ConfigError
 from mole.mixture.routing_log import layer_number
 from mole.mixture.targets import LISTED, outer_modules
@@ -60,18 +61,22 @@ def check_biases(config: Any, model: nn.Module) -> None:
 
 
 def check_tokens(config: Any, model: Any) -> None:
-    """Check that the tokens whose embeddings are trained exist, in a module that is not trained whole.
+    """Check that the tokens whose embeddings are trained exist, in a module that has nothing else to train.
+
+    Args:
+        config: the settings; `modules_to_save` are full names.
+        model: the base model. Where its output layer has the embeddings' weights, the tokens are trained there too.
 
     Raises:
-        ConfigError: the model has no such module, or fewer tokens.
+        ConfigError: the model has no such module or fewer tokens, or the module is trained whole or has an adapter.
     """
     field, given = "adapter.trainable_token_indices", config.trainable_token_indices
     if given is None:
         return
     modules: dict[str, Any] = outer_modules(model, remove_duplicate=True)
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    own = next((name for name, module in modules.items() if module is embeddings), "embed_tokens")
-    for end, tokens in (given if isinstance(given, dict) else {own: given}).items():
+    own, output = (name_of(modules, model, f"get_{end}_embeddings") for end in ("input", "output"))
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    for end, tokens in (given if isinstance(given, dict) else {own or "embed_tokens": given}).items():
         found = [name for name in modules if name.endswith(end) and hasattr(modules[name], "weight")]
         if not found:
             raise ConfigError(field, end, f"the end of a module's name with embeddings (here: {own})")
@@ -79,5 +84,14 @@ def check_tokens(config: Any, model: Any) -> None:
             rows = modules[name].weight.shape[0]
             if max(tokens) >= rows:
                 raise ConfigError(field, max(tokens), f"an id below {rows:,}, the number of tokens of {name}")
-            if any(name.endswith(saved) for saved in config.modules_to_save or ()):
-                raise ConfigError(field, tokens, f"empty where modules_to_save has {name}, which is trained whole")
+        for name in [*found, *([output] if tied and output and own in found else [])]:
+            for setting in ("modules_to_save", "target_modules"):
+                names = getattr(config, setting) or ()
+                if not isinstance(names, str) and not set(names).isdisjoint(patterns.suffixes(name)):
+                    raise ConfigError(field, tokens, f"empty where {setting} has {name}, of which it trains tokens")
+
+
+def name_of(modules: dict[str, Any], model: Any, getter: str) -> str | None:
+    """The full name of the module that a transformers model's `get_input_embeddings` or the like returns."""
+    wanted = getattr(model, getter, lambda: None)()
+    return next((name for name, module in modules.items() if module is wanted), None)

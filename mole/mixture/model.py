@@ -252,10 +252,10 @@ class MoleModel(BaseTuner):
             bypassed = {name: reason for name, reason in bypassed.items() if name not in excluded}
         config.target_modules = resolve_targets(config.target_modules, model, bypassed)
         check_biases(config, model)
-        check_tokens(config, model)
         if config.modules_to_save:
             heads = HEADS_OF_TASKS if config.task_type else ()
             config.modules_to_save = whole_modules(config.modules_to_save, model, heads)
+        check_tokens(config, model)
         narrowed = exclude or config.layers_to_transform or config.modules_to_save
         by_name = bool(narrowed or config.rank_pattern or config.alpha_pattern)
         if isinstance(config.target_modules, str) and (bypassed or by_name):  # all-linear

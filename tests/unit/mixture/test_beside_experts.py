@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a token twice": ({"trainable_token_indices": [3, 3]}, "different ids"),
     "tokens of nothing": ({"trainable_token_indices": {"embed": [3]}}, r"is 'embed'.*model.embed_tokens"),
     "tokens of what is trained whole": (
-        {"trainable_token_indices": [3], "modules_to_save": ["embed_tokens"]}, "empty where modules_to_save has"
+        {"trainable_token_indices": [3], "modules_to_save": ["embed_tokens"]}, "where modules_to_save has model.embed"
     ),
 }  # fmt: skip
 
@@ -124,3 +124,11 @@ def test_what_cannot_be_meant_is_refused_in_one_line(what: str, tiny_model: Make
     with pytest.raises(ConfigError, match=line) as error:
         get_peft_model(tiny_model(), settings(**values))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", ["modules_to_save", "target_modules"])
+def test_tokens_of_a_tied_output_layer_are_not_trained_twice(setting: str, tiny_model: Make) -> None:
+    """GPT-2's output layer has the embeddings' weights."""
+    with pytest.raises(ConfigError, match=f"empty where {setting} has lm_head"):
+        get_peft_model(tiny_model("gpt2"), settings(trainable_token_indices=[3], **{setting: ["lm_head"]}))
+    get_peft_model(tiny_model("llama"), settings(trainable_token_indices=[3], **{setting: ["lm_head"]}))
