@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import suppress
+from typing import Any
 
-from mole.core.errors import MoleError
+from mole.core.errors import MoleError, MoleNotice
 from mole.core.paths import HOME_GONE, home, is_home_gone
 from mole.core.redaction import redacted
 
@@ -51,6 +52,18 @@ def print_error(message: str) -> None:
     """Print a line to stderr; does nothing if the terminal is gone or the disk behind it full."""
     with suppress(OSError):
         print(message, file=sys.stderr, flush=True)
+
+
+def notices_in_one_line(show: Any) -> Any:
+    """A `warnings.showwarning` that prints each `MoleNotice` as one line, and leaves other warnings to `show`."""
+
+    def shown(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, MoleNotice):
+            print_error(f"Note: {message}")
+        else:
+            show(message, category, *rest)
+
+    return shown
 
 
 def explain(error: Exception) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.core.errors import CheckpointError, TrainingError
+from mole.core.text import notices_in_one_line
 from mole.data import Collator, Datasets, build_datasets, chat_template, split_by_length
 from mole.mixture.model import mole_config
 from mole.mixture.routing_log import auxiliary_loss, one_batch
@@ -85,6 +86,7 @@ def build_trainer(
     set_seed(config.training.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of transformers rename gradient checkpointing
+        warnings.showwarning = notices_in_one_line(warnings.showwarning)
         model = get_peft_model(base.model, mole_config(config.adapter, task_type="CAUSAL_LM"))
         if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -11,10 +11,12 @@ from adapting import settings
 from architectures import MIXTURES, build
 from peft import PeftModel, get_peft_model
 
+from mole import runs
 from mole.config import RunConfig
 from mole.core.errors import ConfigError, MoleNotice
 from mole.mixture.coverage import covered_share, uncovered_experts
 from mole.preflight import estimate
+from mole.training.trainer import train
 
 
 def notices(make: Any) -> list[str]:
@@ -56,13 +58,22 @@ def test_nothing_is_said_of_a_model_that_is_covered() -> None:
     assert not notices(lambda: get_peft_model(build("llama"), settings()))
 
 
-def test_preflight_says_it_too(tmp_path: Path, home: Path, tiny_tokenizer: Any) -> None:
+@pytest.mark.filterwarnings("always::mole.core.errors.MoleNotice")
+def test_preflight_and_training_say_it_too(
+    tmp_path: Path, home: Path, tiny_tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     build("mixtral").save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     model = {"name": str(tmp_path / "model"), "device": "cpu", "dtype": "float32"}
-    found = estimate.estimate(RunConfig.from_dict({"model": model, "data": {"path": str(tmp_path / "rows.jsonl")}}))
+    data = {"path": str(tmp_path / "rows.jsonl")}
+    config = RunConfig.from_dict({"model": model, "data": data, "training": {"max_steps": 1}})
+    found = estimate.estimate(config)
     assert found.notes[0].startswith("The adapter covers 14% of the base model's weights") and found.memory
+    run = runs.create(config)
+    capfd.readouterr()
+    train(run)
+    assert f"Note: {found.notes[0]}\n" in capfd.readouterr().err and run.state == "finished"
 
 
 def test_parameters_as_targets_are_refused_in_one_line() -> None:
