@@ -67,8 +67,9 @@ MAPPINGS = {
 def setting_component(owner: type, item: dataclasses.Field[Any], **options: Any) -> Component:
     """The component for one setting of a config dataclass; `options` are further arguments of the component.
 
-    A setting with choices gets a dropdown, a flag a checkbox, a number with two close bounds a slider, other numbers a
-    number box, and everything else (text, lists, mappings) a text box in the syntax of the command line.
+    A setting with choices gets a dropdown, as a flag that may be left open; another flag gets a checkbox, a number with
+    two close bounds a slider, other numbers a number box, and everything else (text, lists, mappings) a text box in the
+    syntax of the command line.
     """
     spec, default = spec_of(item), default_of(item)
     kinds = union_members(typing.get_type_hints(owner)[item.name])
@@ -77,6 +78,8 @@ def setting_component(owner: type, item: dataclasses.Field[Any], **options: Any)
         return gr.Dropdown(**shown)
     if spec.choices:
         return gr.Dropdown(choices=list(spec.choices), **shown)
+    if bool in kinds and default is None:
+        return gr.Dropdown(choices=[("Automatic", ""), ("Yes", "true"), ("No", "false")], **{**shown, "value": ""})
     if bool in kinds:
         return gr.Checkbox(**shown)
     plain = not any(map(typing.get_origin, kinds)) and str not in kinds
@@ -235,8 +238,9 @@ def value_at(values: Mapping[str, Any], dotted: str) -> Any:
 
 
 def component_value(made: Component, value: Any) -> Any:
-    """A setting's value as its component takes it: text boxes in the syntax of the command line."""
-    return command_text(value) if isinstance(made, gr.Textbox) else value
+    """A setting's value as its component takes it: text boxes, and choices, in the syntax of the command line."""
+    as_text = isinstance(made, gr.Textbox) or (isinstance(made, gr.Dropdown) and not isinstance(value, str))
+    return command_text(value) if as_text else value
 
 
 def non_default_settings(config: RunConfig) -> Iterator[tuple[str, Any, str | None]]:

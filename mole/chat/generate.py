@@ -24,10 +24,11 @@ from transformers import (
 
 from mole.chat.settings import DEFAULTS, ChatSettings
 from mole.chat.thoughts import opened_by
-from mole.chat.tokens import TokenTexts, prompt_text, stop_ids, text_ids
+from mole.chat.tokens import TokenTexts, prompt_text, stop_ids, stop_text
 from mole.core.errors import InputError
 from mole.core.threads import iterate
 from mole.data import Message
+from mole.data.encoding import encode_text
 from mole.mixture.steering import AS_TRAINED, Steering, steer
 from mole.mixture.trace import RoutingDelta, Trace, record_routing
 from mole.models.loading import Loaded
@@ -83,7 +84,7 @@ def stream(
     tokenizer, model = loaded.tokenizer, loaded.model
     with encoding or contextlib.nullcontext():
         rendered = prompt_text(messages, tokenizer, settings.enable_thinking)
-        prompt, stop = text_ids(rendered, tokenizer), stop_ids(model, tokenizer)
+        prompt, stop, ending = encode_text(rendered, tokenizer), stop_ids(model, tokenizer), stop_text(tokenizer)
     context_left = context_length(model) - len(prompt)
     if context_left < 1:
         raise InputError(
@@ -93,7 +94,8 @@ def stream(
 
     def give_steps(give: Callable[[Step], None]) -> None:
         with steer(model, steering), record_routing(model) if record else contextlib.nullcontext() as trace:
-            reply = Reply(tokenizer, len(prompt), settings.stop_strings, opened_by(rendered), trace)
+            stop_strings = [*settings.stop_strings, *filter(None, [ending])]
+            reply = Reply(tokenizer, len(prompt), stop_strings, opened_by(rendered), trace)
 
             def go_on(read: list[int]) -> bool:
                 give(reply.step(read))

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mole.core.errors import ConfigError
-from mole.data import Example, Message, encode_example, render_prompt
-from mole.data.encoding import chat_template
+from mole.data import Message, render_prompt
+from mole.data.encoding import encode_text
+from mole.data.rendering import answer_ending, chat_template
 
 
 def prompt_text(messages: Sequence[Message], tokenizer: Any, enable_thinking: bool = False) -> str:
@@ -22,22 +23,24 @@ def prompt_text(messages: Sequence[Message], tokenizer: Any, enable_thinking: bo
 
 def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     """The token ids of a conversation up to the assistant's next answer, encoded as in training."""
-    return text_ids(prompt_text(messages, tokenizer), tokenizer)
-
-
-def text_ids(text: str, tokenizer: Any) -> list[int]:
-    """The token ids of a rendered conversation, which has its special tokens already."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return encode_text(prompt_text(messages, tokenizer), tokenizer)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:
     """The ids that end an answer: the model's and tokenizer's end tokens, and the one training appends to answers."""
     given = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
-    turn = Example(messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
-    last = encode_example(turn, tokenizer, 1 << 20).input_ids[-1]
-    return stop | ({last} & special_ids(tokenizer))
+    return stop | ({*encode_text(answer_ending(tokenizer), tokenizer)[-1:]} & special_ids(tokenizer))
+
+
+def stop_text(tokenizer: Any) -> str:
+    """The text that ends an answer, where the chat template ends it with one that is no single special token.
+
+    Empty for most templates: `stop_ids` has what ends their answers.
+    """
+    ending = answer_ending(tokenizer).strip()
+    ids = encode_text(ending, tokenizer)
+    return "" if not ids or ids[-1] in special_ids(tokenizer) else ending
 
 
 def special_ids(tokenizer: Any) -> set[int]:

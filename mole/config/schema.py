@@ -71,6 +71,11 @@ class DataConfig:
     max_length: int = setting(
         512, "Maximum length of an example in tokens; longer prompts are cut at the start.", ge=8, le=limits.LENGTH
     )
+    enable_thinking: bool | None = setting(
+        None,
+        "Whether chat templates with this choice let the model think; empty where the answer begins with a thought.",
+        label="Thinking",
+    )
     columns: dict[str, str] = setting(
         {}, "Column names of the file where they differ, e.g. {prompt: question, completion: reply}."
     )

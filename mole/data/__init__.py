@@ -1,8 +1,9 @@
 """From a data file to batches of tokens.
 
 `readers` opens JSON, JSONL, CSV, Parquet and hub data sets; `columns` finds which column is what; `examples` turns
-rows of five shapes into `Example`s, or rejects them with a reason; `encoding` applies the chat template and makes token
-ids and labels; `datasets` reads, encodes and splits the data of a run; `batches` pads. No torch until a batch is made.
+rows of five shapes into `Example`s, or rejects them with a reason; `rendering` applies the chat template and finds what
+is learnt in its text; `encoding` makes token ids and labels; `datasets` reads, encodes and splits the data of a run;
+`batches` pads. No torch until a batch is made.
 """
 
 from mole.data.batches import Collator, split_by_length
@@ -15,17 +16,10 @@ from mole.data.columns import (
     read_columns,
 )
 from mole.data.datasets import DataReport, Datasets, build_datasets, split_rows
-from mole.data.encoding import (
-    DEFAULT_CHAT_TEMPLATE,
-    IGNORE_INDEX,
-    EncodedExample,
-    chat_template,
-    encode_example,
-    encode_examples,
-    render_prompt,
-)
+from mole.data.encoding import IGNORE_INDEX, EncodedExample, encode_example, encode_examples
 from mole.data.examples import FIELDS, SHAPES, Example, ExampleSet, Message, RejectedRow, no_usable_rows, read_examples
 from mole.data.readers import FILE_FORMATS, Records, read_hub_dataset, read_records
+from mole.data.rendering import DEFAULT_CHAT_TEMPLATE, chat_template, render_prompt
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE", "FIELDS", "FILE_FORMATS", "IGNORE_INDEX", "SHAPES", "Collator", "DataReport",

@@ -60,11 +60,11 @@ def build_datasets(config: DataConfig, tokenizer: Any, seed: int) -> Datasets:
     Raises `DataError` as `read_examples` does, and when no row can be encoded.
     """
     source = read_examples(config.path, config.columns)
-    train, rejected, cut = encode_rows(source, tokenizer, config.max_length, "data.path")
+    train, rejected, cut = encode_rows(source, tokenizer, config, "data.path")
     reasons, fingerprint = list(map(str, rejected)), source.fingerprint
     if config.eval_path:
         heldout = read_examples(config.eval_path, config.columns, field="data.eval_path")
-        evaluation, eval_rejected, eval_cut = encode_rows(heldout, tokenizer, config.max_length, "data.eval_path")
+        evaluation, eval_rejected, eval_cut = encode_rows(heldout, tokenizer, config, "data.eval_path")
         reasons += [f"held-out {item}" for item in eval_rejected]
         cut += eval_cut
         fingerprint = sha256(f"{fingerprint} {heldout.fingerprint}".encode()).hexdigest()
@@ -85,11 +85,11 @@ def build_datasets(config: DataConfig, tokenizer: Any, seed: int) -> Datasets:
 
 
 def encode_rows(
-    source: ExampleSet, tokenizer: Any, max_length: int, field: str
+    source: ExampleSet, tokenizer: Any, config: DataConfig, field: str
 ) -> tuple[list[dict[str, list[int]]], list[RejectedRow], int]:
     """Encoded rows, all rejected rows, and the number of truncated rows. Raises `DataError` when no row is left."""
     rows, rejected, truncated = [], list(source.rejected), 0
-    encoded = encode_examples(source.examples, tokenizer, max_length)
+    encoded = encode_examples(source.examples, tokenizer, config.max_length, config.enable_thinking)
     for example, item in zip(source.examples, encoded, strict=True):
         if isinstance(item, DataError):
             rejected.append(RejectedRow(example.row, str(item)))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from mole.chat.generate import context_length, generate
 from mole.chat.settings import ChatSettings
-from mole.chat.tokens import prompt_ids, special_ids, stop_ids
+from mole.chat.tokens import special_ids, stop_ids, stop_text
 from mole.core.errors import DataError
 from mole.data import Example, read_examples
+from mole.data.encoding import encode_text
+from mole.data.rendering import ChatTemplate, render_example
 from mole.evaluation.scoring import AnswerScore, score_families
 from mole.models.loading import Loaded
 
@@ -68,12 +70,28 @@ def evaluate_examples(
         for example in examples
     ]
     results: list[RowResult | None] = [None] * len(examples)
-    special, stop = special_ids(loaded.tokenizer), stop_ids(loaded.model, loaded.tokenizer)
+    ends = AnswerEnds(
+        special_ids(loaded.tokenizer), stop_ids(loaded.model, loaded.tokenizer), stop_text(loaded.tokenizer)
+    )
     for done, (index, scores) in enumerate(score_families(loaded, families), start=1):
-        results[index] = row_result(loaded, examples[index], scores, special, stop)
+        results[index] = row_result(loaded, examples[index], scores, ends)
         if report:
             report(done, len(examples))
     return aggregate([result for result in results if result is not None])
+
+
+class AnswerEnds(NamedTuple):
+    """What ends an answer.
+
+    Attributes:
+        special: ids of the special tokens.
+        ids: those of `stop_ids`.
+        text: that of `stop_text`.
+    """
+
+    special: set[int]
+    ids: set[int]
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,19 +110,19 @@ class RowResult:
 
 
 def row_result(
-    loaded: Loaded, example: Example, scores: Sequence[AnswerScore | None], special: set[int], stop: set[int]
+    loaded: Loaded, example: Example, scores: Sequence[AnswerScore | None], ends: AnswerEnds
 ) -> RowResult | None:
     """The result of a row from the scores of its answers, one per choice; None when one of them has no score."""
     known = [score for score in scores if score is not None]
     if len(known) < len(scores):
         return None
     if example.choices:
-        totals = [text_log_likelihood(score, special) for score in known]
+        totals = [text_log_likelihood(score, ends.special) for score in known]
         right = example.choices.index(example.answer or "")
         return RowResult("accuracy", totals.index(max(totals)) == right, known[right].log_probs)
     if example.text is not None:
         return RowResult(None, False, known[0].log_probs)
-    return RowResult("exact_match", generates_reference(loaded, example, known[0], stop), known[0].log_probs)
+    return RowResult("exact_match", generates_reference(loaded, example, known[0], ends), known[0].log_probs)
 
 
 def aggregate(results: Sequence[RowResult]) -> tuple[int, dict[str, float]]:
@@ -129,7 +147,7 @@ def text_log_likelihood(score: AnswerScore, special: set[int]) -> float:
     return sum(score.log_probs[score.start : end])
 
 
-def generates_reference(loaded: Loaded, example: Example, score: AnswerScore, stop: set[int]) -> bool:
+def generates_reference(loaded: Loaded, example: Example, score: AnswerScore, ends: AnswerEnds) -> bool:
     """Whether greedy generation gives the reference answer, both stripped.
 
     Up to the first token where the model's prediction differs, generation equals the reference, which the scores
@@ -144,26 +162,26 @@ def generates_reference(loaded: Loaded, example: Example, score: AnswerScore, st
 
     def text(ids: Sequence[int]) -> str:
         decoded: str = loaded.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return decoded.strip()
+        return (decoded.partition(ends.text)[0] if ends.text else decoded).strip()
 
     def can_match(ids: Sequence[int]) -> bool:
         return reference.startswith(text(ids).rstrip("\ufffd"))  # the last character may still be incomplete
 
-    if greedy[agreed] in stop:
+    if greedy[agreed] in ends.ids:
         return text(tokens[:agreed]) == reference
     answer = [*tokens[:agreed], greedy[agreed]]
     if not can_match(answer):
         return False
-    prompt = prompt_ids(example.prompt, loaded.tokenizer)
-    context_left = context_length(loaded.model) - len(prompt) - len(answer)
+    prompt = render_example(example, ChatTemplate(loaded.tokenizer)).prompt
+    given = encode_text(prompt, loaded.tokenizer) + answer
+    context_left = context_length(loaded.model) - len(given)
     if context_left < 1:
         return False
     settings = ChatSettings(max_new_tokens=len(tokens) + EXTRA_TOKENS)
-    given = prompt + answer
 
     def go_on(read: list[int]) -> bool:
         answer.extend(read if read is not given else [])
         return can_match(answer)
 
-    generate(loaded.model, given, settings, stop, context_left, go_on)
+    generate(loaded.model, given, settings, ends.ids, context_left, go_on)
     return text(answer) == reference

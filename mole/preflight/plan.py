@@ -232,7 +232,7 @@ def row_lengths(config: DataConfig, tokenizer: Any) -> RowLengths:
     if len(examples) > LENGTH_SAMPLE:
         sample = random.Random(0).sample(examples, LENGTH_SAMPLE * 3 // 4)
         more = heapq.nlargest(LENGTH_SAMPLE // 4, examples, key=character_count)
-    found = encoded_lengths(sample, tokenizer, config.max_length)
+    found = encoded_lengths(sample, tokenizer, config)
     if not found:
         raise DataError(f"{config.path}: no row can be used.", field="data.path")
     rows = round(len(examples) * len(found) / len(sample))
@@ -241,16 +241,20 @@ def row_lengths(config: DataConfig, tokenizer: Any) -> RowLengths:
     lengths = sorted(length for length, _ in found)
     return RowLengths(
         rows=rows,
-        longest=sorted([*found, *encoded_lengths(more, tokenizer, config.max_length)], reverse=True)[:4096],
+        longest=sorted([*found, *encoded_lengths(more, tokenizer, config)], reverse=True)[:4096],
         typical=sum(lengths) / len(lengths),
         quantile=lengths[min(round(0.9 * len(lengths)), len(lengths) - 1)],
     )
 
 
-def encoded_lengths(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[tuple[int, int]]:
+def encoded_lengths(examples: Sequence[Example], tokenizer: Any, config: DataConfig) -> list[tuple[int, int]]:
     """`(tokens, labelled tokens)` of the examples that can be encoded."""
-    encoded = (item for item in encode_examples(examples, tokenizer, max_length) if not isinstance(item, DataError))
-    return [(len(item.input_ids), sum(label != IGNORE_INDEX for label in item.labels[1:])) for item in encoded]
+    encoded = encode_examples(examples, tokenizer, config.max_length, config.enable_thinking)
+    return [
+        (len(item.input_ids), sum(label != IGNORE_INDEX for label in item.labels[1:]))
+        for item in encoded
+        if not isinstance(item, DataError)
+    ]
 
 
 def character_count(example: Example) -> int:

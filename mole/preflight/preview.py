@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from mole.config import DataConfig, RunConfig
-from mole.core.errors import ConfigError, DataError
+from mole.core.errors import ConfigError, DataError, brief
 from mole.data import (
     IGNORE_INDEX,
     EncodedExample,
@@ -139,11 +139,11 @@ def preview(config: RunConfig, rows: int = 8) -> Preview:
     source = read_beginning(data, data.path, "data.path")  # before loading the tokenizer: a bad file fails at once
     folder = local_folder(resolve(config.model.name), weights=False)
     tokenizer = load_tokenizer(config.model.name, folder)
-    main = encode_file(source, tokenizer, data.max_length, "data.path")
+    main = encode_file(source, tokenizer, data, "data.path")
     held_file = None
     if data.eval_path:
         held_source = read_beginning(data, data.eval_path, "data.eval_path")
-        held_file = encode_file(held_source, tokenizer, data.max_length, "data.eval_path")
+        held_file = encode_file(held_source, tokenizer, data, "data.eval_path")
         held_out = {len(main.encoded) + index for index in range(len(held_file.encoded))}
     else:
         held_out = set(split_rows(list(range(len(main.encoded))), data.eval_fraction, config.training.seed)[1])
@@ -155,7 +155,7 @@ def read_beginning(data: DataConfig, path: str, setting: str) -> ExampleSet:
     return read_examples(path, data.columns, MAX_ROWS, field=setting, peek=True)
 
 
-def encode_file(source: ExampleSet, tokenizer: Any, max_length: int, setting: str) -> EncodedFile:
+def encode_file(source: ExampleSet, tokenizer: Any, data: DataConfig, setting: str) -> EncodedFile:
     """Encode the rows, up to `MAX_CHARACTERS` of text. Raises `DataError` when no row can be used."""
     examples: list[Example] = []
     characters = 0
@@ -167,7 +167,8 @@ def encode_file(source: ExampleSet, tokenizer: Any, max_length: int, setting: st
     last = examples[-1].row if len(examples) < len(source.examples) else math.inf
     rejected = [item for item in source.rejected if item.row <= last]
     good, encoded = list[Example](), list[EncodedExample]()
-    for example, item in zip(examples, encode_examples(examples, tokenizer, max_length), strict=True):
+    items = encode_examples(examples, tokenizer, data.max_length, data.enable_thinking)
+    for example, item in zip(examples, items, strict=True):
         if isinstance(item, DataError):
             rejected.append(RejectedRow(example.row, str(item)))
         else:
@@ -273,6 +274,13 @@ def find_notices(file: EncodedFile, tokenizer: Any) -> list[str]:
             found.append(f"All {count} rows have the same answer; is the right column mapped?")
         if count > 2 and len({example.prompt[-1]["content"] for example in file.examples}) == 1:
             found.append(f"All {count} rows have the same question; is the right column mapped?")
+        from mole.chat.tokens import stop_text
+
+        if ending := stop_text(tokenizer):
+            found.append(
+                f"The chat template ends answers with the text {brief(ending)}, which is no special token. Chat stops "
+                "where it is written."
+            )
     cut = sum(item.cut > 0 for item in file.encoded)
     if cut:
         found.append(f"{cut} {'row loses' if cut == 1 else 'rows lose'} the end of the answer; raise data.max_length.")

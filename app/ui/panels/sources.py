@@ -111,7 +111,9 @@ def build_data(form: RunForm) -> None:
         with gr.Row():
             form.add("data", "eval_path", min_width=180)
             form.add("data", "eval_fraction", min_width=180)
-        form.add("data", "max_length")
+        with gr.Row():
+            form.add("data", "max_length", min_width=180)
+            form.add("data", "enable_thinking", min_width=180)
 
 
 def build_columns(form: RunForm, path: Any, detected: DetectedColumns) -> ColumnPanel:

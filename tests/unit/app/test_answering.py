@@ -92,7 +92,7 @@ def test_a_reply_that_ends_within_its_thought_says_so(tiny_folder: Path, tmp_pat
     folder = tmp_path / "thinks"
     shutil.copytree(tiny_folder, folder)
     (folder / "chat_template.jinja").write_text(
-        "{{ messages[-1].content }}{% if enable_thinking %}<think>\n{% endif %}"
+        "{{ messages[-1].content }}{% if enable_thinking and add_generation_prompt %}<think>\n{% endif %}"
     )
     column = ChatColumn(f"base:{folder}", [Turn("hello")])
     updates = list(answer_columns([column], replace(SHORT, settings={**SHORT.settings, "enable_thinking": True}), {}))

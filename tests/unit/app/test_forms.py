@@ -28,6 +28,12 @@ def values_of(form: forms.RunForm, **changed: Any) -> list[Any]:
     return [changed.get(made.elem_id.removeprefix("field-").replace("-", "_"), made.value) for made in form.inputs]
 
 
+@pytest.mark.parametrize("chosen", [None, True, False])
+def test_a_flag_may_be_left_open(form: forms.RunForm, chosen: bool | None) -> None:
+    config = RunConfig.from_dict({"data": {"path": "x.jsonl", "enable_thinking": chosen}})
+    assert form.config(form.fill(config)).data.enable_thinking is chosen
+
+
 def test_every_setting_of_a_run_has_its_field(form: forms.RunForm) -> None:
     settings = {
         f"{section}.{item.name}"

@@ -173,8 +173,10 @@ def test_thinking_is_asked_of_the_template_and_a_thought_it_begins_is_part_of_th
     import copy
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    asked = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    tokenizer.chat_template = asked + "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}"
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}"
+        "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
     loaded = Loaded(base.model, tokenizer, "base:tiny", "tiny")
 
     def first_and_last(settings: ChatSettings) -> tuple[Step, Step]:

@@ -26,9 +26,9 @@ from mole.data import (
     chat_template,
     encode_example,
     encode_examples,
-    encoding,
     read_examples,
     render_prompt,
+    rendering,
     split_by_length,
 )
 from mole.data.batches import optimal_cuts
@@ -334,9 +334,9 @@ def test_answers_found_together_are_those_found_one_by_one(
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = None if plain else tokenizer.chat_template
     words = ["user", " assistant\n", "a", "\n", "the same", "the same", "### User:", "é"]
-    example = dialogue(*[words[i * 3 % 8] + str(i % 5) for i in range(2 * encoding.FEW_ANSWERS + 8)])
+    example = dialogue(*[words[i * 3 % 8] + str(i % 5) for i in range(2 * rendering.FEW_ANSWERS + 8)])
     together = encode_example(example, tokenizer, 10_000)
-    monkeypatch.setattr(encoding, "FEW_ANSWERS", 10_000)
+    monkeypatch.setattr(rendering, "FEW_ANSWERS", 10_000)
     one_by_one = encode_example(example, tokenizer, 10_000)
     assert together == one_by_one
     assert sum(label != -100 for label in together.labels) > 100

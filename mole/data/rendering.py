@@ -1,0 +1,351 @@
+"""Rendering conversations by chat templates, and finding what is learnt in the text. No torch.
+
+A template is a program: it may trim, move or leave out what a message has. So nothing is searched in the rendered text.
+Where a message's content stands is found by rendering the conversation with another content in its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mole.core.errors import DataError
+from mole.core.text import one_line
+from mole.data.examples import Example, Message
+
+FEW_ANSWERS, MOST_ANSWERS = 32, 500
+"""Answers of a conversation up to which each is found by a rendering of its own, and the most for which this is done
+when they cannot be found together."""
+MARK = "\ufdd0"
+"""Stands in the place of a content. A noncharacter of Unicode: no text has it."""
+PLAIN, END_PLAIN = "\ufdd1", "\ufdd2"
+"""Around what is text although it looks like a special token. Noncharacters too."""
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""How a template marks what the model generates."""
+THINK, END_THINK = "<think>", "</think>"
+
+DEFAULT_CHAT_TEMPLATE = """\
+{{- bos_token if bos_token is defined and bos_token else '' -}}
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' -%}
+        {{- message['content'] + '\\n\\n' -}}
+    {%- elif message['role'] == 'user' -%}
+        {{- '### User:\\n' + message['content'] + '\\n\\n' -}}
+    {%- else -%}
+        {{- '### Assistant:\\n' + message['content'] + (eos_token if eos_token is defined else '') + '\\n\\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '### Assistant:\\n' -}}{%- endif -%}
+"""
+"""Chat template for base models without one: `### User:` and `### Assistant:` headings, and the tokenizer's
+end-of-text token after each answer."""
+
+
+def chat_template(tokenizer: Any) -> str:
+    """The tokenizer's chat template, or `DEFAULT_CHAT_TEMPLATE` if it has none."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), None)
+    return template or DEFAULT_CHAT_TEMPLATE
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, ready to render conversations.
+
+    Args:
+        tokenizer: with or without a template of its own.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.source = tokenizer, chat_template(tokenizer)
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special -= {THINK, END_THINK}
+        longest_first = sorted(filter(None, special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the template marks what the model generates."""
+        return GENERATION.search(self.source) is not None
+
+    def escape(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with what looks like a special token in their contents marked as plain text."""
+        return [
+            {**message, "content": self._special.sub(rf"{PLAIN}\g<0>{END_PLAIN}", message["content"])}
+            for message in messages
+        ]
+
+    def render(self, messages: Sequence[Message], thinking: bool = False, *, ask: bool = True) -> str:
+        """The conversation as text.
+
+        Args:
+            messages: the conversation.
+            thinking: whether a template with this choice lets the model think.
+            ask: whether the beginning of the assistant's next turn follows.
+
+        Raises `DataError` when the template rejects the conversation.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=ask,
+                enable_thinking=thinking,
+            )
+        except Exception as error:  # a template is a (sandboxed) program and can raise anything
+            raise DataError(f"the chat template rejects the messages: {one_line(error)}") from None
+
+    def render_marked(self, messages: Sequence[Message], thinking: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The whole conversation, and the character ranges that the template marks as generated. Raises `DataError`."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                enable_thinking=thinking,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:
+            raise DataError(f"the chat template rejects the messages: {one_line(error)}") from None
+        (whole,), (spans,) = rendered
+        return whole, list(spans)
+
+
+def render_prompt(messages: Sequence[Message], tokenizer: Any, enable_thinking: bool = False) -> str:
+    """The text before the assistant's next answer; `encode_text` makes it tokens.
+
+    Thinking is disabled in templates that have this choice, unless asked for. Raises `DataError` when the template
+    rejects the messages.
+    """
+    template = ChatTemplate(tokenizer)
+    return template.render(template.escape(messages), enable_thinking)
+
+
+class RenderedExample(NamedTuple):
+    """An example as text in two parts that are tokenized separately.
+
+    Attributes:
+        prompt: everything before the last answer.
+        answer: the last answer and the text that ends its turn.
+        answer_spans: character ranges (start, end) of earlier answers in `prompt`.
+    """
+
+    prompt: str
+    answer: str
+    answer_spans: list[tuple[int, int]]
+
+
+def render_example(example: Example, template: ChatTemplate, enable_thinking: bool | None = None) -> RenderedExample:
+    """The example's text, split before the last answer.
+
+    Args:
+        example: a conversation, or text.
+        template: renders a conversation.
+        enable_thinking: whether a template with this choice lets the model think; None for the conversations whose
+            last answer begins with a thought.
+
+    Raises `DataError` when the template rejects the conversation or leaves out a part of it.
+    """
+    if example.text is not None:
+        return RenderedExample("", with_ends(example.text, template.tokenizer), [])
+    messages = template.escape(example.messages)
+    asked, target = messages[-2]["content"] if len(messages) > 1 else "", messages[-1]["content"]
+    thinking = begins_with_thought(target) if enable_thinking is None else enable_thinking
+    if template.marks_generation:
+        rendered = render_marked(messages, template, thinking)
+    else:
+        asking = template.render(messages[:-1], thinking)
+        last = split_last_answer(messages, asking, template, thinking)
+        spans = earlier_answer_spans(messages[:-1], asking, last, template, thinking)
+        rendered = RenderedExample(last.prompt, last.begin + last.content + last.end, spans)
+    check_template_kept("question", asked, rendered.prompt)
+    check_template_kept("answer", target, rendered.answer)
+    return rendered
+
+
+def answer_ending(tokenizer: Any) -> str:
+    """The text that ends an answer, as the chat template writes it; empty if it renders no answers."""
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}
+    try:
+        return render_example(Example((question, answer)), ChatTemplate(tokenizer)).answer.partition(MARK)[2]
+    except DataError:
+        return ""
+
+
+def with_ends(text: str, tokenizer: Any) -> str:
+    """A text row with the token that begins a text, if the model has one, and the one that ends it, if absent."""
+    begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    adds_bos = bool(begin) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    begun = text.lstrip().startswith(begin)
+    ended = text.rstrip().endswith(tuple(tokenizer.all_special_tokens))
+    return ("" if begun or not adds_bos else begin) + text + ("" if ended else end)
+
+
+def begins_with_thought(content: str) -> bool:
+    """Whether an answer begins with a thought."""
+    return content.lstrip().startswith(THINK) and END_THINK in content
+
+
+def check_template_kept(part: str, text: str, rendered: str) -> None:
+    """Raise `DataError` when a message is missing from the rendered text: a model would learn from blanks.
+
+    Only its last word is looked for, because templates may trim the text and remove thoughts at its start.
+    """
+    words = text.split()
+    if words and words[-1] not in rendered:
+        raise DataError(f"the chat template omits the {part}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The last answer
+
+
+class LastAnswer(NamedTuple):
+    """A conversation, divided at its last answer.
+
+    Attributes:
+        prompt: what generation sees; without its end if that begins a thought, and the answer has none.
+        begin: what the template writes before the content, after the prompt.
+        content: as the template writes it.
+        end: what ends the answer.
+    """
+
+    prompt: str
+    begin: str
+    content: str
+    end: str
+
+
+def split_last_answer(messages: Sequence[Message], prompt: str, template: ChatTemplate, thinking: bool) -> LastAnswer:
+    """Divide a conversation at its last answer.
+
+    Args:
+        messages: the conversation.
+        prompt: all messages but the last, rendered for generation.
+        template: renders the conversation.
+        thinking: whether the template lets the model think.
+    """
+    whole = template.render(messages, thinking, ask=False)
+    given, eos = messages[-1]["content"], template.tokenizer.eos_token or ""
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else None
+    for content in (given, given.strip()):  # most templates copy or trim it; the rest need more renderings
+        if answer is not None and answer.startswith(content):
+            return LastAnswer(prompt, "", content, answer[len(content) :].rstrip() or eos)
+    start, end = content_span(messages, len(messages) - 1, whole, template, thinking, ask=False)
+    written, ending = whole[start:end], whole[end:].rstrip() or eos
+    if answer is not None:
+        return LastAnswer(prompt, whole[len(prompt) : start], written, ending)
+    begun_thought = opened_thought(prompt)
+    if begun_thought and begins_with_thought(given):  # the template leaves out the thought that the prompt has begun
+        return LastAnswer(prompt, "", given.strip().removeprefix(THINK).lstrip("\n"), ending)
+    # The template renders the prompt differently once the answer is there, e.g. it moves the system message. Generation
+    # sees the prompt. What follows the question in both is the same, and what comes after that begins the answer.
+    _, asked_end = content_span(messages[:-1], len(messages) - 2, prompt, template, thinking)
+    _, question_end = content_span(messages, len(messages) - 2, whole, template, thinking, ask=False)
+    between, same = whole[question_end:start], prompt[asked_end:].removesuffix(begun_thought)
+    begin = between[len(same) :] if between.startswith(same) else ""
+    return LastAnswer(prompt.removesuffix(begun_thought), begin, written, ending)
+
+
+def opened_thought(prompt: str) -> str:
+    """The end of a prompt that begins a thought, as some templates do; empty if it does not."""
+    kept = prompt.rstrip()
+    return prompt[len(kept) - len(THINK) :] if kept.endswith(THINK) else ""
+
+
+def render_marked(messages: Sequence[Message], template: ChatTemplate, thinking: bool) -> RenderedExample:
+    """A conversation whose template marks what the model generates: that is learnt, and nothing else."""
+    whole, spans = template.render_marked(messages, thinking)
+    if not spans:
+        raise DataError("the chat template marks nothing of it as generated")
+    *earlier, (start, end) = spans
+    return RenderedExample(whole[:start], whole[start:end], earlier)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Where contents stand
+
+
+def content_span(
+    messages: Sequence[Message], index: int, rendered: str, template: ChatTemplate, thinking: bool, *, ask: bool = True
+) -> tuple[int, int]:
+    """The character range of a message's content in the rendered conversation: where another content makes it differ.
+
+    The template may have changed the content, e.g. trimmed it or left out its thoughts; the range is of what is there.
+    """
+    changed = [*messages[:index], {**messages[index], "content": MARK}, *messages[index + 1 :]]
+    other = template.render(changed, thinking, ask=ask)
+    start = common_prefix_length(rendered, other)
+    after = common_prefix_length(rendered[start:][::-1], other[start:][::-1])
+    return start, len(rendered) - after
+
+
+def earlier_answer_spans(
+    messages: Sequence[Message], prompt: str, last: LastAnswer, template: ChatTemplate, thinking: bool
+) -> list[tuple[int, int]]:
+    """Character ranges in the prompt of the answers before the last, with what begins and ends the last one.
+
+    Raises `DataError` for a conversation that is too long for a template that changes earlier answers.
+    """
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = marked_answers(messages, answers, prompt, template, thinking) if len(answers) > FEW_ANSWERS else None
+    if spans is None:
+        if len(answers) > MOST_ANSWERS:
+            raise DataError(f"has {len(messages)} messages, but the chat template changes answers: split it")
+        spans = [content_span(messages, turn, prompt, template, thinking) for turn in answers]
+    return [whole_span(prompt, start, end, last) for start, end in spans if prompt[start:end].strip()]
+
+
+def whole_span(prompt: str, start: int, end: int, last: LastAnswer) -> tuple[int, int]:
+    """The range of an answer with what begins and ends the last one, and without blanks around it where that is not."""
+    if last.begin and prompt[:start].endswith(last.begin):
+        start -= len(last.begin)
+    else:
+        start += len(prompt[start:end]) - len(prompt[start:end].lstrip())
+    if not prompt.startswith(last.end, end):
+        end -= len(prompt[start:end]) - len(prompt[start:end].rstrip())
+    return start, end + len(last.end) * prompt.startswith(last.end, end)
+
+
+def marked_answers(
+    messages: Sequence[Message], answers: list[int], prompt: str, template: ChatTemplate, thinking: bool
+) -> list[tuple[int, int]] | None:
+    """Where each answer stands in the prompt, found in one rendering with marks in the place of all answers.
+
+    The work grows with the length of the conversation, not with its square. None if the template does more with an
+    answer than to copy or trim it.
+    """
+    marked = [
+        {**message, "content": f"{MARK}{turn}{MARK}"} if message["role"] == "assistant" else message
+        for turn, message in enumerate(messages)
+    ]
+    try:
+        parts = re.split(f"{MARK}([0-9]+){MARK}", template.render(marked, thinking))
+    except DataError:
+        return None
+    if parts[1::2] != [str(turn) for turn in answers]:
+        return None
+    contents = [messages[turn]["content"] for turn in answers]
+    for written in (contents, [content.strip() for content in contents]):
+        if "".join(part + content for part, content in zip(parts[::2], [*written, ""], strict=True)) == prompt:
+            spans, at = [], 0
+            for part, content in zip(parts[::2], written, strict=False):
+                spans.append((at + len(part), at + len(part) + len(content)))
+                at += len(part) + len(content)
+            return spans
+    return None
+
+
+def common_prefix_length(one: str, other: str) -> int:
+    """Length of the common prefix of two texts, in characters."""
+    same, different = 0, min(len(one), len(other)) + 1
+    if one[: different - 1] == other[: different - 1]:
+        return different - 1
+    while different - same > 1:
+        middle = (same + different) // 2
+        same, different = (middle, different) if one[:middle] == other[:middle] else (same, middle)
+    return same

@@ -1,0 +1,156 @@
+"""What is learnt of a conversation: exactly the answers and what ends them, as each kind of chat template writes them.
+
+The expected texts are the whole example; what carries loss stands between ⟦ and ⟧.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mole.chat.tokens import prompt_ids, stop_ids, stop_text
+from mole.core.errors import DataError
+from mole.data import EncodedExample, Example, encode_example
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def dialogue(*contents: str, system: str = "") -> Example:
+    """A conversation that begins with the user, after a system message if there is one."""
+    roles = ("user", "assistant")
+    turns = [{"role": roles[turn % 2], "content": content} for turn, content in enumerate(contents)]
+    return Example((*([{"role": "system", "content": system}] if system else []), *turns))
+
+
+ECHO = dialogue("Repeat the word blue.", "blue", "Again.", "blue", system="Be brief.")
+THOUGHT = dialogue("17+4?", "<think>\nadd\n</think>\n\n21", "minus 1?", "<think>\nsubtract\n</think>\n\n20")
+PLAIN = dialogue("3+4?", "7")
+GREETING = Example(({"role": "assistant", "content": "I am here."}, *dialogue("x?", "y").messages))
+
+CASES: dict[tuple[str, str], tuple[Example, str]] = {
+    ("mistral", "the system message moves into the last user turn, which repeats an answer's word"): (
+        ECHO,
+        "<|im_start|>[INST] Repeat the word blue. [/INST]⟦ blue<|im_end|>⟧"
+        "[INST] Be brief.\n\nAgain. [/INST]⟦ blue<|im_end|>⟧",
+    ),
+    ("mistral", "a question has the words of its answer"): (
+        dialogue("Say ok", "ok", "Say ok again", "ok"),
+        "<|im_start|>[INST] Say ok [/INST]⟦ ok<|im_end|>⟧[INST] Say ok again [/INST]⟦ ok<|im_end|>⟧",
+    ),
+    ("generation", "only what the template marks"): (
+        ECHO,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nRepeat the word blue.<|im_end|>\n"
+        "<|im_start|>assistant\n⟦blue<|im_end|>⟧\n<|im_start|>user\nAgain.<|im_end|>\n"
+        "<|im_start|>assistant\n⟦blue<|im_end|>⟧",
+    ),
+    ("thinks", "the last thought is learnt; the template leaves out the earlier one"): (
+        THOUGHT,
+        "<|im_start|>user\n17+4?<|im_end|>\n<|im_start|>assistant\n⟦21<|im_end|>⟧\n"
+        "<|im_start|>user\nminus 1?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nsubtract\n</think>\n\n20<|im_end|>⟧",
+    ),
+    ("thinks", "an answer without a thought follows the template's empty one, as in chat"): (
+        PLAIN,
+        "<|im_start|>user\n3+4?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦7<|im_end|>⟧",
+    ),
+    ("r1", "the prompt begins the thought"): (
+        THOUGHT,
+        "<|im_start|><|im_start|>user\n17+4?<|im_start|>assistant\n\n\n⟦21<|im_end|>⟧"
+        "<|im_start|>user\nminus 1?<|im_start|>assistant\n<think>\n⟦subtract\n</think>\n\n20<|im_end|>⟧",
+    ),
+    ("r1", "without a thought the template begins none"): (
+        ECHO,
+        "<|im_start|><|im_start|>system\nBe brief.<|im_start|>user\nRepeat the word blue.<|im_start|>assistant\n"
+        "⟦blue<|im_end|>⟧<|im_start|>user\nAgain.<|im_start|>assistant\n⟦blue<|im_end|>⟧",
+    ),
+    ("end_text", "an ending of several tokens is learnt whole, after every answer"): (
+        ECHO,
+        "<|system|>\nBe brief.<|end|>\n<|user|>\nRepeat the word blue.<|end|>\n<|assistant|>\n⟦blue<|end|>⟧\n"
+        "<|user|>\nAgain.<|end|>\n<|assistant|>\n⟦blue<|end|>⟧",
+    ),
+    ("gemma", "the first answer is a greeting"): (
+        GREETING,
+        "<|im_start|><start>model\n⟦I am here.<end>⟧\n<start>user\nx?<end>\n<start>model\n⟦y<end>⟧",
+    ),
+    ("gemma", "blanks around an answer are trimmed"): (
+        dialogue("x?", "  y \n", "z?", " y"),
+        "<|im_start|><start>user\nx?<end>\n<start>model\n⟦y<end>⟧\n<start>user\nz?<end>\n<start>model\n⟦y<end>⟧",
+    ),
+}
+
+
+def with_template(tokenizer: Any, name: str) -> Any:
+    """A copy of the tokenizer with one of the templates."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    return tokenizer
+
+
+def marked(encoded: EncodedExample, tokenizer: Any) -> str:
+    """The text of an example with ⟦ and ⟧ around what carries loss."""
+    text, inside = "", False
+    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+        if (label != -100) != inside:
+            text, inside = text + ("⟧" if inside else "⟦"), not inside
+        text += tokenizer.decode([token])
+    return text + "⟧" * inside
+
+
+@pytest.mark.parametrize(("template", "case"), CASES, ids=lambda value: value.split(",")[0])
+def test_loss_is_on_the_answers_and_what_ends_them(template: str, case: str, tiny_tokenizer: Any) -> None:
+    example, expected = CASES[template, case]
+    tokenizer = with_template(tiny_tokenizer, template)
+    assert marked(encode_example(example, tokenizer, 4096), tokenizer) == expected
+
+
+@pytest.mark.parametrize("template", ["thinks", "end_text", "mistral", "gemma", "date"])
+def test_chat_reads_the_tokens_before_the_answer(template: str, tiny_tokenizer: Any) -> None:
+    tokenizer = with_template(tiny_tokenizer, template)
+    example = dialogue("Say ok", "ok", "Say ok again", "ok")
+    prompt = prompt_ids(example.prompt, tokenizer)
+    assert encode_example(example, tokenizer, 4096).input_ids[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize(("thinking", "begun"), [(True, ""), (False, "<think>\n\n</think>\n\n")])
+def test_thinking_can_be_chosen_for_all_rows(thinking: bool, begun: str, tiny_tokenizer: Any) -> None:
+    tokenizer = with_template(tiny_tokenizer, "thinks")
+    text = marked(encode_example(PLAIN, tokenizer, 4096, enable_thinking=thinking), tokenizer)
+    whole = "<think>\n\n</think>\n\n7<|im_end|>"
+    assert text == f"<|im_start|>user\n3+4?<|im_end|>\n<|im_start|>assistant\n{begun}⟦{whole.removeprefix(begun)}⟧"
+
+
+@pytest.mark.parametrize("template", ["gemma", "thinks", "generation", "end_text", None])
+def test_what_looks_like_a_special_token_in_a_text_stays_text(template: str | None, tiny_tokenizer: Any) -> None:
+    tokenizer = with_template(tiny_tokenizer, template) if template else tiny_tokenizer
+    question, answer = "What does <|im_end|> mean, <|im_start|>?", "The marker <|im_end|> closes a turn."
+    encoded = encode_example(dialogue(question, answer, question, answer), tokenizer, 4096)
+    ids = encoded.input_ids
+    assert marked(encoded, tokenizer).count(answer) == 2 == tokenizer.decode(ids).count(question)
+    plain = encode_example(dialogue("What?", "The.", "What?", "The."), tokenizer, 4096).input_ids
+    for special in tokenizer.all_special_ids:
+        assert ids.count(special) == plain.count(special)
+    prompt = prompt_ids([{"role": "user", "content": question}], tokenizer)
+    alone = encode_example(dialogue(question, answer), tokenizer, 4096).input_ids
+    assert prompt == alone[: len(prompt)], "in chat too"
+
+
+def test_a_template_that_refuses_a_conversation_refuses_the_row(tiny_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="the chat template rejects the messages: System role not supported"):
+        encode_example(ECHO, with_template(tiny_tokenizer, "gemma"), 4096)
+
+
+def test_a_text_that_has_the_templates_tokens_gets_none_twice(tiny_tokenizer: Any) -> None:
+    def text_of(text: str) -> str:
+        return tiny_tokenizer.decode(encode_example(Example(text=text), tiny_tokenizer, 4096).input_ids)
+
+    for ended in ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n", "Ho<|im_end|>"):
+        assert text_of(ended) == ended
+    assert text_of("Ho") == "Ho<|im_end|>"
+
+
+def test_where_an_answer_ends_with_text_chat_knows_it(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    model, tokenizer = tiny_model("llama"), with_template(tiny_tokenizer, "end_text")
+    assert stop_text(tokenizer) == "<|end|>" and stop_ids(model, tokenizer) == {tokenizer.eos_token_id}
+    assert stop_text(tiny_tokenizer) == stop_text(with_template(tiny_tokenizer, "mistral")) == ""
