@@ -40,10 +40,10 @@ def download(version: str, folder: Path) -> Path:
     """The archive, downloaded by pip from where pip is configured to download."""
     archive = folder / f"peft-{version}.tar.gz"
     if not archive.is_file():
-        what = ["--no-deps", "--no-build-isolation", "--no-binary=peft", f"--dest={folder}", f"peft=={version}"]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", *what], check=True
-        )
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "--no-deps"]
+        what = ["--no-binary=peft", "--no-build-isolation", f"--dest={folder}", f"peft=={version}"]
+        if subprocess.run([*pip, *what], check=False).returncode != 0:
+            raise SystemExit(f"pip could not download the source distribution of PEFT {version}; its reason is above.")
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256.get(version):
         archive.unlink()
