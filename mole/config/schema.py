@@ -284,7 +284,12 @@ class TrainingConfig:
         "Learning rate schedule after the warm-up.",
         choices=("constant", "constant_with_warmup", "linear", "cosine"),
     )
-    warmup_steps: int = setting(4, "Steps over which the learning rate rises from 0.", ge=0, le=limits.STEPS)
+    warmup_steps: int = setting(
+        4,
+        "Steps over which the learning rate rises from 0; fewer where the run itself is not longer.",
+        ge=0,
+        le=limits.STEPS,
+    )
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0, le=limits.FACTOR)
     max_grad_norm: float = setting(
         1.0, "Gradient norm above which gradients are clipped; 0 disables clipping.", ge=0, le=limits.FACTOR

@@ -15,7 +15,7 @@ from mole import runs
 from mole.config import RunConfig
 from mole.preflight.plan import Planner
 from mole.preflight.suggestions import MemorySuggestion, suggest
-from mole.training.steps import count_steps
+from mole.training.steps import count_steps, warmup_notice
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def estimate(config: RunConfig) -> Estimate:
             "Measure when it has ended."
         )
     steps, epochs = count_steps(config.training, plan.lengths.rows)
+    notes += filter(None, [warmup_notice(config.training, steps)])
     return Estimate(
         trainable_parameters=plan.counts.trainable,
         total_parameters=plan.counts.total,

@@ -1,4 +1,4 @@
-"""How many optimizer steps a run has. Does not import torch."""
+"""How many optimizer steps a run has, and how many of them warm up. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,3 +13,21 @@ def count_steps(settings: TrainingConfig, rows: int) -> tuple[int, float]:
     per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
     steps = settings.max_steps or math.ceil(per_epoch * settings.num_train_epochs)
     return steps, steps / per_epoch
+
+
+def warmup_steps(settings: TrainingConfig, steps: int) -> int:
+    """Warm-up of a run of this many steps: the setting, but at most so long that its last step has the full rate.
+
+    The learning rate of step n, from 1, is `learning_rate · min(1, (n - 1) / warm-up)`: the first step of a warm-up
+    learns nothing.
+    """
+    return min(settings.warmup_steps, max(steps - 1, 0))
+
+
+def warmup_notice(settings: TrainingConfig, steps: int) -> str | None:
+    """What to tell of a warm-up that had to be shortened, in a sentence; None if it was not."""
+    used = warmup_steps(settings, steps)
+    if used == settings.warmup_steps or settings.lr_scheduler_type == "constant":
+        return None
+    length = f"the run has only {steps} step{'s' if steps > 1 else ''}"
+    return f"training.warmup_steps is {settings.warmup_steps}, and {length}: {used or 'none'} will warm up."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.core.errors import CheckpointError, TrainingError
-from mole.core.text import notices_in_one_line
+from mole.core.text import notices_in_one_line, print_error
 from mole.data import Collator, Datasets, build_datasets, chat_template, split_by_length
 from mole.mixture.model import mole_config
 from mole.mixture.routing_log import auxiliary_loss, one_batch
@@ -29,13 +30,14 @@ from mole.runs.run import Run
 from mole.training.callbacks import DIVERGENCE_ADVICE, EventLog
 from mole.training.resume import check_resumable, run_identity
 from mole.training.state import restore_optimizer, restore_random, save_training_state
-from mole.training.steps import count_steps
+from mole.training.steps import count_steps, warmup_notice, warmup_steps
 
 TRAINER_STATE = "trainer_state.json"
 PASS_OVERHEAD = {"cpu": 24}
 PASS_OVERHEAD_GPU = 1024
 """Cost of an additional forward pass by kind of device, as the number of tokens that take equally long."""
 
+log = logging.getLogger("mole")
 AnyTrainer = TypeVar("AnyTrainer", bound="MoleTrainer")
 
 
@@ -93,8 +95,8 @@ def build_trainer(
     return trainer_class(run, config, base, model, datasets, identity, progress)
 
 
-def training_arguments(run: Run, config: RunConfig, base: Base) -> TrainingArguments:
-    """transformers' `TrainingArguments` of a run; `MoleTrainer` replaces its evaluation, logging and checkpoints."""
+def training_arguments(run: Run, config: RunConfig, base: Base, steps: int) -> TrainingArguments:
+    """`TrainingArguments` of a run of `steps` steps; `MoleTrainer` replaces its evaluation, logging and checkpoints."""
     settings = config.training
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints_dir),
@@ -105,7 +107,7 @@ def training_arguments(run: Run, config: RunConfig, base: Base) -> TrainingArgum
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
+        warmup_steps=warmup_steps(settings, steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
@@ -176,7 +178,7 @@ class MoleTrainer(Trainer):
         self.log_callback = EventLog(self, progress)
         super().__init__(
             model=model,
-            args=training_arguments(run, config, base),
+            args=training_arguments(run, config, base, self.total_steps()),
             data_collator=Collator(base.tokenizer.pad_token_id),
             train_dataset=datasets.train,
             eval_dataset=datasets.eval,
@@ -202,8 +204,18 @@ class MoleTrainer(Trainer):
             total_parameters=sum(p.numel() for p in self.peft_model.parameters()),
             total_steps=self.total_steps(),
             resumed_from=None if source is None else source.name,
+            notices=self.tell(warmup_notice(self.run_config.training, self.total_steps())),
         )
         self.run.append_event("data", step, **report.to_dict())
+
+    def tell(self, *notices: str | None) -> list[str]:
+        """Print what somebody should know of the run, and write it to its log → those that are not None."""
+        told = [notice for notice in notices if notice is not None]
+        for notice in told:
+            log.warning(notice)
+            if self.log_callback.progress:
+                print_error(f"Note: {notice}")
+        return told
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""

@@ -28,7 +28,7 @@ from mole.preflight.job import PreflightJob
 from mole.preflight.plan import Planner
 from mole.preflight.suggestions import MemorySuggestion
 from mole.runs.targets import load_target
-from mole.training.steps import count_steps
+from mole.training.steps import count_steps, warmup_notice
 from mole.training.trainer import train
 
 Make = Callable[..., Any]
@@ -160,6 +160,9 @@ def test_steps_and_epochs_are_those_of_the_trainer(config: RunConfig) -> None:
     assert (result.rows, result.total_steps, result.epochs) == (41, 6, 1.0)
     assert result.longest > 5 * result.typical
     assert result.fits == "yes" and not result.suggestions and result.seconds is not None
+    assert [note for note in result.notes if "warmup_steps" in note] == []
+    short = changed(config, training__max_steps=1, training__warmup_steps=4)
+    assert warmup_notice(short.training, 1) in estimate.estimate(short).notes
     accumulated = changed(config, data__eval_fraction=0.0, training__gradient_accumulation_steps=4)
     assert count_steps(accumulated.training, 41) == (10, 5.0)
 

@@ -114,6 +114,30 @@ def test_what_is_trained_beside_the_experts_resumes_and_is_loaded_by_every_way(
     assert read[: len(prompt)] == prompt and len(read) == len(prompt) + 3
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_warm_up_as_long_as_the_run_is_shortened_and_said(
+    make_run: Any, steps: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"training.max_steps": steps, "training.warmup_steps": 4, "training.logging_steps": 1}
+    run = make_run("short", **settings)
+    train(run, progress=True)
+    rates = [event["learning_rate"] for event in run.events() if event["type"] == "step"]
+    shares = {1: [1], 2: [0, 1], 4: [0, 1 / 3, 2 / 3, 1]}[steps]
+    assert rates == pytest.approx([run.config.training.learning_rate * share for share in shares])
+    ups = [weight for name, weight in load_file(run.adapter_dir / "adapter_model.safetensors").items() if "_B" in name]
+    assert ups and all(weight.any() for weight in ups)
+    (notice,) = next(event["notices"] for event in run.events() if event["type"] == "started")
+    assert f"has only {steps} step" in notice and f"Note: {notice}" in capsys.readouterr().err
+
+
+def test_a_warm_up_that_fits_the_run_stays_and_nothing_is_said(make_run: Any) -> None:
+    run = make_run("longer", **{"training.max_steps": 3, "training.warmup_steps": 2, "training.logging_steps": 1})
+    train(run)
+    rates = [event["learning_rate"] for event in run.events() if event["type"] == "step"]
+    assert rates == pytest.approx([0, run.config.training.learning_rate / 2, run.config.training.learning_rate])
+    assert [event["notices"] for event in run.events() if event["type"] == "started"] == [[]]
+
+
 def test_two_runs_of_one_config_are_equal_and_another_seed_is_not(make_run: Any) -> None:
     first, again, other = make_run("first"), make_run("again"), make_run("other", **{"training.seed": 1})
     for run in (first, again, other):
