@@ -18,7 +18,7 @@ from mole.config import RunConfig
 from mole.core import checkpoint, limits
 from mole.core.errors import ConfigError, DataError, InputError, ModelError, RunError
 from mole.core.paths import local_path, make_folder
-from mole.data import FILE_FORMATS
+from mole.data import FILE_SUFFIXES
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "MoLE Studio"
@@ -66,13 +66,15 @@ def keep_upload(path: str) -> Path:
     Raises `DataError` when it cannot be kept.
     """
     source = Path(path)
-    if source.suffix.lower() not in FILE_FORMATS:
+    if source.suffix.lower() not in FILE_SUFFIXES:
         raise DataError(
-            f"The upload {source.name} is not a data file; give one of {', '.join(FILE_FORMATS)}.", field="data.path"
+            f"The upload {source.name} is not a data file; give one of {', '.join(FILE_SUFFIXES)}.", field="data.path"
         )
     try:
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem).strip(".-")[:60] or "data"
-        kept = runs.home() / "uploads" / f"{stem}-{checkpoint.sha256(source)[:8]}{source.suffix.lower()}"
+        inner = Path(source.stem).suffix.lower() if source.suffix.lower() == ".gz" else ""
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem.removesuffix(inner)).strip(".-")[:60] or "data"
+        name = f"{stem}-{checkpoint.sha256(source)[:8]}{inner}{source.suffix.lower()}"
+        kept = runs.home() / "uploads" / name
         make_folder(kept.parent)
         if not kept.exists():
             check_uploads(kept.parent)

@@ -1,9 +1,9 @@
 """From a data file to batches of tokens.
 
-`readers` opens JSON, JSONL, CSV, Parquet and hub data sets; `columns` finds which column is what; `examples` turns
-rows of five shapes into `Example`s, or rejects them with a reason; `rendering` applies the chat template and finds what
-is learnt in its text; `encoding` makes token ids and labels; `datasets` reads, encodes and splits the data of a run;
-`batches` pads. No torch until a batch is made.
+`readers` opens files, compressed ones too, and hub data sets; `text_formats` and `parquet` find their rows; `columns`
+finds which column is what; `examples` turns rows of five shapes into `Example`s, or rejects them with a reason;
+`rendering` applies the chat template and finds what is learnt in its text; `encoding` makes token ids and labels;
+`datasets` reads, encodes and splits the data of a run; `batches` pads. No torch until a batch is made.
 """
 
 from mole.data.batches import Collator, split_by_length
@@ -18,11 +18,11 @@ from mole.data.columns import (
 from mole.data.datasets import DataReport, Datasets, build_datasets, split_rows
 from mole.data.encoding import IGNORE_INDEX, EncodedExample, encode_example, encode_examples
 from mole.data.examples import FIELDS, SHAPES, Example, ExampleSet, Message, RejectedRow, no_usable_rows, read_examples
-from mole.data.readers import FILE_FORMATS, Records, read_hub_dataset, read_records
+from mole.data.readers import FILE_SUFFIXES, Records, read_hub_dataset, read_records
 from mole.data.rendering import DEFAULT_CHAT_TEMPLATE, chat_template, render_prompt
 
 __all__ = [
-    "DEFAULT_CHAT_TEMPLATE", "FIELDS", "FILE_FORMATS", "IGNORE_INDEX", "SHAPES", "Collator", "DataReport",
+    "DEFAULT_CHAT_TEMPLATE", "FIELDS", "FILE_SUFFIXES", "IGNORE_INDEX", "SHAPES", "Collator", "DataReport",
     "Datasets", "DetectedColumns", "EncodedExample", "Example", "ExampleSet", "Message", "Records", "RejectedRow",
     "build_datasets", "chat_template", "describe_columns", "detect_columns", "encode_example", "encode_examples",
     "guess_mapping", "mapping_for_shape", "no_usable_rows", "read_columns", "read_examples", "read_hub_dataset",

@@ -87,6 +87,7 @@ class ExampleSet:
         source: the path or hub id.
         fingerprint: sha256 of the content that was read.
         complete: whether these are all rows of the source.
+        notices: what was guessed about the source, in sentences.
     """
 
     examples: list[Example]
@@ -95,6 +96,7 @@ class ExampleSet:
     source: str
     fingerprint: str = field(repr=False)
     complete: bool = True
+    notices: list[str] = field(default_factory=list)
 
 
 def read_examples(
@@ -140,7 +142,7 @@ def read_examples(
         shape = "multiple choice"
     if not examples:
         raise no_usable_rows(path, rejected, field)
-    return ExampleSet(examples, rejected, shape, path, records.fingerprint, records.complete)
+    return ExampleSet(examples, rejected, shape, path, records.fingerprint, records.complete, records.notices)
 
 
 def no_usable_rows(path: str, rejected: list[RejectedRow], field: str) -> DataError:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import json
-from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
-from typing import AnyStr, BinaryIO
+from typing import IO, Any, AnyStr
 
 from mole.core import limits
 from mole.core.errors import DataError
+from mole.data.encodings import guess_encoding
 
 CHUNK = 1 << 16
+OBJECT_BYTES = 64 << 20
+"""Bytes of a file whose rows are all in one JSON object, which has to be read whole."""
 
 
-def read_head(opened: BinaryIO, rows: int, kind: str, file: Path) -> bytes:
+def read_head(opened: IO[bytes], rows: int, kind: str, file: Path) -> bytes:
     """The part of an open file that contains its first `rows` rows.
 
     Some lines, the first elements of a JSON array (as an array), or the start of a Parquet file. Raises `DataError` for
@@ -25,11 +28,16 @@ def read_head(opened: BinaryIO, rows: int, kind: str, file: Path) -> bytes:
     if kind == "parquet":
         return start
     opened.seek(0)
-    wide = start.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
-    array = kind == "json" and start.removeprefix(BOM_UTF8).lstrip().startswith(b"[")
+    encoding = guess_encoding(start)
+    wide = encoding.startswith("utf-16")
+    begun = start.removeprefix(BOM_UTF8).lstrip()
+    array = kind == "json" and begun.startswith(b"[")
+    first, line_ends, _ = begun.partition(b"\n")
+    if kind == "json" and line_ends and is_object_over_lines(first.decode(errors="replace")):
+        return opened.read(OBJECT_BYTES + 1)
     if not wide and not array:
         return b"".join(first_lines(opened.readline, rows, kind, file, b'"'))
-    text = io.TextIOWrapper(opened, encoding="utf-16" if wide else "utf-8-sig", newline="")
+    text: Any = io.TextIOWrapper(opened, encoding=encoding, newline="")
     try:
         if wide and not (kind == "json" and text.read(CHUNK).lstrip().startswith("[")):
             text.seek(0)
@@ -41,6 +49,19 @@ def read_head(opened: BinaryIO, rows: int, kind: str, file: Path) -> bytes:
         raise DataError(f"{file}: not valid {name} text; save the file as UTF-8.") from None
     finally:
         text.detach()
+
+
+def is_object_over_lines(first_line: str) -> bool:
+    """Whether a JSON object begins on this line and does not end there."""
+    if not first_line.lstrip().startswith("{"):
+        return False
+    try:
+        json.loads(first_line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(first_line.rstrip())
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def first_lines(readline: Callable[[int], AnyStr], rows: int, kind: str, file: Path, quote: AnyStr) -> list[AnyStr]:

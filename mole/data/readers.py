@@ -6,31 +6,33 @@ single rows are checked in `mole.data.examples`.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import re
 import threading
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mole.core import limits
-from mole.core.errors import DataError, brief
+from mole.core.errors import DataError
 from mole.core.files import regular
 from mole.core.paths import local_path
 from mole.core.text import one_line
 from mole.data.checks import check_columns, check_row_count, columns_of
-from mole.data.heads import check_row_size, read_head
+from mole.data.compressed import SUFFIXES, decompressed, read_whole
+from mole.data.encodings import decode_text
+from mole.data.heads import read_head
 from mole.data.parquet import parse_parquet
+from mole.data.text_formats import parse_csv, parse_json
 
 FILE_FORMATS = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
     **dict.fromkeys((".csv", ".tsv"), "csv"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
 }
+FILE_SUFFIXES = (*FILE_FORMATS, *SUFFIXES)
+"""Suffixes of data files, with those of compressed ones."""
 FORMAT_NAMES = "JSON, JSONL, CSV or Parquet"
 DATASET_ID = re.compile(
     r"(?P<id>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+(\[[\w:%]*\])?))?"
@@ -39,7 +41,8 @@ HUB_TIMEOUT = 8.0
 """Seconds to wait for an answer of the hub."""
 
 
-class Records(NamedTuple):
+@dataclass(frozen=True)
+class Records:
     """The rows of a file or data set, unchecked.
 
     Attributes:
@@ -48,12 +51,14 @@ class Records(NamedTuple):
         fingerprint: sha256 of the content that was read.
         columns: the names in the rows, in the order in which they first occur.
         complete: whether these are all rows of the source.
+        notices: what was guessed about the source, in sentences.
     """
 
     rows: list[tuple[int, Any]]
     fingerprint: str
     columns: list[str]
     complete: bool = True
+    notices: list[str] = field(default_factory=list)
 
 
 def read_records(path: str, limit: int | None = None, field: str = "data.path", *, peek: bool = False) -> Records:
@@ -75,7 +80,7 @@ def read_records(path: str, limit: int | None = None, field: str = "data.path", 
             raise DataError(f"{path} is a folder; give a {FORMAT_NAMES} file ({field}).", field=field)
         if file.exists():
             return read_file(file, limit, peek)
-        hub_id = None if file.suffix.lower() in FILE_FORMATS else DATASET_ID.fullmatch(path)
+        hub_id = None if file.suffix.lower() in FILE_SUFFIXES else DATASET_ID.fullmatch(path)
         if hub_id is None:
             raise DataError(f"There is no file {path} ({field}); give a {FORMAT_NAMES} file or a hub id.", field=field)
         return read_hub_dataset(hub_id["id"], hub_id["config"] or None, hub_id["split"] or "train", limit)
@@ -89,94 +94,40 @@ def read_records(path: str, limit: int | None = None, field: str = "data.path", 
 
 def read_file(file: Path, limit: int | None, peek: bool = False) -> Records:
     """The records of one local file. Raises `DataError`, or `OSError` when it cannot be opened."""
-    kind = FILE_FORMATS.get(file.suffix.lower())
-    if kind is None:
-        raise DataError(f"{file} has none of the known suffixes: {', '.join(FILE_FORMATS)}.")
+    suffix = file.suffix.lower()
+    if suffix not in FILE_SUFFIXES:
+        raise DataError(f"{file} has none of the known suffixes: {', '.join(FILE_SUFFIXES)}.")
     if not file.is_file():  # reading a pipe may never end
         raise DataError(f"{file} is not a regular file but a device or a pipe.")
     size = file.stat().st_size
     if size > limits.FILE_BYTES:
         raise DataError(f"{file} has {size >> 20} MB; the maximum is {limits.FILE_BYTES >> 20} MB. Split the file.")
     part = limit + 1 if peek and limit is not None else None  # one more than asked for shows whether there are more
+    notices: list[str] = []
     with open(file, "rb", opener=regular) as opened:
-        content = read_head(opened, part, kind, file) if part else opened.read()
+        if suffix in SUFFIXES:
+            with decompressed(opened, file) as (inside, suffix):
+                kind = FILE_FORMATS.get(suffix)
+                if kind is None or kind == "parquet":
+                    known = ", ".join(name for name in FILE_FORMATS if FILE_FORMATS[name] != "parquet")
+                    raise DataError(f"{file} has a file in it without one of the suffixes {known}.")
+                content = read_head(inside, part, kind, file) if part else read_whole(inside, size, file)
+        else:
+            kind = FILE_FORMATS[suffix]
+            content = read_head(opened, part, kind, file) if part else opened.read()
         if not content.strip():
             raise DataError(f"{file} is empty.")
         if kind == "parquet":
             rows = parse_parquet(opened if part else content, file, size, part)
         else:
-            text = decode_text(content, file)
-            rows = parse_json(text, file) if kind == "json" else parse_csv(text, file)
+            text = decode_text(content, file, notices)
+            rows = parse_json(text, file, notices) if kind == "json" else parse_csv(text, file, notices)
     if not rows:
         raise DataError(f"{file} contains no rows.")
     check_row_count(len(rows), file)
     complete = limit is None or len(rows) <= limit
     rows = rows[:limit]
-    return Records(rows, hashlib.sha256(content).hexdigest(), columns_of(rows, file), complete)
-
-
-def decode_text(content: bytes, file: Path) -> str:
-    """Decode UTF-8, or UTF-16 with a byte order mark; the mark is removed. Raises `DataError` with the line."""
-    encoding = "utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        name = encoding.removesuffix("-sig").upper()
-        raise DataError(f"{file}, line {line}: not valid {name} text; save the file as UTF-8.") from None
-
-
-def parse_json(text: str, file: Path) -> list[tuple[int, Any]]:
-    """The elements of a JSON array, or one value per line (JSONL). Raises `DataError` with line and column."""
-    if text.lstrip().startswith("["):
-        return list(enumerate(load_json(text, file, first_line=1), start=1))
-    rows = []
-    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            check_row_size(len(line), number, file)
-            if number == 1 and line.strip() == "{":
-                raise DataError(
-                    f"{file} contains an object over several lines; use an array of objects, or one object per line."
-                )
-            rows.append((number, load_json(line, file, number)))
-    return rows
-
-
-def load_json(text: str, file: Path, first_line: int) -> Any:
-    """Parse one JSON value that starts on line `first_line` of the file. Raises `DataError` with the line."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{file}: malformed JSON on line {line}, column {error.colno}: {error.msg}.") from None
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
-        raise DataError(f"{file}: malformed JSON on line {first_line}: {reason}.") from None
-
-
-def parse_csv(text: str, file: Path) -> list[tuple[int, Any]]:
-    """One record per row, keyed by the header; the delimiter is the one of `,`, `;` and tab the header has most of."""
-    header = text.lstrip().partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
-    csv.field_size_limit(limits.ROW_BYTES)  # of every reader in this process
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[int, Any]] = []
-    try:
-        lines = (line for line in reader if line)
-        names = [name.strip() for name in next(lines, [])]
-        check_columns(names, file)
-        doubled = next((name for name, count in Counter(names).items() if count > 1), None)
-        if doubled is not None:
-            raise DataError(f"{file}: two columns have the name {brief(doubled)}.")
-        for number, values in enumerate(lines, start=1):
-            if len(values) == len(names):
-                rows.append((number, dict(zip(names, values, strict=True))))
-            else:
-                rows.append((number, DataError(f"has {len(values)} values for {len(names)} columns")))
-    except csv.Error as error:
-        raise DataError(f"{file}: malformed CSV on line {max(reader.line_num, 1)}: {error}.") from None
-    return rows
+    return Records(rows, hashlib.sha256(content).hexdigest(), columns_of(rows, file), complete, notices)
 
 
 def read_hub_dataset(name: str, config: str | None, split: str, limit: int | None) -> Records:

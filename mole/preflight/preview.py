@@ -263,7 +263,7 @@ def histogram(lengths: Sequence[int], most: int) -> Histogram:
 
 def find_notices(file: EncodedFile, tokenizer: Any) -> list[str]:
     """Likely mistakes in valid data, in sentences."""
-    found = []
+    found = [*file.source.notices]
     count = len(file.examples)
     if file.source.shape != "text":
         if tokenizer.chat_template is None:

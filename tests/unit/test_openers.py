@@ -31,6 +31,7 @@ ALLOWED = {
     "mole/mixture/aot_compile.py": "this package's sources, and the home's own kernels",
     "mole/preflight/dry_run.py": "/proc",
     "mole/cli/console.py": "the file the user named for the output; /dev/null",
+    "mole/data/compressed.py": "a file in a zip that `readers.py` has opened",
     "mole/data/parquet.py": "a file that `readers.py` has opened",
     "mole/cli/parser.py": "/dev/null",
     "mole/training/worker.py": "/dev/null",

@@ -15,7 +15,7 @@ from app.views.evaluations import evaluation_list
 from app.views.problem import problem_value, problem_view
 from mole import runs
 from mole.core.errors import ConfigError, InputError, MoleError, RunError
-from mole.data import FILE_FORMATS
+from mole.data import FILE_SUFFIXES
 from mole.evaluation import job as evaluation_job
 from mole.preflight.data_process import evaluate
 
@@ -67,7 +67,7 @@ def build_evaluation(name: gr.State, target: gr.Dropdown) -> EvaluationPanel:
                 "Evaluate", variant="primary", size="md", interactive=not locked, elem_id="evaluate-start"
             )
             upload = gr.UploadButton(
-                "Upload a file", size="md", file_types=list(FILE_FORMATS), elem_id="evaluate-upload"
+                "Upload a file", size="md", file_types=list(FILE_SUFFIXES), elem_id="evaluate-upload"
             )
         note = problem_view(elem_id="evaluate-problem")
         results = evaluation_list(elem_id="evaluations")

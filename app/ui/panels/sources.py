@@ -17,7 +17,7 @@ from mole.config import coerce
 from mole.core.errors import InputError, MoleError
 from mole.core.paths import local_path
 from mole.data import (
-    FILE_FORMATS,
+    FILE_SUFFIXES,
     SHAPES,
     DetectedColumns,
     describe_columns,
@@ -96,7 +96,7 @@ def build_data(form: RunForm) -> None:
     samples = [("Sample: four short skills", str(sample))] if sample else []
     first = samples[0][1] if samples else ""
     path: Any = form.add("data", "path", choices=samples, value=first, allow_custom_value=True)
-    upload = gr.UploadButton("Upload a file", size="sm", file_types=list(FILE_FORMATS), elem_id="upload")
+    upload = gr.UploadButton("Upload a file", size="sm", file_types=list(FILE_SUFFIXES), elem_id="upload")
 
     def keep(uploaded: str) -> Any:
         kept = run_or_warn(lambda: settings.keep_upload(uploaded))

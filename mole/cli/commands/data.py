@@ -23,6 +23,7 @@ def check_data_command(options: argparse.Namespace) -> None:
         "shape": rows.shape,
         "rows": len(rows.examples),
         "rejected": rejected,
+        "notices": rows.notices,
         "fingerprint": rows.fingerprint,
     }
     if options.model:
@@ -36,6 +37,8 @@ def check_data_command(options: argparse.Namespace) -> None:
     print(f"{options.file}: {report['rows']} rows of shape {rows.shape}, {len(rejected)} rejected")
     if options.model:
         print("Tokens per row: " + ", ".join(f"{key} {value}" for key, value in report["tokens"].items()))
+    for notice in rows.notices:
+        print(f"Note: {notice}")
     for item in rejected:
         print(f"  row {item['row']}: {item['reason']}")
 

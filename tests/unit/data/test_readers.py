@@ -115,7 +115,7 @@ def test_json_that_python_refuses_is_malformed_too(tmp_path: Path, value: str) -
         ("d.json", b"[]", "contains no rows"),
         ("d.csv", b"prompt,completion\n", "contains no rows"),
         ("d.json", b'{\n "text": "a"\n}', "an object over several lines"),
-        ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "line 2: not valid UTF-8 text"),
+        ("d.jsonl", b'{"text": "\xc3\xa9"}\n{"text": "\xff"}', "line 2: not valid UTF-8 text"),
         ("d.csv", b'text\n"a\n', "malformed CSV on line 2"),
         ("d.csv", b"text,text\na,b\n", "two columns have the name 'text'"),
         ("d.parquet", b"not parquet at all", "cannot be read as Parquet"),
