@@ -54,10 +54,26 @@ class TopKParams(RouterParams):
     name = "topk"
     title = "Top-k (MoLA, MixLoRA)"
     paper = "https://arxiv.org/abs/2402.08562"
-    summary = "The k most probable experts, their probabilities renormalised to sum to 1."
+    summary = "The k most probable experts, their probabilities renormalised to sum to 1; of one expert, as they are."
 
     balance_loss_coef: float = setting(1e-3, BALANCE_HELP, ge=0, le=limits.FACTOR, from_paper=True)
-    top_k: int = setting(2, "Experts used per token (k).", ge=1, le=limits.EXPERTS, from_paper=True, steerable=True)
+    top_k: int = setting(
+        2,
+        "Experts used per token (k); with 1 its weight is its probability, as in Switch.",
+        ge=1,
+        le=limits.EXPERTS,
+        from_paper=True,
+        steerable=True,
+    )
+    renormalize: bool | None = setting(
+        None,
+        "Whether weights are divided by their sum; empty divides unless k is 1, where the gate would learn nothing.",
+    )
+
+    @property
+    def renormalized(self) -> bool:
+        """Whether the weights are divided by their sum."""
+        return self.top_k > 1 if self.renormalize is None else self.renormalize
 
 
 @dataclass

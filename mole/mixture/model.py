@@ -20,6 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
 from torch import nn
 
 from mole.config import ROUTERS, AdapterConfig
+from mole.config.router_params import TopKParams
 from mole.core.errors import ConfigError, MoleError, MoleNotice
 from mole.mixture.aux_gradient import AUX_LOSS_MODES
 from mole.mixture.beside import check_biases, check_tokens, whole_modules
@@ -95,8 +96,19 @@ AUX_LOSS = (
 TARGET_PARAMETERS = "Not supported: LoRA's setting for parameters that are no linear layers, such as 3-D experts."
 
 
+def settle_renormalize(config: Any) -> None:
+    """Give top-k's `renormalize` a value, so that the adapter's file says what its gate was trained with.
+
+    A file without it is of an earlier version, which always renormalised; only files name their `peft_type`.
+    """
+    if config.router == TopKParams.name and config.renormalize is None:
+        top_k = TopKParams().top_k if config.top_k is None else config.top_k
+        config.renormalize = config.peft_type is not None or top_k != 1
+
+
 def _post_init(self: Any) -> None:
     super(MoleConfig, self).__post_init__()
+    settle_renormalize(self)
     self.peft_type = PEFT_TYPE
     if self.aux_loss not in AUX_LOSS_MODES:
         raise ConfigError("aux_loss", self.aux_loss, f"one of {', '.join(AUX_LOSS_MODES)}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Any
 
 import numpy as np
 
 from mole.config import RunConfig
+from mole.config.router_params import TopKParams
 from mole.core.errors import CheckpointError
 from mole.data import Datasets
 from mole.models.loading import Base
@@ -27,6 +29,18 @@ def run_identity(config: RunConfig, datasets: Datasets, base: Base) -> dict[str,
     }
 
 
+def as_begun(config: RunConfig, before: dict[str, Any]) -> RunConfig:
+    """The settings of a run with the gate's meaning in its checkpoint, of which `before` is the `run_identity`.
+
+    Earlier versions renormalised the weight of top-k's only expert; a run that they began goes on so.
+    """
+    params = config.adapter.params
+    if not isinstance(params, TopKParams) or params.renormalize is not None:
+        return config
+    begun = dataclasses.replace(params, renormalize=before["config"].get("adapter", {}).get("renormalize", True))
+    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, params=begun))
+
+
 def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Compare a checkpoint's `run_identity` with the current one.
 
@@ -43,7 +57,8 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings that differ, each with both values."""
-    before = RunConfig.from_dict(before).to_dict()  # settings that are newer than the checkpoint get their defaults
+    # settings that are newer than the checkpoint get their defaults
+    before = as_begun(RunConfig.from_dict(before), {"config": before}).to_dict()
     return [
         f"{section}.{key} was {before[section].get(key)!r} and is now {now[section].get(key)!r}"
         for section in ("model", "data", "adapter", "training")

@@ -28,7 +28,7 @@ from mole.models.loading import TEMPLATE_FILE, Base, load_base, on_its_gpu
 from mole.models.logits import summed_loss_at
 from mole.runs.run import Run
 from mole.training.callbacks import DIVERGENCE_ADVICE, EventLog
-from mole.training.resume import check_resumable, run_identity
+from mole.training.resume import as_begun, check_resumable, run_identity
 from mole.training.state import restore_optimizer, restore_random, save_training_state
 from mole.training.steps import count_steps, warmup_notice, warmup_steps
 
@@ -60,9 +60,12 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     base = load_base(on_its_gpu(config.model))
     datasets = build_datasets(config.data, base.tokenizer, config.training.seed)
     source = checkpoint.newest_good(run.checkpoints_dir) if resume else None
+    before = None if source is None else checkpoint.read_manifest(source).meta
+    if before is not None:
+        config = as_begun(config, before)
     identity = run_identity(config, datasets, base)
-    if source is not None:
-        check_resumable(checkpoint.read_manifest(source).meta, identity)
+    if before is not None:
+        check_resumable(before, identity)
     trainer = build_trainer(MoleTrainer, run, config, base, datasets, identity, progress)
     trainer.log_start(source)
     try:

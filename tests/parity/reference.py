@@ -100,9 +100,12 @@ def lora(x: Vector, weights: dict[str, Any]) -> Token:
     return Token([1.0], [1.0], 0.0)
 
 
-def topk(x: Vector, weights: dict[str, Any], *, top_k: int) -> Token:
+def topk(x: Vector, weights: dict[str, Any], *, top_k: int, renormalize: bool | None) -> Token:
     p = softmax(linear(x, weights["gate.weight"]))
-    return Token(renormalised(p, set(descending(p)[:top_k])), p, shannon(p))
+    kept = set(descending(p)[:top_k])
+    if renormalize or (renormalize is None and top_k > 1):
+        return Token(renormalised(p, kept), p, shannon(p))
+    return Token([v if i in kept else 0.0 for i, v in enumerate(p)], p, shannon(p))
 
 
 def topp(x: Vector, weights: dict[str, Any], *, top_p: float) -> Token:

@@ -19,6 +19,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lora", {}),
     ("dense", {}),
     *[("topk", {"top_k": k}) for k in (1, 2, 5)],
+    *[("topk", {"top_k": k, "renormalize": k == 1}) for k in (1, 2)],
     *[("topp", {"top_p": p}) for p in (1e-6, 0.5, 0.8, 1.0)],
     *[("threshold", {"threshold": t}) for t in (0.0, 0.05, 0.125, 0.4, 1.0)],
     *[("adamole", {"max_threshold": t}) for t in (None, 0.02, 0.3, 1.0)],

@@ -216,7 +216,7 @@ def test_weights_are_never_negative_and_sum_to_one_or_less(
     assert (routing.weights >= 0).all() and (sums <= 1 + 1e-9).all()
     torch.testing.assert_close(routing.probs.sum(-1), torch.ones(8, dtype=torch.float64))
     assert (routing.entropy > -2e-3).all() and (routing.entropy < 1 + 2e-3).all()
-    if name not in MAY_SUM_TO_LESS:
+    if name not in MAY_SUM_TO_LESS and getattr(router.params, "renormalized", True):
         selected = sums > 0 if name in MAY_SELECT_NONE else torch.ones(8, dtype=torch.bool)
         torch.testing.assert_close(sums[selected], torch.ones_like(sums[selected]))
 

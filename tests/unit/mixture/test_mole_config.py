@@ -17,6 +17,7 @@ from mole import MoleConfig
 from mole.config import ROUTERS, AdapterConfig, spec_of
 from mole.core.errors import ConfigError, InputError
 from mole.mixture.model import mole_config
+from mole.mixture.steering import override_params
 
 Make = Callable[..., Any]
 
@@ -34,7 +35,7 @@ def other_value(item: dataclasses.Field[Any]) -> Any:
     """A value of a setting that is not its default."""
     if choices := spec_of(item).choices:
         return next(choice for choice in choices if choice != item.default)
-    if isinstance(item.default, bool):
+    if "bool" in str(item.type):
         return not item.default
     return item.default + 1 if isinstance(item.default, int) else 0.7 * (item.default or 0.3)
 
@@ -70,7 +71,8 @@ def test_every_setting_is_in_adapter_config_json_and_comes_back(router: str, tin
 def test_a_config_holds_the_defaults_of_its_router_in_full(router: str) -> None:
     config = MoleConfig(router=router)
     flat = AdapterConfig.from_flat({"router": router}).to_flat()
-    assert {name: getattr(config, name) for name in flat} == flat
+    settled = {"renormalize": True} if router == "topk" else {}
+    assert {name: getattr(config, name) for name in flat} == {**flat, **settled}
 
 
 def test_an_adapter_config_becomes_a_peft_config_and_back() -> None:
@@ -111,3 +113,20 @@ def test_every_field_of_the_config_says_what_it_is() -> None:
         declared |= {item.name for item in dataclasses.fields(params)}
     held = {item.name: item for item in dataclasses.fields(MoleConfig)}
     assert all(held[name].metadata["help"] for name in declared)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_top_k_adapter_says_whether_it_renormalises_and_one_that_does_not_say_does(
+    top_k: int, tiny_model: Make, tmp_path: Path
+) -> None:
+    settings = {"router": "topk", "top_k": top_k, "target_modules": ["q_proj"]}
+    get_peft_model(tiny_model("llama"), MoleConfig(**settings)).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert values["renormalize"] is (top_k > 1)
+    for told in (True, False):
+        if not told:  # as earlier versions wrote it
+            del values["renormalize"]
+            (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+        params = layers_of(PeftModel.from_pretrained(tiny_model("llama"), tmp_path))[0].routers["default"].params
+        assert params.renormalized is (top_k > 1 or not told)
+        assert override_params(params, {"top_k": 1}).renormalized is params.renormalized, "for a reply too"

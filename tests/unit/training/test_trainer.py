@@ -21,6 +21,7 @@ from mole.config import ModelConfig, RunConfig, apply_overrides
 from mole.core.errors import CheckpointError, TrainingError
 from mole.models.logits import only_positions
 from mole.runs.targets import load_target
+from mole.training.resume import run_identity
 from mole.training.trainer import train
 
 ROWS = [{"prompt": f"Sort {a} {b}", "completion": f"{min(a, b)} {max(a, b)}"} for a in range(6) for b in range(6)]
@@ -136,6 +137,54 @@ def test_a_warm_up_that_fits_the_run_stays_and_nothing_is_said(make_run: Any) ->
     rates = [event["learning_rate"] for event in run.events() if event["type"] == "step"]
     assert rates == pytest.approx([0, run.config.training.learning_rate / 2, run.config.training.learning_rate])
     assert [event["notices"] for event in run.events() if event["type"] == "started"] == [[]]
+
+
+ONE_EXPERT = {"adapter.router": "topk", "adapter.top_k": 1, "adapter.balance_loss_coef": 0.0}
+
+
+def gates(run: runs.Run) -> list[torch.Tensor]:
+    return [
+        w
+        for name, w in sorted(load_file(run.adapter_dir / "adapter_model.safetensors").items())
+        if "_studio_gate" in name
+    ]
+
+
+@pytest.mark.parametrize("renormalize", [None, True])
+def test_the_gate_of_top_1_is_taught_by_the_loss_unless_its_weight_is_renormalised(
+    make_run: Any, renormalize: bool | None
+) -> None:
+    short, longer = (
+        make_run(f"s{n}", **{**ONE_EXPERT, "adapter.renormalize": renormalize, "training.max_steps": n}) for n in (1, 4)
+    )
+    for run in (short, longer):
+        train(run)
+    before, after = gates(short), gates(longer)
+    assert before and all(torch.equal(a, b) == bool(renormalize) for a, b in zip(before, after, strict=True))
+
+
+def test_a_top_1_run_that_an_earlier_version_began_goes_on_renormalised(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions knew no such setting: it is missing in what their checkpoints and adapters say."""
+
+    def without_it(*given: Any) -> dict[str, Any]:
+        identity = run_identity(*given)
+        del identity["config"]["adapter"]["renormalize"]
+        return identity
+
+    whole, parts = (make_run(name, **ONE_EXPERT, **{"adapter.renormalize": True}) for name in ("whole", "parts"))
+    train(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("mole.training.trainer.run_identity", without_it)
+        stop_after(patch, 3)
+        train(parts)
+    written = parts.path / "run.yaml"
+    written.write_text(written.read_text().replace("  renormalize: true\n", ""))
+    parts = runs.get("parts")
+    assert parts.config.adapter.params.renormalize is None
+    train(parts, resume=True)
+    assert weights(parts) == weights(whole)
 
 
 def test_two_runs_of_one_config_are_equal_and_another_seed_is_not(make_run: Any) -> None:
