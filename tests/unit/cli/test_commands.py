@@ -446,3 +446,10 @@ def test_a_grid_is_queued_listed_moved_and_left(mole: Mole, base: list[str], mon
     assert mole("runs", "queue").out == "The queue is empty.\n"
     refused(mole("runs", "move", "try-lora-s1", "1"), "try-lora-s1 is stopped")
     refused(mole("runs", "move", "try-lora-s1", "0"), "a whole number at least 1")
+
+
+@pytest.mark.parametrize("targets", ["[q_prj]", ".*q_prj"])
+def test_a_wrong_target_is_refused_with_the_names_that_exist(mole: Mole, base: list[str], targets: str) -> None:
+    answer = mole(*base, "--set", "model.device=cpu", "--set", f"adapter.target_modules={targets}")
+    assert answer.code == 2 and "Traceback" not in answer.err
+    assert "adapter.target_modules" in answer.err and "q_proj" in answer.err and "down_proj" in answer.err
