@@ -54,6 +54,8 @@ class EventLog(TrainerCallback):
         """Tokens since the last log."""
         self.all_tokens = 0
         self.last_loss: float | None = None
+        self.steps_of_this_process = 0
+        self.lowest_loss, self.highest_loss = math.inf, -math.inf
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = self.last_log = time.monotonic()
@@ -68,6 +70,8 @@ class EventLog(TrainerCallback):
         if not math.isfinite(loss):
             raise TrainingError(f"The loss became {loss} at step {state.global_step}. {DIVERGENCE_ADVICE}")
         self.last_loss = loss
+        self.steps_of_this_process += 1
+        self.lowest_loss, self.highest_loss = min(self.lowest_loss, loss), max(self.highest_loss, loss)
         if self.bar is not None:
             self.bar.update()
         if self.trainer.run.stop_requested() and state.global_step < state.max_steps:
@@ -103,6 +107,12 @@ class EventLog(TrainerCallback):
         loss = {} if self.last_loss is None else {"loss": self.last_loss}
         speed = self.all_tokens / max(seconds, 1e-9)
         return {**loss, "seconds": round(seconds, 1), "tokens_per_second": round(speed, 1)}
+
+    @property
+    def loss_never_moved(self) -> bool:
+        """Whether several steps were taken, and all had the same loss to within the rounding of float32."""
+        spread = self.highest_loss - self.lowest_loss
+        return self.steps_of_this_process > 1 and spread <= 1e-6 * max(abs(self.highest_loss), 1e-6)
 
     def close(self) -> None:
         """Finish the progress bar."""

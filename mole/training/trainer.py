@@ -20,7 +20,7 @@ from mole.core import checkpoint
 from mole.core.errors import CheckpointError, TrainingError
 from mole.core.text import notices_in_one_line, print_error
 from mole.data import Collator, Datasets, build_datasets, chat_template, split_by_length
-from mole.mixture.model import mole_config
+from mole.mixture.model import METHOD_NAME, mole_config
 from mole.mixture.routing_log import auxiliary_loss, one_batch
 from mole.mixture.routing_statistics import layer_statistics
 from mole.models.adapter_files import WEIGHTS
@@ -239,7 +239,23 @@ class MoleTrainer(Trainer):
         if self.data.eval is not None and len(self.data.eval):
             metrics.update(self.evaluate())
         checkpoint.write_folder(self.run.adapter_dir, self.write_adapter, step=step, meta=self.identity)
-        self.run.append_event("finished", step, metrics=metrics)
+        self.run.append_event("finished", step, metrics=metrics, notices=self.tell(*self.signs_of_nothing_learnt()))
+
+    def signs_of_nothing_learnt(self) -> list[str]:
+        """What at the end of a run shows that it learnt nothing, in sentences."""
+        found = []
+        ups = [weight for name, weight in self.peft_model.named_parameters() if f".{METHOD_NAME}_B." in name]
+        if not any(weight.any() for weight in ups):
+            found.append(
+                "The adapter adds nothing: all of its B matrices are still zero, so no expert learnt anything. "
+                "Check the router's settings (its experts may never be used) and training.learning_rate."
+            )
+        if self.log_callback.loss_never_moved:
+            found.append(
+                f"The loss never moved from {self.log_callback.highest_loss:.4g}. "
+                "Check the data (rows may be all alike) and training.learning_rate."
+            )
+        return found
 
     def write_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's format, its README and the chat template of the training into a folder.

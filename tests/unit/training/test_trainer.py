@@ -139,6 +139,23 @@ def test_a_warm_up_that_fits_the_run_stays_and_nothing_is_said(make_run: Any) ->
     assert [event["notices"] for event in run.events() if event["type"] == "started"] == [[]]
 
 
+def test_a_run_that_learnt_nothing_says_so_at_its_end(
+    make_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No probability reaches a threshold of 1, so no expert is used: B gets no gradient, the loss stays."""
+    (tmp_path / "alike.jsonl").write_text("\n".join([json.dumps(ROWS[1])] * 8))
+    settings = {"training.max_steps": 2, "data.path": str(tmp_path / "alike.jsonl"), "data.eval_fraction": 0.0}
+    stuck = make_run("stuck", **settings, **{"adapter.router": "threshold", "adapter.threshold": 1.0})
+    train(stuck, progress=True)
+    zero, still = stuck.events()[-1]["notices"]
+    assert "B matrices are still zero" in zero and "never moved" in still
+    printed = capsys.readouterr().err
+    assert f"Note: {zero}" in printed and f"Note: {still}" in printed
+    fine = make_run("fine", **settings)
+    train(fine, progress=True)
+    assert fine.events()[-1]["notices"] == [] and "Note:" not in capsys.readouterr().err
+
+
 ONE_EXPERT = {"adapter.router": "topk", "adapter.top_k": 1, "adapter.balance_loss_coef": 0.0}
 
 
