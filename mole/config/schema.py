@@ -69,7 +69,10 @@ class DataConfig:
     eval_path: str | None = setting(None, "Held-out file; leave empty to hold out a fraction of the training data.")
     eval_fraction: float = setting(0.02, "Fraction of the rows held out if there is no held-out file.", ge=0, le=0.5)
     max_length: int = setting(
-        512, "Maximum length of an example in tokens; longer prompts are cut at the start.", ge=8, le=limits.LENGTH
+        512,
+        "Maximum length of an example in tokens; of longer prompts the oldest content goes.",
+        ge=8,
+        le=limits.LENGTH,
     )
     enable_thinking: bool | None = setting(
         None,

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from mole.core.errors import DataError
 from mole.data.examples import Example
-from mole.data.rendering import END_PLAIN, PLAIN, ChatTemplate, RenderedExample, render_example
+from mole.data.rendering import END_PLAIN, PLAIN, ChatTemplate, RenderedExample, removable_spans, render_example
 
 IGNORE_INDEX = -100
 """Label of tokens without loss, as in `torch.nn.functional.cross_entropy`."""
@@ -26,7 +26,7 @@ class EncodedExample(NamedTuple):
     Attributes:
         input_ids: token ids of prompt and answer.
         labels: the token id where there is loss, `IGNORE_INDEX` elsewhere; as long as `input_ids`.
-        dropped: tokens removed at the start of the prompt.
+        dropped: tokens left out of the prompt.
         cut: tokens removed at the end of the answer.
     """
 
@@ -46,10 +46,10 @@ def encode_example(
 ) -> EncodedExample:
     """Encode an example as at most `max_length` token ids and labels.
 
-    Loss is taken on every answer of the assistant and its end-of-turn token; on all tokens of a text row. A prompt
-    that is too long is truncated at its start; the answer is truncated at its end only if it leaves no room for one
-    token of the prompt. `enable_thinking` is that of `render_example`. Raises `DataError` when the template rejects the
-    example or no token has loss.
+    Loss is taken on every answer of the assistant and its end-of-turn token; on all tokens of a text row. From a prompt
+    that is too long the oldest contents are left out, but not the system message and what the template writes around
+    them; the answer is truncated at its end only if it leaves no room for one token of the prompt. `enable_thinking` is
+    that of `render_example`. Raises `DataError` when the template rejects the example or no token has loss.
     """
     (result,) = encode_examples([example], tokenizer, max_length, enable_thinking)
     if isinstance(result, DataError):
@@ -63,18 +63,27 @@ def encode_examples(
     """`encode_example` for many examples in one tokenizer call, which is faster; errors take the place of examples."""
     template = ChatTemplate(tokenizer)
     rendered: list[RenderedExample | DataError] = []
+    good: list[tuple[Example, RenderedExample]] = []
     for example in examples:
         try:
-            rendered.append(render_example(example, template, enable_thinking))
+            rendered.append(item := render_example(example, template, enable_thinking))
+            good.append((example, item))
         except DataError as error:
             rendered.append(error)
-    good = [item for item in rendered if not isinstance(item, DataError)]
-    prompts = tokenize([item.prompt for item in good], tokenizer)
-    answers = tokenize([item.answer for item in good], tokenizer)
-    encoded = (
-        join_and_truncate(prompt, earlier_answer_mask(item, prompt, tokenizer), answer, max_length)
-        for item, prompt, answer in zip(good, prompts, answers, strict=True)
-    )
+    prompts = tokenize([item.prompt for _, item in good], tokenizer)
+    answers = tokenize([item.answer for _, item in good], tokenizer)
+
+    def join(
+        example: Example, item: RenderedExample, prompt: list[int], answer: list[int]
+    ) -> EncodedExample | DataError:
+        learnt = in_spans(item.answer_spans, item.prompt, prompt, tokenizer)
+        removable = [False] * len(prompt)
+        if example.messages and len(prompt) + len(answer) > max_length:
+            spans = removable_spans(example, item.prompt, template, enable_thinking)
+            removable = in_spans(spans, item.prompt, prompt, tokenizer, whole=True)
+        return join_and_truncate(prompt, learnt, removable, answer, max_length)
+
+    encoded = (join(*parts, *ids) for parts, *ids in zip(good, prompts, answers, strict=True))
     return (item if isinstance(item, DataError) else next(encoded) for item in rendered)
 
 
@@ -118,35 +127,47 @@ def pieces_of(text: str) -> list[Piece]:
     return pieces
 
 
-def earlier_answer_mask(item: RenderedExample, prompt: list[int], tokenizer: Any) -> list[bool]:
-    """For each token of the prompt, whether it belongs to an earlier answer (any overlap of characters)."""
-    if not item.answer_spans or not tokenizer.is_fast:  # only fast tokenizers return offsets
-        return [False] * len(prompt)
+def in_spans(
+    spans: list[tuple[int, int]], text: str, ids: list[int], tokenizer: Any, whole: bool = False
+) -> list[bool]:
+    """For each token of a rendered text, whether some of its characters, or its `whole`, are in one of the ranges."""
+    if not spans or not tokenizer.is_fast:  # only fast tokenizers return offsets
+        return [False] * len(ids)
     offsets = [
         (piece.start + start, piece.start + end)
-        for piece in pieces_of(item.prompt)
+        for piece in pieces_of(text)
         for start, end in piece.tokenize(tokenizer, return_offsets_mapping=True)["offset_mapping"]
     ]
-    spans = sorted(item.answer_spans)
+    spans = sorted(spans)
     starts = [start for start, _ in spans]
     ends = [0, *itertools.accumulate((end for _, end in spans), max)]  # of the spans so far, the farthest
+    if whole:
+        return [start < end <= ends[bisect_right(starts, start)] for start, end in offsets]
     return [ends[bisect_left(starts, end)] > start for start, end in offsets]
 
 
 def join_and_truncate(
-    prompt: list[int], learnt: list[bool], answer: list[int], max_length: int
+    prompt: list[int], learnt: list[bool], removable: list[bool], answer: list[int], max_length: int
 ) -> EncodedExample | DataError:
     """Concatenate prompt and answer and truncate to `max_length`; a `DataError` when no token has loss.
 
-    `learnt` marks the prompt tokens of earlier answers, which have loss too.
+    Args:
+        prompt: token ids.
+        learnt: whether each of them has loss, as those of earlier answers have.
+        removable: whether each of them may be left out of a prompt that is too long.
+        answer: token ids, which all have loss.
+        max_length: of both together.
     """
-    # Keep the end of the prompt: what the answer leaves of max_length, but at least one token, since the first token
-    # of a sequence is never predicted.
-    kept = min(len(prompt), max(max_length - len(answer), 1))
-    ids = (prompt[len(prompt) - kept :] + answer)[:max_length]
     labels = [token if wanted else IGNORE_INDEX for token, wanted in zip(prompt, learnt, strict=True)]
-    labels = (labels[len(prompt) - kept :] + answer)[:max_length]
+    # The oldest contents go, and what is around them stays. Where that is not enough, the end of the prompt stays: what
+    # the answer leaves of max_length, but at least one token, since the first token of a sequence is never predicted.
+    excess = len(prompt) + len(answer) - max_length
+    left_out = set(itertools.islice((place for place, may in enumerate(removable) if may), max(excess, 0)))
+    kept = [place for place in range(len(prompt)) if place not in left_out]
+    kept = kept[-max(max_length - len(answer), 1) :]
+    ids = ([prompt[place] for place in kept] + answer)[:max_length]
+    labels = ([labels[place] for place in kept] + answer)[:max_length]
     # labels[0] is never used: the model predicts labels[i] from input_ids[:i].
     if all(label == IGNORE_INDEX for label in labels[1:]):
         return DataError("nothing is left to learn from: the answer has no tokens")
-    return EncodedExample(ids, labels, len(prompt) - kept, kept + len(answer) - len(ids))
+    return EncodedExample(ids, labels, len(prompt) - len(kept), len(kept) + len(answer) - len(ids))

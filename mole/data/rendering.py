@@ -292,12 +292,39 @@ def earlier_answer_spans(
     Raises `DataError` for a conversation that is too long for a template that changes earlier answers.
     """
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = marked_answers(messages, answers, prompt, template, thinking) if len(answers) > FEW_ANSWERS else None
-    if spans is None:
-        if len(answers) > MOST_ANSWERS:
-            raise DataError(f"has {len(messages)} messages, but the chat template changes answers: split it")
-        spans = [content_span(messages, turn, prompt, template, thinking) for turn in answers]
+    spans = content_spans(messages, answers, prompt, template, thinking)
     return [whole_span(prompt, start, end, last) for start, end in spans if prompt[start:end].strip()]
+
+
+def removable_spans(
+    example: Example, prompt: str, template: ChatTemplate, enable_thinking: bool | None
+) -> list[tuple[int, int]]:
+    """Character ranges in a rendered prompt of what may be left out where it is too long: all contents, oldest first,
+    but those of system messages. Nothing for a conversation in which they cannot be found."""
+    messages = template.escape(example.messages)
+    before = messages[:-1]
+    thinking = begins_with_thought(messages[-1]["content"]) if enable_thinking is None else enable_thinking
+    turns = [turn for turn, message in enumerate(before) if message["role"] != "system"]
+    try:
+        whole = template.render(before, thinking)
+        return content_spans(before, turns, whole, template, thinking) if whole.startswith(prompt) else []
+    except DataError:
+        return []
+
+
+def content_spans(
+    messages: Sequence[Message], turns: list[int], rendered: str, template: ChatTemplate, thinking: bool
+) -> list[tuple[int, int]]:
+    """`content_span` of several messages of a conversation that is rendered for generation.
+
+    Raises `DataError` for too many, with a template that changes them.
+    """
+    spans = marked_spans(messages, turns, rendered, template, thinking) if len(turns) > FEW_ANSWERS else None
+    if spans is None:
+        if len(turns) > MOST_ANSWERS:
+            raise DataError(f"has {len(messages)} messages, but the chat template changes answers: split it")
+        spans = [content_span(messages, turn, rendered, template, thinking) for turn in turns]
+    return spans
 
 
 def whole_span(prompt: str, start: int, end: int, last: LastAnswer) -> tuple[int, int]:
@@ -311,27 +338,28 @@ def whole_span(prompt: str, start: int, end: int, last: LastAnswer) -> tuple[int
     return start, end + len(last.end) * prompt.startswith(last.end, end)
 
 
-def marked_answers(
-    messages: Sequence[Message], answers: list[int], prompt: str, template: ChatTemplate, thinking: bool
+def marked_spans(
+    messages: Sequence[Message], turns: list[int], rendered: str, template: ChatTemplate, thinking: bool
 ) -> list[tuple[int, int]] | None:
-    """Where each answer stands in the prompt, found in one rendering with marks in the place of all answers.
+    """`content_spans`, found in one rendering with marks in the place of all these contents.
 
-    The work grows with the length of the conversation, not with its square. None if the template does more with an
-    answer than to copy or trim it.
+    The work grows with the length of the conversation, not with its square. None if the template does more with a
+    content than to copy or trim it.
     """
+    chosen = set(turns)
     marked = [
-        {**message, "content": f"{MARK}{turn}{MARK}"} if message["role"] == "assistant" else message
+        {**message, "content": f"{MARK}{turn}{MARK}"} if turn in chosen else message
         for turn, message in enumerate(messages)
     ]
     try:
         parts = re.split(f"{MARK}([0-9]+){MARK}", template.render(marked, thinking))
     except DataError:
         return None
-    if parts[1::2] != [str(turn) for turn in answers]:
+    if parts[1::2] != [str(turn) for turn in turns]:
         return None
-    contents = [messages[turn]["content"] for turn in answers]
+    contents = [messages[turn]["content"] for turn in turns]
     for written in (contents, [content.strip() for content in contents]):
-        if "".join(part + content for part, content in zip(parts[::2], [*written, ""], strict=True)) == prompt:
+        if "".join(part + content for part, content in zip(parts[::2], [*written, ""], strict=True)) == rendered:
             spans, at = [], 0
             for part, content in zip(parts[::2], written, strict=False):
                 spans.append((at + len(part), at + len(part) + len(content)))

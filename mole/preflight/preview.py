@@ -50,7 +50,7 @@ class PreviewRow:
     Attributes:
         number: its row number in the file.
         tokens: its tokens.
-        dropped: tokens cut off at the beginning of the prompt to fit `max_length`.
+        dropped: tokens left out of the prompt to fit `max_length`, the oldest first.
         cut: tokens cut off at the end of the answer to fit `max_length`.
         held_out: whether it is held out from training.
     """

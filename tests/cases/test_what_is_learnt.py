@@ -154,3 +154,28 @@ def test_where_an_answer_ends_with_text_chat_knows_it(tiny_model: Any, tiny_toke
     model, tokenizer = tiny_model("llama"), with_template(tiny_tokenizer, "end_text")
     assert stop_text(tokenizer) == "<|end|>" and stop_ids(model, tokenizer) == {tokenizer.eos_token_id}
     assert stop_text(tiny_tokenizer) == stop_text(with_template(tiny_tokenizer, "mistral")) == ""
+
+
+def test_of_a_long_prompt_the_oldest_content_goes_and_the_rest_stays(tiny_tokenizer: Any) -> None:
+    words = [" ".join(f"{letter}{number}" for number in range(40)) for letter in "pq"]
+    example = dialogue(words[0], "yes", words[1], "no", system="Be brief.")
+    whole = encode_example(example, tiny_tokenizer, 4096)
+    short = encode_example(example, tiny_tokenizer, 120)
+    text = marked(short, tiny_tokenizer)
+    assert len(short.input_ids) == 120 and short.dropped == len(whole.input_ids) - 120 and short.cut == 0
+    begin = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    assert text.startswith(begin) and "p0" not in text
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n⟦no<|im_end|>⟧") and "q39" in text
+    assert text.count("<|im_start|>") == 5, "every turn is still one"
+    shortest = marked(encode_example(example, tiny_tokenizer, 60), tiny_tokenizer)
+    assert shortest.startswith(begin) and "q39" in shortest and "yes" not in shortest
+
+
+@pytest.mark.parametrize("template", ["mistral", "gemma", "thinks", "generation", "r1", "end_text"])
+def test_with_every_template_a_long_prompt_keeps_what_the_template_writes(template: str, tiny_tokenizer: Any) -> None:
+    tokenizer = with_template(tiny_tokenizer, template)
+    long, short = (
+        marked(encode_example(dialogue(question, "yes"), tokenizer, 60), tokenizer) for question in ("word " * 200, "?")
+    )
+    before, after = short.split("?")
+    assert long.startswith(before) and long.endswith(after)

@@ -60,7 +60,7 @@ def test_a_bad_data_set_is_shown_row_by_row(
     for _ in range(4):
         page.click(f"{VIEW} .next")
     expect(page.locator(f"{VIEW} .which")).to_contain_text("Row 6")
-    expect(page.locator(f"{VIEW} .tokens .cut")).to_contain_text("of the prompt cut off")
+    expect(page.locator(f"{VIEW} .tokens .cut")).to_contain_text("of the prompt left out")
 
 
 def test_data_of_which_nothing_is_left_name_their_rows_too(

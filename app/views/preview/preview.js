@@ -59,7 +59,7 @@ function drawRow(row, whole) {
   const count = row.texts.length;
   const chips = (from, to) => Array.from({ length: to - from }, (_, i) => chip(row, from + i));
   const items = whole ? chips(0, count) : [...chips(0, FIRST), more(row, count - FIRST - LAST), ...chips(count - LAST, count)];
-  if (row.dropped) items.unshift(make("span", { className: "cut" }, `… ${plural(row.dropped, "token")} of the prompt cut off`));
+  if (row.dropped) items.unshift(make("span", { className: "cut" }, `… ${plural(row.dropped, "token")} of the prompt left out`));
   if (row.cut) items.push(make("span", { className: "cut" }, `… ${plural(row.cut, "token")} of the answer cut off`));
   $(".tokens").replaceChildren(...items);
 }
@@ -91,7 +91,7 @@ function spoken(row) {
     if (!parts.length || parts[parts.length - 1].kind !== kind) parts.push({ kind, text: "" });
     parts[parts.length - 1].text += text;
   });
-  const cut = `${row.dropped ? `${plural(row.dropped, "token")} of the prompt cut off. ` : ""}${row.cut ? `${plural(row.cut, "token")} of the answer cut off. ` : ""}`;
+  const cut = `${row.dropped ? `${plural(row.dropped, "token")} of the prompt left out. ` : ""}${row.cut ? `${plural(row.cut, "token")} of the answer cut off. ` : ""}`;
   return cut + parts.map(({ kind, text }) => `${kind}: ${text}`).join(" ");
 }
 

@@ -381,11 +381,13 @@ def test_many_at_once_are_the_same_as_one_by_one(tiny_tokenizer: Any) -> None:
 # Truncation
 
 
-def test_the_oldest_tokens_of_the_prompt_go_first(tiny_tokenizer: Any) -> None:
+def test_the_oldest_tokens_of_the_question_go_first(tiny_tokenizer: Any) -> None:
     example = dialogue("0 1 2 3 4 5 6 7 8 9 " * 20, "the answer")
     whole, cut = encode_example(example, tiny_tokenizer, 4096), encode_example(example, tiny_tokenizer, 40)
+    turn = len(tiny_tokenizer("<|im_start|>user\n")["input_ids"])
     assert cut.truncated and not whole.truncated
-    assert cut.input_ids == whole.input_ids[-40:] and cut.labels == whole.labels[-40:]
+    assert cut.input_ids == whole.input_ids[:turn] + whole.input_ids[turn - 40 :]
+    assert cut.labels == whole.labels[:turn] + whole.labels[turn - 40 :]
 
 
 @given(limit=st.integers(8, 60), asked=st.integers(1, 30), answered=st.integers(1, 60))
