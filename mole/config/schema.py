@@ -76,7 +76,7 @@ class DataConfig:
     )
     enable_thinking: bool | None = setting(
         None,
-        "Whether chat templates with this choice let the model think; empty where the answer begins with a thought.",
+        "Whether chat templates with this choice let the model think; automatic: where the answer has a thought.",
         label="Thinking",
     )
     columns: dict[str, str] = setting(
