@@ -1,9 +1,9 @@
 """From a data file to batches of tokens.
 
-`readers` opens files, compressed ones too, and hub data sets; `text_formats` and `parquet` find their rows; `columns`
-finds which column is what; `examples` turns rows of five shapes into `Example`s, or rejects them with a reason;
-`rendering` applies the chat template and finds what is learnt in its text; `encoding` makes token ids and labels;
-`datasets` reads, encodes and splits the data of a run; `batches` pads. No torch until a batch is made.
+`readers` opens files, compressed ones too, and hub data sets; `text_formats` and `parquet` find their rows;
+`shapes` and `columns` find which column is what; `examples` and `messages` turn rows of five shapes into `Example`s, or
+reject them with a reason; `rendering` applies the chat template and finds what is learnt; `encoding` makes token ids
+and labels; `datasets` reads, encodes and splits the data of a run; `batches` pads. No torch until a batch is made.
 """
 
 from mole.data.batches import Collator, split_by_length
@@ -17,9 +17,11 @@ from mole.data.columns import (
 )
 from mole.data.datasets import DataReport, Datasets, build_datasets, split_rows
 from mole.data.encoding import IGNORE_INDEX, EncodedExample, encode_example, encode_examples
-from mole.data.examples import FIELDS, SHAPES, Example, ExampleSet, Message, RejectedRow, no_usable_rows, read_examples
+from mole.data.examples import Example, ExampleSet, RejectedRow, no_usable_rows, read_examples
+from mole.data.messages import Message
 from mole.data.readers import FILE_SUFFIXES, Records, read_hub_dataset, read_records
 from mole.data.rendering import DEFAULT_CHAT_TEMPLATE, chat_template, render_prompt
+from mole.data.shapes import FIELDS, SHAPES
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE", "FIELDS", "FILE_SUFFIXES", "IGNORE_INDEX", "SHAPES", "Collator", "DataReport",

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mole.data.examples import OPTIONAL_FIELDS, SHAPES, check_mapping, join_names, shape_of
 from mole.data.readers import read_records
+from mole.data.shapes import (
+    LABEL,
+    OPTIONAL_FIELDS,
+    SHAPES,
+    check_mapping,
+    ignored_columns,
+    join_names,
+    resolve_columns,
+    shape_of,
+)
 
 SAMPLED_ROWS = 20
 """Number of rows read to find the columns."""
@@ -33,11 +42,13 @@ class DetectedColumns:
         columns: the names in the file.
         shape: the shape of the columns under the mapping; None if they fit none.
         fields: for each field of the shape its column, or None if it is missing.
+        ignored: the columns that are not used; a label may be, which the rows decide.
     """
 
     columns: tuple[str, ...]
     shape: str | None
     fields: dict[str, str | None]
+    ignored: tuple[str, ...] = ()
 
 
 def read_columns(path: str) -> tuple[str, ...]:
@@ -52,22 +63,22 @@ def detect_columns(
 
     Raises `DataError` for a mapping to a column that is missing.
     """
-    mapping = check_mapping(mapping, list(columns), path)
+    shape, mapping = resolve_columns(columns, check_mapping(mapping, list(columns), path), shape)
     taken = {*mapping.values()}
     names = {column for column in columns if column not in taken} | {*mapping}
-    shape = shape_of(names, {*mapping}) or shape
     if shape is None:
         return DetectedColumns(tuple(columns), None, {})
     found: dict[str, str | None] = {}
     for group in (*SHAPES[shape], *optional_fields(shape)):
         name = next((name for name in group if name in names), group[0])
         found[name] = mapping.get(name, name if name in names else None)
-    return DetectedColumns(tuple(columns), shape, found)
+    ignored = [column for column in ignored_columns(columns, mapping, shape, True) if column != LABEL]
+    return DetectedColumns(tuple(columns), shape, found, tuple(ignored))
 
 
 def optional_fields(shape: str) -> list[tuple[str, ...]]:
     """The optional fields of a shape, as groups like those of `SHAPES`."""
-    return [OPTIONAL_FIELDS] if shape == "instruction/input/output" else []
+    return [("input",)] if shape == "instruction/input/output" else []
 
 
 def guess_mapping(columns: Sequence[str], shape: str | None = None) -> dict[str, str]:
@@ -109,7 +120,8 @@ def describe_columns(found: DetectedColumns) -> str:
         return f"Columns: {columns}. For {found.shape} choose a column for: {', '.join(missing)}."
     renamed = [f"{column} as {name}" for name, column in found.fields.items() if column and column != name]
     how = f" ({', '.join(renamed)})" if renamed else ""
-    return f"Columns: {columns}. Read as {found.shape}{how}."
+    unused = f" Not used: {join_names(list(found.ignored), 12)}." if found.ignored else ""
+    return f"Columns: {columns}. Read as {found.shape}{how}.{unused}"
 
 
 def mapping_for_shape(columns: Sequence[str], shape: str) -> dict[str, str]:

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
 from typing import Any
 
 from mole.core.errors import DataError, brief
-from mole.core.text import one_line
+from mole.data.messages import Message, json_type, parse_history, parse_messages, parse_nested, text_value
 from mole.data.readers import read_records
+from mole.data.shapes import (
+    ANSWER_COLUMNS,
+    LABEL,
+    MEDIA_COLUMNS,
+    QUESTION_COLUMNS,
+    check_mapping,
+    ignored_columns,
+    no_shape,
+    resolve_columns,
+    shortened,
+)
 
-Message = dict[str, str]
-
-QUESTION_COLUMNS = ("question", "prompt", "instruction")
-ANSWER_COLUMNS = ("answer", "answerKey")
-SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "multiple choice": (QUESTION_COLUMNS, ("choices",), ANSWER_COLUMNS),
-    "messages": (("messages",),),
-    "prompt/completion": (("prompt",), ("completion",)),
-    "instruction/input/output": (("instruction",), ("output",)),
-    "text": (("text",),),
-}
-"""The shapes in the order in which they are tried; a row needs one column of each group."""
-OPTIONAL_FIELDS = ("input",)
-FIELDS = sorted({name for groups in SHAPES.values() for group in groups for name in group} | {*OPTIONAL_FIELDS})
-ROLES = ("system", "user", "assistant")
 ANSWER_FORMAT = re.compile(r"Answer format:[ \t]*(\S[^\n]*)")
 MAX_LABELS = 100
-LONGEST_NAME = 60
-"""Characters of a column's name in an error."""
+BAD_ANSWER = "its label is false: a bad answer is not learnt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +82,7 @@ class ExampleSet:
         fingerprint: sha256 of the content that was read.
         complete: whether these are all rows of the source.
         notices: what was guessed about the source, in sentences.
+        ignored_columns: the columns that are not used.
     """
 
     examples: list[Example]
@@ -97,6 +92,7 @@ class ExampleSet:
     fingerprint: str = field(repr=False)
     complete: bool = True
     notices: list[str] = field(default_factory=list)
+    ignored_columns: list[str] = field(default_factory=list)
 
 
 def read_examples(
@@ -121,28 +117,36 @@ def read_examples(
     """
     records = read_records(path, limit, field, peek=peek)
     found = records.columns
-    mapping = check_mapping(columns or {}, found, path)
-    shape = shape_of({*found, *mapping}, {*mapping}) if found else "none"
+    shape, mapping = resolve_columns(found, check_mapping(columns or {}, found, path))
+    shape = shape if found else "none"
     if shape is None:
-        known = "; ".join(" + ".join("/".join(group) for group in groups) for groups in SHAPES.values())
-        raise DataError(
-            f"{path}: its columns ({join_names(found)}) fit no known shape; the shapes are: {known}. "
-            "Map your columns with data.columns, e.g. data.columns.prompt=question.",
-            field="data.columns",
-        )
+        raise no_shape(path, found, records.rows)
+    refuse = refusals(found, mapping, shape)
     examples, rejected = [], []
     records.rows.reverse()
     while records.rows:  # pop each record, so that millions of them are not kept beside the examples
         number, value = records.rows.pop()
         try:
+            refuse(value)
             examples.append(to_example(rename_columns(value, mapping), shape, number))
         except DataError as error:
             rejected.append(RejectedRow(number, str(error)))
-    if any(example.choices for example in examples):
-        shape = "multiple choice"
     if not examples:
         raise no_usable_rows(path, rejected, field)
-    return ExampleSet(examples, rejected, shape, path, records.fingerprint, records.complete, records.notices)
+    labelled = any(example.choices for example in examples)
+    ignored = ignored_columns(found, mapping, shape, labelled)
+    if any(item.reason == BAD_ANSWER for item in rejected):
+        ignored.remove(LABEL)
+    return ExampleSet(
+        examples,
+        rejected,
+        "multiple choice" if labelled else shape,
+        path,
+        records.fingerprint,
+        records.complete,
+        records.notices,
+        ignored,
+    )
 
 
 def no_usable_rows(path: str, rejected: list[RejectedRow], field: str) -> DataError:
@@ -152,32 +156,6 @@ def no_usable_rows(path: str, rejected: list[RejectedRow], field: str) -> DataEr
     return DataError(text, field=field, rejected=rejected)
 
 
-def check_mapping(columns: Mapping[str, str], found: list[str], path: str) -> dict[str, str]:
-    """`columns` as a dict. Raises `DataError` for an unknown field, or a column that is not in the file."""
-    for name, column in columns.items():
-        setting = f"data.columns.{name}"
-        if name not in FIELDS:
-            raise DataError(
-                f"{setting} is not a field of an example; the fields are: {', '.join(FIELDS)}.", field=setting
-            )
-        if column not in found:
-            there = join_names(found)
-            raise DataError(f"{setting} is {column!r}, but {path} has no such column; it has: {there}.", field=setting)
-    return dict(columns)
-
-
-def join_names(names: list[str], most: int = 20) -> str:
-    """Column names on one line, at most `most` of them."""
-    shown = [shortened(name, LONGEST_NAME) for name in names[:most]]
-    return ", ".join(shown + ["…"] * (len(names) > most)) or "none"
-
-
-def shortened(text: str, most: int) -> str:
-    """A text on one line, cut to at most `most` characters."""
-    text = " ".join(text[: 4 * most].split())
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def rename_columns(value: Any, mapping: Mapping[str, str]) -> Any:
     """A record with the mapped columns renamed to their fields; values that are not records stay as they are."""
     if not isinstance(value, dict) or not mapping:
@@ -185,78 +163,6 @@ def rename_columns(value: Any, mapping: Mapping[str, str]) -> Any:
     taken = {*mapping.values()}
     rest = {key: entry for key, entry in value.items() if key not in taken}
     return rest | {name: value[column] for name, column in mapping.items() if column in value}
-
-
-def shape_of(names: set[str], mapped: set[str]) -> str | None:
-    """The first shape whose columns are in `names` and that uses all `mapped` fields; None if there is none."""
-    for shape, groups in SHAPES.items():
-        used = {name for group in groups for name in group}.union(OPTIONAL_FIELDS, ANSWER_COLUMNS)
-        if mapped <= used and all(names.intersection(group) for group in groups):
-            return shape
-    return None
-
-
-def to_example(value: Any, shape: str, row: int) -> Example:
-    """The example in one record of the given shape. Raises `DataError` whose message is the reason only."""
-    if isinstance(value, DataError):
-        raise value
-    if not isinstance(value, dict):
-        raise DataError(f"is {json_type(value)}, not an object with columns")
-    if shape == "text":
-        return Example(text=text_value(value, "text"), row=row)
-    if shape == "messages":
-        return Example(messages=parse_messages(parse_nested(value, "messages")), row=row)
-    if shape == "multiple choice":
-        choices, answer = parse_choices(parse_nested(value, "choices"), first_value(value, ANSWER_COLUMNS))
-        return chat_example(question_text(value, QUESTION_COLUMNS), answer, row, choices)
-    asking, answering = ("prompt",), "completion"
-    if shape != "prompt/completion":
-        asking, answering = ("instruction",), "output"
-    prompt = question_text(value, asking)
-    labels = ANSWER_FORMAT.findall(prompt)
-    if labels and any(value.get(name) is not None for name in ANSWER_COLUMNS):
-        choices, answer = parse_answer_format(
-            labels[-1].strip(), text_value(value, answering), first_value(value, ANSWER_COLUMNS)
-        )
-        return chat_example(prompt, answer, row, choices)
-    return chat_example(prompt, text_value(value, answering), row)
-
-
-def chat_example(prompt: str, answer: str, row: int, choices: tuple[str, ...] | None = None) -> Example:
-    """An example of one question and its answer."""
-    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
-    return Example(messages=messages, choices=choices, answer=answer if choices else None, row=row)
-
-
-def question_text(value: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The first of the named columns that is set, followed by `input`. Raises `DataError` when both are empty."""
-    name = next((name for name in names if value.get(name) is not None), next(iter(names)))
-    extra = text_value(value, "input") if value.get("input") not in (None, "") else ""
-    if extra and value.get(name) in (None, ""):
-        return extra
-    return f"{text_value(value, name)}\n\n{extra}" if extra else text_value(value, name)
-
-
-def parse_messages(messages: Any) -> tuple[Message, ...]:
-    """The messages up to the assistant's last one. Raises `DataError` for an invalid message or a missing answer."""
-    if not isinstance(messages, list):
-        raise DataError(f"messages is {json_type(messages)}, not a list")
-    result: list[Message] = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise DataError(f"message {number} is {json_type(message)}, not an object with role and content")
-        role = message.get("role")
-        if role not in ROLES:
-            raise DataError(f"message {number} has the role {brief(role)}, not one of {', '.join(ROLES)}")
-        content = text_value(message, "content", f"message {number}'s content")
-        result.append({"role": role, "content": content})
-    while result and result[-1]["role"] != "assistant":
-        result.pop()
-    if not result:
-        raise DataError("messages contains no answer of the assistant to learn from")
-    if len(result) == 1:
-        raise DataError("messages contains nothing before the assistant's answer")
-    return tuple(result)
 
 
 def parse_choices(choices: Any, answer: Any) -> tuple[tuple[str, ...], str]:
@@ -312,34 +218,92 @@ def first_value(value: Mapping[str, Any], names: Iterable[str]) -> Any:
     raise DataError(f"{next(iter(names))} is missing or null")
 
 
-def parse_nested(value: Mapping[str, Any], name: str) -> Any:
-    """The value of a column with a list or object, which CSV holds as JSON text. Raises `DataError`."""
-    entry = value.get(name)
-    if isinstance(entry, str):
-        try:
-            return json.loads(entry)
-        except ValueError as error:
-            raise DataError(f"{name} is text that is not JSON: {one_line(error)}") from None
-    return entry
+def to_example(value: Any, shape: str, row: int) -> Example:
+    """The example in one record of the given shape. Raises `DataError` whose message is the reason only."""
+    if isinstance(value, DataError):
+        raise value
+    if not isinstance(value, dict):
+        raise DataError(f"is {json_type(value)}, not an object with columns")
+    if shape == "text":
+        return Example(text=text_value(value, "text"), row=row)
+    if shape == "messages":
+        return Example(parse_messages(parse_nested(value, "messages"), system=system_text(value)), row=row)
+    if shape == "multiple choice":
+        choices, answer = parse_choices(parse_nested(value, "choices"), first_value(value, ANSWER_COLUMNS))
+        return chat_example(value, question_text(value, QUESTION_COLUMNS), answer, row, choices)
+    asking, answering = ("prompt",), "completion"
+    if shape != "prompt/completion":
+        asking, answering = ("instruction",), "output"
+    elif is_conversation(value.get("prompt")) or is_conversation(value.get("completion")):
+        return Example(parse_prompt_and_completion(value), row=row)
+    prompt = question_text(value, asking)
+    labels = ANSWER_FORMAT.findall(prompt)
+    if labels and any(value.get(name) is not None for name in ANSWER_COLUMNS):
+        choices, answer = parse_answer_format(
+            labels[-1].strip(), text_value(value, answering), first_value(value, ANSWER_COLUMNS)
+        )
+        return chat_example(value, prompt, answer, row, choices)
+    return chat_example(value, prompt, text_value(value, answering, numbers=True), row)
 
 
-def text_value(value: Mapping[str, Any], name: str, label: str = "") -> str:
-    """The text of a column. Raises `DataError` when it is missing, null, blank or not text."""
-    entry, label = value.get(name), label or name
-    if entry is None:
-        raise DataError(f"{label} is null" if name in value else f"{label} is missing")
-    if not isinstance(entry, str):
-        raise DataError(f"{label} is {json_type(entry)}, not text")
-    if not entry.strip():
-        raise DataError(f"{label} is empty")
-    try:
-        entry.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{label} is not valid Unicode (half of a surrogate pair)") from None
-    return entry
+def chat_example(
+    value: Mapping[str, Any], prompt: str, answer: str, row: int, choices: tuple[str, ...] | None = None
+) -> Example:
+    """An example of one question and its answer, after the row's system message and history if there are any."""
+    messages: tuple[Message, ...] = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
+    if value.get("history"):
+        messages = (*parse_history(parse_nested(value, "history")), *messages)
+    if system := system_text(value):
+        messages = ({"role": "system", "content": system}, *messages)
+    return Example(messages=messages, choices=choices, answer=answer if choices else None, row=row)
 
 
-def json_type(value: Any) -> str:
-    """The type of a JSON value in words."""
-    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return kinds.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
+def system_text(value: Mapping[str, Any]) -> str:
+    """The row's system message; empty if it has none. Raises `DataError`."""
+    system = value.get("system")
+    return "" if system is None or (isinstance(system, str) and not system.strip()) else text_value(value, "system")
+
+
+def is_conversation(entry: Any) -> bool:
+    """Whether a value is a list of messages."""
+    return isinstance(entry, list) and bool(entry) and isinstance(entry[0], dict)
+
+
+def parse_prompt_and_completion(value: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The messages of a row whose prompt or completion is a list of them; what is learnt is in the completion."""
+    sides: list[list[Any]] = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        entry = value.get(name)
+        alone = [] if is_conversation(entry) else [{"role": role, "content": text_value(value, name, numbers=True)}]
+        sides.append(alone or list(entry or []))
+    prompt, completion = sides
+    asked = [{**message, "weight": 0} if isinstance(message, dict) else message for message in prompt]
+    return parse_messages([*asked, *completion], "completion", system_text(value))
+
+
+def question_text(value: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first of the named columns that is set, followed by `input`. Raises `DataError` when both are empty."""
+    name = next((name for name in names if value.get(name) is not None), names[0])
+    extra = text_value(value, "input", numbers=True) if value.get("input") not in (None, "") else ""
+    if extra and value.get(name) in (None, ""):
+        return extra
+    asked = text_value(value, name, numbers=True)
+    return f"{asked}\n\n{extra}" if extra else asked
+
+
+def refusals(found: Sequence[str], mapping: Mapping[str, str], shape: str) -> Callable[[Any], None]:
+    """What raises `DataError` for a record that must not be learnt: it has media, or its answer is a bad one."""
+    used = {*mapping.values()}
+    media = [name for name in found if name.lower() in MEDIA_COLUMNS and name not in used]
+    labelled = LABEL in found and LABEL not in used and shape != "text"
+
+    def refuse(value: Any) -> None:
+        if not isinstance(value, dict):
+            return
+        for name in media:
+            if value.get(name) not in (None, "", [], {}, [None]):
+                raise DataError(f"has {shortened(name, 60)}; only text is learnt")
+        if labelled and str(value.get(LABEL)).lower() == "false":
+            raise DataError(BAD_ANSWER)
+
+    return refuse

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from mole.core.errors import DataError
 from mole.core.text import one_line
-from mole.data.examples import Example, Message
+from mole.data.examples import Example
+from mole.data.messages import Message
 
 FEW_ANSWERS, MOST_ANSWERS = 32, 500
 """Answers of a conversation up to which each is found by a rendering of its own, and the most for which this is done
@@ -262,8 +263,13 @@ def render_marked(messages: Sequence[Message], template: ChatTemplate, thinking:
     whole, spans = template.render_marked(messages, thinking)
     if not spans:
         raise DataError("the chat template marks nothing of it as generated")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    weights = [message.get("weight") for message in answers]
+    if 0 in weights and len(spans) != len(answers):
+        raise DataError("has answers of weight 0, but the chat template marks more or less than answers as generated")
     *earlier, (start, end) = spans
-    return RenderedExample(whole[:start], whole[start:end], earlier)
+    learnt = [span for span, weight in zip(earlier, weights, strict=False) if weight != 0] if 0 in weights else earlier
+    return RenderedExample(whole[:start], whole[start:end], learnt)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -293,7 +299,8 @@ def earlier_answer_spans(
     """
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     spans = content_spans(messages, answers, prompt, template, thinking)
-    return [whole_span(prompt, start, end, last) for start, end in spans if prompt[start:end].strip()]
+    learnt = [span for span, turn in zip(spans, answers, strict=True) if messages[turn].get("weight") != 0]
+    return [whole_span(prompt, start, end, last) for start, end in learnt if prompt[start:end].strip()]
 
 
 def removable_spans(

@@ -15,6 +15,7 @@ from mole.core.errors import InputError
 def check_data_command(options: argparse.Namespace) -> None:
     """Read a data file as training does, and print its shape, its rows and the rejected rows with reasons."""
     from mole.data import read_examples
+    from mole.data.shapes import join_names
 
     rows = read_examples(options.file, field="FILE")
     rejected = [{"row": item.row, "reason": item.reason} for item in rows.rejected]
@@ -23,6 +24,7 @@ def check_data_command(options: argparse.Namespace) -> None:
         "shape": rows.shape,
         "rows": len(rows.examples),
         "rejected": rejected,
+        "ignored_columns": rows.ignored_columns,
         "notices": rows.notices,
         "fingerprint": rows.fingerprint,
     }
@@ -35,6 +37,8 @@ def check_data_command(options: argparse.Namespace) -> None:
         print(json.dumps(report, indent=1))
         return
     print(f"{options.file}: {report['rows']} rows of shape {rows.shape}, {len(rejected)} rejected")
+    if rows.ignored_columns:
+        print("Columns that are not used: " + join_names(rows.ignored_columns))
     if options.model:
         print("Tokens per row: " + ", ".join(f"{key} {value}" for key, value in report["tokens"].items()))
     for notice in rows.notices:

@@ -278,13 +278,15 @@ def test_debug_shows_the_traceback_wherever_it_stands(mole: Mole, arguments: str
 
 def test_data_check_tells_shape_rows_and_what_it_rejects(mole: Mole) -> None:
     with Path("rows.jsonl").open("a") as file:
-        file.write('{"prompt": "x", "completion": 5}\n')
+        file.write('{"prompt": "x", "completion": true, "id": 7}\n')
     answer = mole("data", "check", "rows.jsonl")
     assert answer.code == 0
+    assert "Columns that are not used: id\n" in answer.out
     assert "6 rows of shape prompt/completion, 1 rejected" in answer.out
     assert "row 7: " in answer.out
     report = json.loads(mole("data", "check", "rows.jsonl", "--json").out)
     assert (report["rows"], report["shape"], report["rejected"][0]["row"]) == (6, "prompt/completion", 7)
+    assert report["ignored_columns"] == ["id"]
 
 
 def test_data_check_counts_tokens_with_a_model(mole: Mole, tiny_folder: Path) -> None:
@@ -299,7 +301,7 @@ def test_data_check_counts_tokens_with_a_model(mole: Mole, tiny_folder: Path) ->
         ('{"prompt": "a"', "line 1"),
         ("", "bad.jsonl"),
         ('{"colour": "red"}', "colour"),
-        ('{"prompt": 1, "completion": 2}', "row 1"),
+        ('{"prompt": true, "completion": 2}', "row 1"),
     ],
 )
 def test_data_check_refuses_what_cannot_be_used(mole: Mole, content: str, words: str) -> None:

@@ -187,7 +187,7 @@ GOOD = {"prompt": "2+2?", "completion": "4"}
     [
         ({"prompt": "2+2?", "completion": None}, "completion is null"),
         ({"prompt": "2+2?"}, "completion is missing"),
-        ({"prompt": "2+2?", "completion": 4}, "completion is a number, not text"),
+        ({"prompt": "2+2?", "completion": True}, "completion is true or false, not text"),
         ({"prompt": "2+2?", "completion": ["4"]}, "completion is a list, not text"),
         ({"prompt": {"a": 1}, "completion": "4"}, "prompt is an object, not text"),
         ({"prompt": True, "completion": "4"}, "prompt is true or false, not text"),
@@ -214,7 +214,7 @@ def test_a_bad_row_is_rejected_by_number_and_reason(tmp_path: Path, row: Any, re
         ([{"role": "user", "content": "Hi"}], "messages contains no answer"),
         ([{"role": "assistant", "content": "Hi"}], "messages contains nothing before"),
         (["Hi"], "message 1 is text, not an object"),
-        ([{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Ho"}], "message 2 has the role 'bot'"),
+        ([{"role": "user", "content": "Hi"}, {"role": "king", "content": "Ho"}], "message 2 has the role 'king'"),
         ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}], "message 2's content is null"),
         ([{"role": "user"}, {"role": "assistant", "content": "Ho"}], "message 1's content is missing"),
     ],
