@@ -6,6 +6,7 @@ configurations. The command line, the form in the browser, `MoleConfig` and the 
 torch.
 """
 
+from mole.config.adapter_config import ALL_LINEAR, AdapterConfig
 from mole.config.fields import (
     MAX_INTEGER,
     Spec,
@@ -31,9 +32,7 @@ from mole.config.presets import (
 )
 from mole.config.router_params import ROUTERS, RouterParams, params_class, router_field_names
 from mole.config.schema import (
-    ALL_LINEAR,
     SECTIONS,
-    AdapterConfig,
     DataConfig,
     ModelConfig,
     RunConfig,
