@@ -278,6 +278,14 @@ def add_data(parts: Any) -> None:
     )
     command.add_argument("file", metavar="FILE", help="JSON, JSONL, CSV or Parquet file, or a hub id.")
     command.add_argument("--model", help="Also count tokens with this base model's tokenizer and chat template.")
+    command.add_argument("--columns", metavar="YAML", help="Column names where they differ, e.g. '{prompt: question}'.")
+    command.add_argument(
+        "--show",
+        type=in_range(int, 0),
+        default=0,
+        metavar="N",
+        help="Show the first N rows, and what of them is learnt.",
+    )
     command.add_argument("--json", action="store_true", help="Print JSON.")
 
 

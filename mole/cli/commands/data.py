@@ -6,63 +6,84 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mole.core.errors import InputError
+from mole.config import DataConfig, RunConfig, coerce
+from mole.core.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from mole.data import ExampleSet
+
+BEGIN, END = "⟦", "⟧"
+"""Around what is learnt, in rows that are shown."""
 
 
 def check_data_command(options: argparse.Namespace) -> None:
-    """Read a data file as training does, and print its shape, its rows and the rejected rows with reasons."""
+    """Read a data file as training does, and print its shape, its rows, and the rejected rows with reasons."""
     from mole.data import read_examples
-    from mole.data.shapes import join_names
 
-    rows = read_examples(options.file, field="FILE")
-    rejected = [{"row": item.row, "reason": item.reason} for item in rows.rejected]
+    columns = coerce(dict[str, str], options.columns, "--columns") if options.columns else {}
+    source = read_examples(options.file, columns, field="FILE")
     report: dict[str, Any] = {
         "data": options.file,
-        "shape": rows.shape,
-        "rows": len(rows.examples),
-        "rejected": rejected,
-        "ignored_columns": rows.ignored_columns,
-        "notices": rows.notices,
-        "fingerprint": rows.fingerprint,
+        "shape": source.shape,
+        "rows": len(source.examples),
+        "rejected": len(source.rejected),
+        "rejections": list(map(str, source.rejected)),
+        "ignored_columns": source.ignored_columns,
+        "notices": source.notices,
+        "shown": [],
+        "fingerprint": source.fingerprint,
     }
-    if options.model:
-        report["tokens"] = token_lengths(rows.examples, options.model, rejected)
-        report["rows"] = len(rows.examples) + len(rows.rejected) - len(rejected)
+    if options.model or options.show:
+        report |= encoded_report(source, options.model or RunConfig().model.name, options.show)
     if not report["rows"]:
-        raise InputError(f"{options.file}: no usable row; row {rejected[0]['row']}: {rejected[0]['reason']}")
+        raise InputError(f"{options.file}: no usable row; {report['rejections'][0]}.")
     if options.json:
         print(json.dumps(report, indent=1))
-        return
-    print(f"{options.file}: {report['rows']} rows of shape {rows.shape}, {len(rejected)} rejected")
-    if rows.ignored_columns:
-        print("Columns that are not used: " + join_names(rows.ignored_columns))
-    if options.model:
-        print("Tokens per row: " + ", ".join(f"{key} {value}" for key, value in report["tokens"].items()))
-    for notice in rows.notices:
-        print(f"Note: {notice}")
-    for item in rejected:
-        print(f"  row {item['row']}: {item['reason']}")
+    else:
+        print_report(report)
 
 
-def token_lengths(examples: Sequence[Any], model: str, rejected: list[dict[str, Any]]) -> dict[str, int]:
-    """Shortest, median, longest and total length in tokens; rows that cannot be encoded are appended to `rejected`."""
-    from mole.config import DataConfig
-    from mole.core.errors import DataError
-    from mole.data import encode_examples
+def encoded_report(source: ExampleSet, model: str, show: int) -> dict[str, Any]:
+    """What the report of a file has beside, or instead, with a base model's tokenizer and chat template.
+
+    Args:
+        source: the rows.
+        model: name of the base model.
+        show: how many rows are shown.
+    """
+    from mole.data import EncodedExample, Example, RejectedRow, encode_examples
     from mole.models.loading import load_tokenizer
+    from mole.preflight.preview import EncodedFile, TokenLabeller, find_notices
 
-    lengths: list[int] = []
-    longest = DataConfig().max_length
-    for example, encoded in zip(examples, encode_examples(examples, load_tokenizer(model), sys.maxsize), strict=True):
-        if isinstance(encoded, DataError):
-            rejected.append({"row": example.row, "reason": str(encoded)})
-        else:
-            lengths.append(len(encoded.input_ids))
+    tokenizer = load_tokenizer(model)
+    good, shown, lengths, rejected = list[Example](), list[EncodedExample](), list[int](), list(source.rejected)
+    for example, item in zip(source.examples, encode_examples(source.examples, tokenizer, sys.maxsize), strict=True):
+        if isinstance(item, DataError):
+            rejected.append(RejectedRow(example.row, str(item)))
+            continue
+        good.append(example)
+        lengths.append(len(item.input_ids))
+        shown += [item] if len(shown) < show else []
+    rejected.sort(key=lambda item: item.row)
+    labeller = TokenLabeller(tokenizer)
+    rows = [labeller.tokens(item) for item in shown]
+    return {
+        "rows": len(good),
+        "rejected": len(rejected),
+        "rejections": list(map(str, rejected)),
+        "notices": find_notices(EncodedFile(source, good, shown, rejected, True), tokenizer),
+        "shown": [{"tokens": [token.text for token in row], "learnt": [token.learnt for token in row]} for row in rows],
+        "tokens": length_summary(lengths),
+    }
+
+
+def length_summary(lengths: list[int]) -> dict[str, int]:
+    """Shortest, median, longest and total length in tokens; empty without rows."""
     if not lengths:
         return {}
+    longest = DataConfig().max_length
     return {
         "min": min(lengths),
         "median": int(statistics.median(lengths)),
@@ -70,3 +91,29 @@ def token_lengths(examples: Sequence[Any], model: str, rejected: list[dict[str, 
         "total": sum(lengths),
         f"longer than {longest}": sum(length > longest for length in lengths),
     }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print the report of a file for people."""
+    from mole.data.shapes import join_names
+
+    print(f"{report['data']}: {report['rows']} rows of shape {report['shape']}, {report['rejected']} rejected")
+    if report["ignored_columns"]:
+        print("Columns that are not used: " + join_names(report["ignored_columns"]))
+    if "tokens" in report:
+        print("Tokens per row: " + ", ".join(f"{key} {value}" for key, value in report["tokens"].items()))
+    for notice in report["notices"]:
+        print(f"Note: {notice}")
+    for rejection in report["rejections"]:
+        print(f"  {rejection}")
+    for number, row in enumerate(report["shown"], start=1):
+        print(f"\nExample {number}; what is learnt stands between {BEGIN} and {END}:\n{marked_text(**row)}")
+
+
+def marked_text(tokens: list[str], learnt: list[bool]) -> str:
+    """The text of a row with marks around what is learnt."""
+    text, inside = "", False
+    for token, wanted in zip(tokens, learnt, strict=True):
+        text += (BEGIN if wanted else END) * (wanted != inside) + token
+        inside = wanted
+    return text + END * inside

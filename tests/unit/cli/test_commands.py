@@ -285,8 +285,20 @@ def test_data_check_tells_shape_rows_and_what_it_rejects(mole: Mole) -> None:
     assert "6 rows of shape prompt/completion, 1 rejected" in answer.out
     assert "row 7: " in answer.out
     report = json.loads(mole("data", "check", "rows.jsonl", "--json").out)
-    assert (report["rows"], report["shape"], report["rejected"][0]["row"]) == (6, "prompt/completion", 7)
-    assert report["ignored_columns"] == ["id"]
+    assert (report["rows"], report["shape"], report["rejected"]) == (6, "prompt/completion", 1)
+    assert report["rejections"] == ["row 7: completion is true or false, not text"]
+    assert (report["ignored_columns"], report["notices"], report["shown"]) == (["id"], [], [])
+
+
+def test_data_check_shows_rows_as_training_sees_them(mole: Mole, tiny_folder: Path) -> None:
+    Path("asked.jsonl").write_text('{"q": "2+2?", "a": "4"}\n{"q": "3+3?", "a": "6"}\n')
+    check = ["data", "check", "asked.jsonl", "--columns", "{prompt: q, completion: a}", "--model", str(tiny_folder)]
+    report = json.loads(mole(*check, "--show", "1", "--json").out)
+    (row,) = report["shown"]
+    assert "".join(row["tokens"]).endswith("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>")
+    assert [token for token, learnt in zip(row["tokens"], row["learnt"], strict=True) if learnt] == ["4", "<|im_end|>"]
+    assert mole(*check, "--show", "2").out.endswith("user\n3+3?<|im_end|>\n<|im_start|>assistant\n⟦6<|im_end|>⟧\n")
+    refused(mole("data", "check", "asked.jsonl", "--columns", "{prompt: x}"), "x", "q, a")
 
 
 def test_data_check_counts_tokens_with_a_model(mole: Mole, tiny_folder: Path) -> None:
