@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from mole.core.errors import DataError
@@ -70,12 +71,28 @@ class ChatTemplate:
         """Whether the template marks what the model generates."""
         return GENERATION.search(self.source) is not None
 
-    def escape(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with what looks like a special token in their contents marked as plain text."""
-        return [
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template renders a system message; some refuse it, others leave it out."""
+        try:
+            return MARK in self.render([{"role": "system", "content": MARK}, {"role": "user", "content": "a"}])
+        except DataError:
+            return False
+
+    def prepare(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as the template is given them.
+
+        What looks like a special token in their contents is marked as plain text. A system message that the template
+        does not take begins the user's first message.
+        """
+        prepared = [
             {**message, "content": self._special.sub(rf"{PLAIN}\g<0>{END_PLAIN}", message["content"])}
             for message in messages
         ]
+        if [message["role"] for message in prepared[:2]] == ["system", "user"] and not self.takes_system:
+            system, first, *rest = prepared
+            return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        return prepared
 
     def render(self, messages: Sequence[Message], thinking: bool = False, *, ask: bool = True) -> str:
         """The conversation as text.
@@ -123,7 +140,7 @@ def render_prompt(messages: Sequence[Message], tokenizer: Any, enable_thinking: 
     rejects the messages.
     """
     template = ChatTemplate(tokenizer)
-    return template.render(template.escape(messages), enable_thinking)
+    return template.render(template.prepare(messages), enable_thinking)
 
 
 class RenderedExample(NamedTuple):
@@ -153,7 +170,7 @@ def render_example(example: Example, template: ChatTemplate, enable_thinking: bo
     """
     if example.text is not None:
         return RenderedExample("", with_ends(example.text, template.tokenizer), [])
-    messages = template.escape(example.messages)
+    messages = template.prepare(example.messages)
     asked, target = messages[-2]["content"] if len(messages) > 1 else "", messages[-1]["content"]
     thinking = begins_with_thought(target) if enable_thinking is None else enable_thinking
     if template.marks_generation:
@@ -308,7 +325,7 @@ def removable_spans(
 ) -> list[tuple[int, int]]:
     """Character ranges in a rendered prompt of what may be left out where it is too long: all contents, oldest first,
     but those of system messages. Nothing for a conversation in which they cannot be found."""
-    messages = template.escape(example.messages)
+    messages = template.prepare(example.messages)
     before = messages[:-1]
     thinking = begins_with_thought(messages[-1]["content"]) if enable_thinking is None else enable_thinking
     turns = [turn for turn, message in enumerate(before) if message["role"] != "system"]

@@ -24,6 +24,7 @@ from mole.data import (
     read_examples,
     split_rows,
 )
+from mole.data.rendering import ChatTemplate
 from mole.models.loading import load_tokenizer, local_folder, resolve
 from mole.preflight.plan import character_count
 
@@ -276,6 +277,11 @@ def find_notices(file: EncodedFile, tokenizer: Any) -> list[str]:
             found.append(f"All {count} rows have the same question; is the right column mapped?")
         from mole.chat.tokens import stop_text
 
+        with_system = sum(example.messages[0]["role"] == "system" for example in file.examples)
+        if with_system and not ChatTemplate(tokenizer).takes_system:
+            found.append(
+                f"The chat template takes no system message: in {with_system} rows it begins the first question."
+            )
         if ending := stop_text(tokenizer):
             found.append(
                 f"The chat template ends answers with the text {brief(ending)}, which is no special token. Chat stops "

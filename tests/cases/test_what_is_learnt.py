@@ -70,6 +70,11 @@ CASES: dict[tuple[str, str], tuple[Example, str]] = {
         "<|system|>\nBe brief.<|end|>\n<|user|>\nRepeat the word blue.<|end|>\n<|assistant|>\n⟦blue<|end|>⟧\n"
         "<|user|>\nAgain.<|end|>\n<|assistant|>\n⟦blue<|end|>⟧",
     ),
+    ("gemma", "a system message that the template does not take begins the first question"): (
+        ECHO,
+        "<|im_start|><start>user\nBe brief.\n\nRepeat the word blue.<end>\n<start>model\n⟦blue<end>⟧\n"
+        "<start>user\nAgain.<end>\n<start>model\n⟦blue<end>⟧",
+    ),
     ("gemma", "the first answer is a greeting"): (
         GREETING,
         "<|im_start|><start>model\n⟦I am here.<end>⟧\n<start>user\nx?<end>\n<start>model\n⟦y<end>⟧",
@@ -137,8 +142,15 @@ def test_what_looks_like_a_special_token_in_a_text_stays_text(template: str | No
 
 
 def test_a_template_that_refuses_a_conversation_refuses_the_row(tiny_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="the chat template rejects the messages: System role not supported"):
-        encode_example(ECHO, with_template(tiny_tokenizer, "gemma"), 4096)
+    with pytest.raises(DataError, match="the chat template rejects the messages: roles must alternate"):
+        encode_example(GREETING, with_template(tiny_tokenizer, "mistral"), 4096)
+
+
+def test_where_a_template_takes_no_system_message_chat_has_it_too(tiny_tokenizer: Any) -> None:
+    tokenizer = with_template(tiny_tokenizer, "gemma")
+    ids = encode_example(ECHO, tokenizer, 4096).input_ids
+    prompt = prompt_ids(ECHO.prompt, tokenizer)
+    assert prompt == ids[: len(prompt)] and "Be brief.\n\nRepeat" in tokenizer.decode(prompt)
 
 
 def test_a_text_that_has_the_templates_tokens_gets_none_twice(tiny_tokenizer: Any) -> None:

@@ -25,11 +25,14 @@ def chat_command(options: argparse.Namespace) -> None:
     if options.trace and options.prompt is None:
         raise InputError("--trace needs --prompt: it writes the routing of one reply.", field="trace")
     check_writable(options.trace, "--trace")
+    from mole.data.rendering import ChatTemplate
     from mole.mixture.aot_compile import prepare_kernels
 
     settings = ChatSettings(**{item.name: getattr(options, item.name) for item in dataclasses.fields(ChatSettings)})
     loaded = load_with_notice(options.target)
     messages = [{"role": "system", "content": options.system}] if options.system else []
+    if messages and not ChatTemplate(loaded.tokenizer).takes_system:
+        print("Note: The chat template takes no system message; it begins the first question.", file=sys.stderr)
     if options.prompt is not None:
         messages.append({"role": "user", "content": options.prompt})
         print_reply(loaded, messages, settings, options.trace)

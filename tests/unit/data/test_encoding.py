@@ -308,13 +308,13 @@ def test_a_thinking_model_is_trained_and_asked_without_thoughts(tiny_tokenizer: 
 def test_a_template_that_refuses_a_conversation_rejects_the_row(tmp_path: Path, tiny_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+        "{% if messages[0].role == 'assistant' %}{{ raise_exception('the user comes first') }}{% endif %}"
         + tokenizer.chat_template
     )
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    path = write(tmp_path, {"messages": [{"role": "system", "content": "Be brief."}, *turns]}, {"messages": turns})
+    path = write(tmp_path, {"messages": [{"role": "assistant", "content": "Hello."}, *turns]}, {"messages": turns})
     report = build_datasets(DataConfig(path=str(path)), tokenizer, 0).report
-    assert report.rejections == ["row 1: the chat template rejects the messages: no system messages"]
+    assert report.rejections == ["row 1: the chat template rejects the messages: the user comes first"]
 
 
 # Labels
