@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from hashlib import sha256
 from typing import Any
 
@@ -53,18 +54,20 @@ class Datasets:
     report: DataReport
 
 
-def build_datasets(config: DataConfig, tokenizer: Any, seed: int) -> Datasets:
-    """Read, encode and split the data of a run; a pure function of the files, the tokenizer and `seed`.
+def build_datasets(config: DataConfig, tokenizer: Any, seed: int, date: datetime | None = None) -> Datasets:
+    """Read, encode and split the data of a run; a pure function of the files, the tokenizer, `seed` and `date`.
+
+    A chat template that writes the date takes `date` for now: that of the run, which then resumes on another day.
 
     The held-out rows are those of `config.eval_path`, or a random `config.eval_fraction` of the rows (never all).
     Raises `DataError` as `read_examples` does, and when no row can be encoded.
     """
     source = read_examples(config.path, config.columns)
-    train, rejected, cut = encode_rows(source, tokenizer, config, "data.path")
+    train, rejected, cut = encode_rows(source, tokenizer, config, "data.path", date)
     reasons, fingerprint = list(map(str, rejected)), source.fingerprint
     if config.eval_path:
         heldout = read_examples(config.eval_path, config.columns, field="data.eval_path")
-        evaluation, eval_rejected, eval_cut = encode_rows(heldout, tokenizer, config, "data.eval_path")
+        evaluation, eval_rejected, eval_cut = encode_rows(heldout, tokenizer, config, "data.eval_path", date)
         reasons += [f"held-out {item}" for item in eval_rejected]
         cut += eval_cut
         fingerprint = sha256(f"{fingerprint} {heldout.fingerprint}".encode()).hexdigest()
@@ -85,11 +88,11 @@ def build_datasets(config: DataConfig, tokenizer: Any, seed: int) -> Datasets:
 
 
 def encode_rows(
-    source: ExampleSet, tokenizer: Any, config: DataConfig, field: str
+    source: ExampleSet, tokenizer: Any, config: DataConfig, field: str, date: datetime | None
 ) -> tuple[list[dict[str, list[int]]], list[RejectedRow], int]:
     """Encoded rows, all rejected rows, and the number of truncated rows. Raises `DataError` when no row is left."""
     rows, rejected, truncated = [], list(source.rejected), 0
-    encoded = encode_examples(source.examples, tokenizer, config.max_length, config.enable_thinking)
+    encoded = encode_examples(source.examples, tokenizer, config.max_length, config.enable_thinking, date)
     for example, item in zip(source.examples, encoded, strict=True):
         if isinstance(item, DataError):
             rejected.append(RejectedRow(example.row, str(item)))

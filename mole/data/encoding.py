@@ -10,6 +10,7 @@ import itertools
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from mole.core.errors import DataError
@@ -58,10 +59,17 @@ def encode_example(
 
 
 def encode_examples(
-    examples: Iterable[Example], tokenizer: Any, max_length: int, enable_thinking: bool | None = None
+    examples: Iterable[Example],
+    tokenizer: Any,
+    max_length: int,
+    enable_thinking: bool | None = None,
+    date: datetime | None = None,
 ) -> Iterator[EncodedExample | DataError]:
-    """`encode_example` for many examples in one tokenizer call, which is faster; errors take the place of examples."""
-    template = ChatTemplate(tokenizer)
+    """`encode_example` for many examples in one tokenizer call, which is faster; errors take the place of examples.
+
+    `date` is what chat templates take for now.
+    """
+    template = ChatTemplate(tokenizer, date)
     rendered: list[RenderedExample | DataError] = []
     good: list[tuple[Example, RenderedExample]] = []
     for example in examples:

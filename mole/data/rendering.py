@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ PLAIN, END_PLAIN = "\ufdd1", "\ufdd2"
 """Around what is text although it looks like a special token. Noncharacters too."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks what the model generates."""
+NOW = re.compile(r"""strftime_now\(\s*(["'])([^"'{}]*)\1\s*\)""")
+"""How a template asks for the date."""
 THINK, END_THINK = "<think>", "</think>"
 
 DEFAULT_CHAT_TEMPLATE = """\
@@ -57,10 +60,13 @@ class ChatTemplate:
 
     Args:
         tokenizer: with or without a template of its own.
+        date: what a template that writes the date takes for now; None for now.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, date: datetime | None = None) -> None:
         self.tokenizer, self.source = tokenizer, chat_template(tokenizer)
+        if date is not None:  # a template is given texts only, no function in the place of `strftime_now`
+            self.source = NOW.sub(lambda call: f"{call[1]}{date.strftime(call[2])}{call[1]}", self.source)
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special -= {THINK, END_THINK}
         longest_first = sorted(filter(None, special), key=len, reverse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +59,7 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     """
     config = run.config
     base = load_base(on_its_gpu(config.model))
-    datasets = build_datasets(config.data, base.tokenizer, config.training.seed)
+    datasets = build_datasets(config.data, base.tokenizer, config.training.seed, creation_date(run))
     source = checkpoint.newest_good(run.checkpoints_dir) if resume else None
     before = None if source is None else checkpoint.read_manifest(source).meta
     if before is not None:
@@ -76,6 +77,14 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     finally:
         trainer.log_callback.close()
     trainer.finish()
+
+
+def creation_date(run: Run) -> datetime | None:
+    """When the run was created (UTC); None if its events do not say."""
+    try:
+        return datetime.fromtimestamp(run.created, timezone.utc)
+    except (OverflowError, OSError, ValueError):
+        return None
 
 
 def build_trainer(

@@ -6,14 +6,17 @@ The expected texts are the whole example; what carries loss stands between ⟦ a
 from __future__ import annotations
 
 import copy
+import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mole.chat.tokens import prompt_ids, stop_ids, stop_text
+from mole.config import DataConfig
 from mole.core.errors import DataError
-from mole.data import EncodedExample, Example, encode_example
+from mole.data import EncodedExample, Example, build_datasets, encode_example
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -166,6 +169,16 @@ def test_where_an_answer_ends_with_text_chat_knows_it(tiny_model: Any, tiny_toke
     model, tokenizer = tiny_model("llama"), with_template(tiny_tokenizer, "end_text")
     assert stop_text(tokenizer) == "<|end|>" and stop_ids(model, tokenizer) == {tokenizer.eos_token_id}
     assert stop_text(tiny_tokenizer) == stop_text(with_template(tiny_tokenizer, "mistral")) == ""
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_run(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer = with_template(tiny_tokenizer, "date")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "x?", "completion": "y"}))
+    config = DataConfig(path=str(tmp_path / "d.jsonl"))
+    (row,) = build_datasets(config, tokenizer, 0, datetime(2024, 2, 29, 23, 59)).train
+    assert "Today Date: 29 Feb 2024 23:59" in tokenizer.decode(row["input_ids"])
+    (row,) = build_datasets(config, tokenizer, 0).train
+    assert f"Today Date: {datetime.now():%d %b %Y}" in tokenizer.decode(row["input_ids"])
 
 
 def test_of_a_long_prompt_the_oldest_content_goes_and_the_rest_stays(tiny_tokenizer: Any) -> None:
