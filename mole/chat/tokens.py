@@ -7,8 +7,9 @@ from typing import Any
 
 from mole.core.errors import ConfigError
 from mole.data import Message, render_prompt
+from mole.data.chat_templates import chat_template
 from mole.data.encoding import encode_text
-from mole.data.rendering import answer_ending, chat_template
+from mole.data.rendering import answer_ending
 
 
 def prompt_text(messages: Sequence[Message], tokenizer: Any, enable_thinking: bool = False) -> str:

@@ -2,11 +2,12 @@
 
 `readers` opens files, compressed ones too, and hub data sets; `text_formats` and `parquet` find their rows;
 `shapes` and `columns` find which column is what; `examples` and `messages` turn rows of five shapes into `Example`s, or
-reject them with a reason; `rendering` applies the chat template and finds what is learnt; `encoding` makes token ids
+reject them with a reason; `rendering` applies `chat_templates` and finds what is learnt; `encoding` makes token ids
 and labels; `datasets` reads, encodes and splits the data of a run; `batches` pads. No torch until a batch is made.
 """
 
 from mole.data.batches import Collator, split_by_length
+from mole.data.chat_templates import DEFAULT_CHAT_TEMPLATE, chat_template, render_prompt
 from mole.data.columns import (
     DetectedColumns,
     describe_columns,
@@ -20,7 +21,6 @@ from mole.data.encoding import IGNORE_INDEX, EncodedExample, encode_example, enc
 from mole.data.examples import Example, ExampleSet, RejectedRow, no_usable_rows, read_examples
 from mole.data.messages import Message
 from mole.data.readers import FILE_SUFFIXES, Records, read_hub_dataset, read_records
-from mole.data.rendering import DEFAULT_CHAT_TEMPLATE, chat_template, render_prompt
 from mole.data.shapes import FIELDS, SHAPES
 
 __all__ = [

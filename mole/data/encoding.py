@@ -14,8 +14,9 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from mole.core.errors import DataError
+from mole.data.chat_templates import END_PLAIN, PLAIN, ChatTemplate
 from mole.data.examples import Example
-from mole.data.rendering import END_PLAIN, PLAIN, ChatTemplate, RenderedExample, removable_spans, render_example
+from mole.data.rendering import RenderedExample, removable_spans, render_example
 
 IGNORE_INDEX = -100
 """Label of tokens without loss, as in `torch.nn.functional.cross_entropy`."""

@@ -1,4 +1,4 @@
-"""Rendering conversations by chat templates, and finding what is learnt in the text. No torch.
+"""Rendering examples by chat templates, and finding what is learnt in the text. No torch.
 
 A template is a program: it may trim, move or leave out what a message has. So nothing is searched in the rendered text.
 Where a message's content stands is found by rendering the conversation with another content in its place.
@@ -8,145 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from datetime import datetime
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from mole.core.errors import DataError
-from mole.core.text import one_line
+from mole.data.chat_templates import END_THINK, MARK, THINK, ChatTemplate
 from mole.data.examples import Example
 from mole.data.messages import Message
 
 FEW_ANSWERS, MOST_ANSWERS = 32, 500
 """Answers of a conversation up to which each is found by a rendering of its own, and the most for which this is done
 when they cannot be found together."""
-MARK = "\ufdd0"
-"""Stands in the place of a content. A noncharacter of Unicode: no text has it."""
-PLAIN, END_PLAIN = "\ufdd1", "\ufdd2"
-"""Around what is text although it looks like a special token. Noncharacters too."""
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""How a template marks what the model generates."""
-NOW = re.compile(r"""strftime_now\(\s*(["'])([^"'{}]*)\1\s*\)""")
-"""How a template asks for the date."""
-THINK, END_THINK = "<think>", "</think>"
-
-DEFAULT_CHAT_TEMPLATE = """\
-{{- bos_token if bos_token is defined and bos_token else '' -}}
-{%- for message in messages -%}
-    {%- if message['role'] == 'system' -%}
-        {{- message['content'] + '\\n\\n' -}}
-    {%- elif message['role'] == 'user' -%}
-        {{- '### User:\\n' + message['content'] + '\\n\\n' -}}
-    {%- else -%}
-        {{- '### Assistant:\\n' + message['content'] + (eos_token if eos_token is defined else '') + '\\n\\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '### Assistant:\\n' -}}{%- endif -%}
-"""
-"""Chat template for base models without one: `### User:` and `### Assistant:` headings, and the tokenizer's
-end-of-text token after each answer."""
-
-
-def chat_template(tokenizer: Any) -> str:
-    """The tokenizer's chat template, or `DEFAULT_CHAT_TEMPLATE` if it has none."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default") or next(iter(template.values()), None)
-    return template or DEFAULT_CHAT_TEMPLATE
-
-
-class ChatTemplate:
-    """A tokenizer's chat template, ready to render conversations.
-
-    Args:
-        tokenizer: with or without a template of its own.
-        date: what a template that writes the date takes for now; None for now.
-    """
-
-    def __init__(self, tokenizer: Any, date: datetime | None = None) -> None:
-        self.tokenizer, self.source = tokenizer, chat_template(tokenizer)
-        if date is not None:  # a template is given texts only, no function in the place of `strftime_now`
-            self.source = NOW.sub(lambda call: f"{call[1]}{date.strftime(call[2])}{call[1]}", self.source)
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special -= {THINK, END_THINK}
-        longest_first = sorted(filter(None, special), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-    @property
-    def marks_generation(self) -> bool:
-        """Whether the template marks what the model generates."""
-        return GENERATION.search(self.source) is not None
-
-    @cached_property
-    def takes_system(self) -> bool:
-        """Whether the template renders a system message; some refuse it, others leave it out."""
-        try:
-            return MARK in self.render([{"role": "system", "content": MARK}, {"role": "user", "content": "a"}])
-        except DataError:
-            return False
-
-    def prepare(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as the template is given them.
-
-        What looks like a special token in their contents is marked as plain text. A system message that the template
-        does not take begins the user's first message.
-        """
-        prepared = [
-            {**message, "content": self._special.sub(rf"{PLAIN}\g<0>{END_PLAIN}", message["content"])}
-            for message in messages
-        ]
-        if [message["role"] for message in prepared[:2]] == ["system", "user"] and not self.takes_system:
-            system, first, *rest = prepared
-            return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-        return prepared
-
-    def render(self, messages: Sequence[Message], thinking: bool = False, *, ask: bool = True) -> str:
-        """The conversation as text.
-
-        Args:
-            messages: the conversation.
-            thinking: whether a template with this choice lets the model think.
-            ask: whether the beginning of the assistant's next turn follows.
-
-        Raises `DataError` when the template rejects the conversation.
-        """
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.source,
-                tokenize=False,
-                add_generation_prompt=ask,
-                enable_thinking=thinking,
-            )
-        except Exception as error:  # a template is a (sandboxed) program and can raise anything
-            raise DataError(f"the chat template rejects the messages: {one_line(error)}") from None
-
-    def render_marked(self, messages: Sequence[Message], thinking: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The whole conversation, and the character ranges that the template marks as generated. Raises `DataError`."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            rendered: Any = render_jinja_template(
-                conversations=[list(messages)],
-                chat_template=self.source,
-                return_assistant_tokens_mask=True,
-                enable_thinking=thinking,
-                **self.tokenizer.special_tokens_map,
-            )
-        except Exception as error:
-            raise DataError(f"the chat template rejects the messages: {one_line(error)}") from None
-        (whole,), (spans,) = rendered
-        return whole, list(spans)
-
-
-def render_prompt(messages: Sequence[Message], tokenizer: Any, enable_thinking: bool = False) -> str:
-    """The text before the assistant's next answer; `encode_text` makes it tokens.
-
-    Thinking is disabled in templates that have this choice, unless asked for. Raises `DataError` when the template
-    rejects the messages.
-    """
-    template = ChatTemplate(tokenizer)
-    return template.render(template.prepare(messages), enable_thinking)
 
 
 class RenderedExample(NamedTuple):

@@ -14,8 +14,9 @@ from mole.chat.settings import ChatSettings
 from mole.chat.tokens import special_ids, stop_ids, stop_text
 from mole.core.errors import DataError
 from mole.data import Example, read_examples
+from mole.data.chat_templates import ChatTemplate
 from mole.data.encoding import encode_text
-from mole.data.rendering import ChatTemplate, render_example
+from mole.data.rendering import render_example
 from mole.evaluation.scoring import AnswerScore, score_families
 from mole.models.loading import Loaded
 

@@ -24,7 +24,7 @@ from mole.data import (
     read_examples,
     split_rows,
 )
-from mole.data.rendering import ChatTemplate
+from mole.data.chat_templates import ChatTemplate
 from mole.models.loading import load_tokenizer, local_folder, resolve
 from mole.preflight.plan import character_count
 

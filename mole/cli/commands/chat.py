@@ -25,7 +25,7 @@ def chat_command(options: argparse.Namespace) -> None:
     if options.trace and options.prompt is None:
         raise InputError("--trace needs --prompt: it writes the routing of one reply.", field="trace")
     check_writable(options.trace, "--trace")
-    from mole.data.rendering import ChatTemplate
+    from mole.data.chat_templates import ChatTemplate
     from mole.mixture.aot_compile import prepare_kernels
 
     settings = ChatSettings(**{item.name: getattr(options, item.name) for item in dataclasses.fields(ChatSettings)})
