@@ -90,24 +90,12 @@ def api_chat(
     seed: int = 0,
     system: str = "",
     steering: dict[str, Any] | None = None,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    stop_strings: list[str] | None = None,
-    enable_thinking: bool = False,
 ) -> dict[str, Any]:
     """Answer one message: `text`, and `trace`, the routing as `mole chat --trace` writes it.
 
-    The settings are those of `mole.chat.ChatSettings`; a thought is part of the text, between `<think>` and `</think>`.
     `steering` changes the routing of this reply: `{"settings": {"top_p": 0.5}, "muted": [1], "pinned": []}`, experts
     counted from 0. While a run trains on the GPU the reply is computed on the CPU.
     """
-
-    chosen = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "top_k": top_k,
-        "min_p": min_p, "repetition_penalty": repetition_penalty, "stop_strings": stop_strings or [],
-        "enable_thinking": enable_thinking,
-    }  # fmt: skip
 
     def generate() -> dict[str, Any]:
         check_target(target)
@@ -115,7 +103,7 @@ def api_chat(
         parts = ENGINE.reply(
             target,
             model_messages([Turn(message)], system),
-            chosen,
+            {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
             steering=Steering.from_dict(steering),
             device=device_policy.reply_device(device_policy.CPU, device_policy.competing_run()),
             with_trace=True,

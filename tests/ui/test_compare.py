@@ -67,6 +67,7 @@ def test_two_runs_side_by_side(site: Studio, page: Page) -> None:
         "adapter.router": ["topk", "lora"],
         "adapter.num_experts": ["3", "1"],
         "adapter.balance_loss_coef": ["0.001", "0"],
+        "adapter.renormalize": ["not set", "–"],
         "adapter.top_k": ["2", "–"],
     }
     figures = page.locator("#compare figure")

@@ -50,12 +50,6 @@ def test_a_reply_comes_with_its_trace(home: Path, tiny_adapter: Path) -> None:
     assert told["trace"]["prompt_tokens"] > trace["prompt_tokens"]
     drawn = [endpoints.api_chat(target, "hello", 12, temperature=2.0, top_p=0.99, seed=s)["text"] for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    stop = plain["text"][2:4]
-    assert endpoints.api_chat(target, "hello", 5, stop_strings=[stop])["text"] == plain["text"].partition(stop)[0]
-    drawn = [endpoints.api_chat(target, "hello", 12, temperature=2.0, top_k=k, seed=1)["text"] for k in (0, 1)]
-    assert drawn[1] == endpoints.api_chat(target, "hello", 12)["text"] != drawn[0]
-    with pytest.raises(gr.Error, match="enable_thinking is True; it must be false with this model: its chat template"):
-        endpoints.api_chat(target, "hello", enable_thinking=True)
     with pytest.raises(gr.Error, match="steering.muted has 3; this adapter's experts are 0 to 2"):
         endpoints.api_chat(target, "hello", steering={"muted": [3]})
     with pytest.raises(gr.Error, match=r"top_p is 0\.0; it must be|top_p is 0; it must be"):
