@@ -82,6 +82,7 @@ def test_only_the_settings_that_differ_are_listed(make: Make) -> None:
         "adapter.num_experts": ("8", "1"),
         "adapter.balance_loss_coef": ("0.001", "0"),
         "adapter.top_k": ("1", "–"),  # a setting of one router only
+        "adapter.renormalize": ("not set", "–"),
         "training.learning_rate": ("0.002", "0.01"),
     }
 
