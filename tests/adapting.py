@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor
 
 from mole import MoleConfig
 from mole.config import ROUTERS
+from mole.core.errors import ConfigError
 from mole.mixture.model import MoleModel
 
 ROUTED = [name for name in ROUTERS if name != "lora"]
@@ -25,6 +27,13 @@ def settings(router: str = "dynmole", **values: Any) -> Any:
     """A small `MoleConfig`: 4 experts of rank 2, scale 1, no dropout."""
     values = {"num_experts": 4, "r": 2, "lora_alpha": 2, "lora_dropout": 0.0, **values}
     return MoleConfig(router=router, task_type="CAUSAL_LM", **values)
+
+
+def refused(model: Any, line: str, **values: Any) -> None:
+    """Assert that these settings are refused for a model, in one line that matches a pattern."""
+    with pytest.raises(ConfigError, match=line) as error:
+        get_peft_model(model, settings(**values))
+    assert "\n" not in str(error.value)
 
 
 def adapt(model: Any, router: str = "dynmole", seed: int = 0, **values: Any) -> Any:
