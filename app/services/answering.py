@@ -16,9 +16,9 @@ from app.services.steering_options import overrides_text
 from mole import runs
 from mole.analysis.tables import escaped
 from mole.chat.messages import Stage
-from mole.chat.thoughts import split_thought
 from mole.core.errors import MoleError
 from mole.core.redaction import redacted
+from mole.core.thoughts import split_thought
 from mole.mixture.steering import AS_TRAINED, Steering
 
 MAX_COLUMNS = 4

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from mole.chat.settings import DEFAULTS, ChatSettings
-from mole.chat.thoughts import opened_by
 from mole.chat.tokens import TokenTexts, prompt_text, stop_ids, stop_text
 from mole.core.errors import InputError
+from mole.core.thoughts import THINK, opened_thought
 from mole.core.threads import iterate
 from mole.data import Message
 from mole.data.encoding import encode_text
@@ -95,7 +95,7 @@ def stream(
     def give_steps(give: Callable[[Step], None]) -> None:
         with steer(model, steering), record_routing(model) if record else contextlib.nullcontext() as trace:
             stop_strings = [*settings.stop_strings, *filter(None, [ending])]
-            reply = Reply(tokenizer, len(prompt), stop_strings, opened_by(rendered), trace)
+            reply = Reply(tokenizer, len(prompt), stop_strings, f"{THINK}\n" if opened_thought(rendered) else "", trace)
 
             def go_on(read: list[int]) -> bool:
                 give(reply.step(read))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-OPEN, CLOSE = "<think>", "</think>"
+THINK, END_THINK = "<think>", "</think>"
 
 
-def opened_by(prompt: str) -> str:
-    """The end of a prompt that begins a thought, as some chat templates do; empty if it does not."""
-    return f"{OPEN}\n" if prompt.rstrip().endswith(OPEN) else ""
+def opened_thought(prompt: str) -> str:
+    """The end of a prompt that begins a thought, as some templates do; empty if it does not."""
+    kept = prompt.rstrip()
+    return prompt[len(kept) - len(THINK) :] if kept.endswith(THINK) else ""
+
+
+def begins_with_thought(content: str) -> bool:
+    """Whether an answer begins with a thought."""
+    return content.lstrip().startswith(THINK) and END_THINK in content
 
 
 def split_thought(text: str) -> tuple[str | None, str | None]:
@@ -16,7 +22,7 @@ def split_thought(text: str) -> tuple[str | None, str | None]:
     The thought is None for a reply that does not begin with one, the answer is None until the thought has ended.
     """
     begun = text.lstrip()
-    if not begun.startswith(OPEN):
+    if not begun.startswith(THINK):
         return None, text
-    thought, closed, answer = begun.removeprefix(OPEN).partition(CLOSE)
+    thought, closed, answer = begun.removeprefix(THINK).partition(END_THINK)
     return thought.strip(), answer.lstrip() if closed else None

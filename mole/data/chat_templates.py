@@ -10,6 +10,7 @@ from typing import Any
 
 from mole.core.errors import DataError
 from mole.core.text import one_line
+from mole.core.thoughts import END_THINK, THINK
 from mole.data.messages import Message
 
 MARK = "\ufdd0"
@@ -20,7 +21,6 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """How a template marks what the model generates."""
 NOW = re.compile(r"""strftime_now\(\s*(["'])([^"'{}]*)\1\s*\)""")
 """How a template asks for the date."""
-THINK, END_THINK = "<think>", "</think>"
 
 DEFAULT_CHAT_TEMPLATE = """\
 {{- bos_token if bos_token is defined and bos_token else '' -}}

@@ -9,6 +9,7 @@ from typing import Any
 
 from mole.core.errors import DataError, brief
 from mole.core.text import one_line
+from mole.core.thoughts import END_THINK, THINK
 
 Message = dict[str, Any]
 """`role` and `content` (texts); `weight` 0 in an answer that is not learnt."""
@@ -110,10 +111,10 @@ def join_parts(parts: Sequence[Any], label: str) -> str:
 def with_reasoning(message: Mapping[str, Any], content: str) -> str:
     """An answer with the thought that is in a field of its own before it, as chat templates read it."""
     thought = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
-    if not thought.strip() or "</think>" in content:
+    if not thought.strip() or END_THINK in content:
         return content
     thought = text_value({"": thought}, "", "the reasoning of an answer")
-    return f"<think>\n{thought.strip()}\n</think>\n\n{content}"
+    return f"{THINK}\n{thought.strip()}\n{END_THINK}\n\n{content}"
 
 
 def parse_history(history: Any) -> list[Message]:

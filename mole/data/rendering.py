@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mole.core.errors import DataError
-from mole.data.chat_templates import END_THINK, MARK, THINK, ChatTemplate
+from mole.core.thoughts import THINK, begins_with_thought, opened_thought
+from mole.data.chat_templates import MARK, ChatTemplate
 from mole.data.examples import Example
 from mole.data.messages import Message
 
@@ -80,11 +81,6 @@ def with_ends(text: str, tokenizer: Any) -> str:
     return ("" if begun or not adds_bos else begin) + text + ("" if ended else end)
 
 
-def begins_with_thought(content: str) -> bool:
-    """Whether an answer begins with a thought."""
-    return content.lstrip().startswith(THINK) and END_THINK in content
-
-
 def check_template_kept(part: str, text: str, rendered: str) -> None:
     """Raise `DataError` when a message is missing from the rendered text: a model would learn from blanks.
 
@@ -144,12 +140,6 @@ def split_last_answer(messages: Sequence[Message], prompt: str, template: ChatTe
     between, same = whole[question_end:start], prompt[asked_end:].removesuffix(begun_thought)
     begin = between[len(same) :] if between.startswith(same) else ""
     return LastAnswer(prompt.removesuffix(begun_thought), begin, written, ending)
-
-
-def opened_thought(prompt: str) -> str:
-    """The end of a prompt that begins a thought, as some templates do; empty if it does not."""
-    kept = prompt.rstrip()
-    return prompt[len(kept) - len(THINK) :] if kept.endswith(THINK) else ""
 
 
 def render_marked(messages: Sequence[Message], template: ChatTemplate, thinking: bool) -> RenderedExample:

@@ -9,10 +9,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from mole.chat.settings import ChatSettings
-from mole.chat.thoughts import split_thought
 from mole.cli.console import check_writable, metric_text, write_json
 from mole.config import ModelConfig
 from mole.core.errors import InputError
+from mole.core.thoughts import split_thought
 
 if TYPE_CHECKING:
     from mole.models.loading import Loaded

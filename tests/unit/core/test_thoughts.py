@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mole.chat.thoughts import opened_by, split_thought
+from mole.core.thoughts import opened_thought, split_thought
 
 
 @pytest.mark.parametrize(
@@ -24,5 +24,5 @@ def test_a_thought_at_the_beginning_is_split_off(text: str, thought: str | None,
 
 
 def test_a_prompt_may_begin_a_thought() -> None:
-    assert opened_by("<|assistant|>\n<think>\n") == "<think>\n"
-    assert opened_by("<|assistant|>\n<think>\n\n</think>\n\n") == "" == opened_by("<|assistant|>")
+    assert opened_thought("<|assistant|>\n<think>\n") == "<think>\n"
+    assert opened_thought("<|assistant|>\n<think>\n\n</think>\n\n") == "" == opened_thought("<|assistant|>")
