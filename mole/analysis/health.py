@@ -42,7 +42,7 @@ class Alarm:
     """A problem with the routing.
 
     Attributes:
-        kind: `collapse`, `dead`, `idle`, `flat`, `always_all` or `fixed`.
+        kind: `collapse`, `dead`, `idle`, `certain`, `flat`, `always_all` or `fixed`.
         severity: `serious` (the mixture is broken), `warning` (part of it is) or `note`.
         title: the problem in a few words.
         where: the layers and experts, counted from 1.
@@ -107,6 +107,11 @@ class RoutingWindow:
         """The expert with more than `COLLAPSED` of the layer's load in every step, if there are others."""
         experts = range(self.counts[layer]) if self.counts[layer] > 1 else ()
         return [expert for expert in experts if min(self.loads(layer, expert)) > COLLAPSED]
+
+    def certain(self, step: Statistics) -> set[int]:
+        """The layers where every token of a step used one expert with the weight 1; older runs do not tell."""
+        told = step.get("certain")
+        return {layer for layer in told if layer in self.layers} if isinstance(told, list) else set()
 
     def is_idle(self, layer: int) -> bool:
         """Whether hardly any token uses an expert in this layer."""
@@ -175,6 +180,20 @@ def check_idle(window: RoutingWindow) -> Alarm | None:
     )  # fmt: skip
 
 
+def check_certain(window: RoutingWindow) -> Alarm | None:
+    """Layers where every token used one expert with the weight 1 in every step: the gate changes no weight."""
+    found = set(window.layers).intersection(*(window.certain(step) for step in window.steps))
+    if not found:
+        return None
+    setting, advice = use_more_experts(window)
+    return Alarm(
+        "certain", "serious", "The loss does not reach the router",
+        location_text({layer: [] for layer in sorted(found)}),
+        "Every token uses one expert with the weight 1, whatever the gate says, so the router learns nothing from it.",
+        advice, setting, tuple(sorted(found)),
+    )  # fmt: skip
+
+
 def check_flat(window: RoutingWindow) -> Alarm | None:
     """The mean entropy over all layers is above `FLAT` in every step, checked after the first third of the run."""
     layers = [layer for layer in window.layers if window.counts[layer] > 1]
@@ -222,7 +241,7 @@ def check_fixed(window: RoutingWindow) -> Alarm | None:
 
 
 CHECKS: tuple[Callable[[RoutingWindow], Alarm | None], ...] = (
-    check_collapse, check_dead, check_idle, check_flat, check_always_all, check_fixed,
+    check_collapse, check_dead, check_idle, check_certain, check_flat, check_always_all, check_fixed,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------
@@ -255,6 +274,21 @@ def use_fewer_experts(window: RoutingWindow) -> tuple[str, str]:
     if window.router == "sparsegen":
         return raise_coefficient(window, "sparsity_loss_coef", 0.1) or strengthen_entropy(window)
     return strengthen_entropy(window)
+
+
+def use_more_experts(window: RoutingWindow) -> tuple[str, str]:
+    """Make a token's weights depend on the gate: more experts, or one whose weight is its probability."""
+    if window.router == "topk" and window.value("top_k") == 1:
+        return "adapter.top_k", "Set adapter.top_k to 2, or leave adapter.renormalize empty."
+    if window.router == "topp":
+        return "adapter.top_p", f"Raise adapter.top_p to {min(round(window.value('top_p') + 0.2, 2), 1.0):g}."
+    if window.router == "dynmole" and window.value("keep_top_k") == 1:
+        return "adapter.keep_top_k", "Raise adapter.keep_top_k to 2."
+    if window.router in ("threshold", "adamole"):
+        name = "threshold" if window.router == "threshold" else "max_threshold"
+        now = window.value(name)
+        return f"adapter.{name}", f"Lower adapter.{name} to {(even_share(window) if now is None else now) / 2:.3g}."
+    return lower_learning_rate(window)
 
 
 def raise_coefficient(window: RoutingWindow, name: str, first: float) -> tuple[str, str] | None:

@@ -31,6 +31,7 @@ from mole.data import Message
 from mole.data.encoding import encode_text
 from mole.mixture.steering import AS_TRAINED, Steering, steer
 from mole.mixture.trace import RoutingDelta, Trace, record_routing
+from mole.models.context import context_length
 from mole.models.loading import Loaded
 
 
@@ -85,11 +86,12 @@ def stream(
     with encoding or contextlib.nullcontext():
         rendered = prompt_text(messages, tokenizer, settings.enable_thinking)
         prompt, stop, ending = encode_text(rendered, tokenizer), stop_ids(model, tokenizer), stop_text(tokenizer)
-    context_left = context_length(model) - len(prompt)
+    limit = context_length(model.config)
+    context_left = limit - len(prompt)
     if context_left < 1:
         raise InputError(
-            f"The conversation has {len(prompt)} tokens, and {loaded.base} takes {context_length(model)} with its "
-            "answer: start a new conversation, or shorten it."
+            f"The conversation has {len(prompt)} tokens, and {loaded.base} takes {limit} with its answer: "
+            "start a new conversation, or shorten it."
         )
 
     def give_steps(give: Callable[[Step], None]) -> None:
@@ -258,8 +260,3 @@ class Sampling(LogitsProcessor):
     def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
         drawn: Tensor = torch.multinomial(scores.softmax(-1), 1, generator=self.generator)  # (1, 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)  # type: ignore[return-value]
-
-
-def context_length(model: Any) -> int:
-    """The model's maximum number of tokens; practically unlimited if its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30

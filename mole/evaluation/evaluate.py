@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from mole.chat.generate import context_length, generate
+from mole.chat.generate import generate
 from mole.chat.settings import ChatSettings
 from mole.chat.tokens import special_ids, stop_ids, stop_text
 from mole.core.errors import DataError
@@ -18,6 +18,7 @@ from mole.data.chat_templates import ChatTemplate
 from mole.data.encoding import encode_text
 from mole.data.rendering import render_example
 from mole.evaluation.scoring import AnswerScore, score_families
+from mole.models.context import context_length
 from mole.models.loading import Loaded
 
 EXTRA_TOKENS = 16
@@ -175,7 +176,7 @@ def generates_reference(loaded: Loaded, example: Example, score: AnswerScore, en
         return False
     prompt = render_example(example, ChatTemplate(loaded.tokenizer)).prompt
     given = encode_text(prompt, loaded.tokenizer) + answer
-    context_left = context_length(loaded.model) - len(given)
+    context_left = context_length(loaded.model.config) - len(given)
     if context_left < 1:
         return False
     settings = ChatSettings(max_new_tokens=len(tokens) + EXTRA_TOKENS)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from mole.chat.generate import context_length
 from mole.core.errors import DataError
 from mole.data import IGNORE_INDEX, Collator, EncodedExample, Example, encode_examples
+from mole.models.context import context_length
 from mole.models.loading import Loaded
 from mole.models.logits import base_model, only_positions
 
@@ -60,7 +60,7 @@ def score_families(loaded: Loaded, families: Sequence[Sequence[Example]]) -> Ite
     common prefix of a family is read once. The common prefix of all single examples, such as a system prompt, is read
     once for all of them.
     """
-    limit = context_length(loaded.model)
+    limit = context_length(loaded.model.config)
     flat = iter(encode_examples((example for family in families for example in family), loaded.tokenizer, limit))
     encoded = [[next(flat) for _ in family] for family in families]
     complete: dict[int, list[EncodedExample]] = {}

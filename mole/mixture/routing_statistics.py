@@ -19,7 +19,8 @@ def layer_statistics(model: nn.Module) -> dict[str, Any] | None:
     Returns:
         `layers`, `experts`: their numbers. `load` [layer][expert]: each expert's share of the routing weights, which
         add up to 1 in a layer. `entropy`, `active` [layer]: means. `dead` [layer]: number of experts whose load is
-        below `DEAD_SHARE` of an even share. None if nothing was logged.
+        below `DEAD_SHARE` of an even share. `certain`: indices of the layers where every token used one of several
+        experts with the weight 1, so that the loss has no gradient for the router. None if nothing was logged.
     """
     log = find_log(model)
     if log is None or not log.sums:
@@ -40,6 +41,12 @@ def layer_statistics(model: nn.Module) -> dict[str, Any] | None:
     dead = [
         int((load[place, : counts[layer]] < DEAD_SHARE / counts[layer]).sum()) for place, layer in enumerate(layers)
     ]
+    one = torch.ones(2)
+    certain = [
+        place
+        for place, layer in enumerate(layers)
+        if counts[layer] > 1 and torch.allclose(torch.stack([total[place, 0], table[place, -1]]), one, atol=1e-6)
+    ]
     return {
         "layers": len(layers),
         "experts": experts,
@@ -47,6 +54,7 @@ def layer_statistics(model: nn.Module) -> dict[str, Any] | None:
         "entropy": rounded(table[:, -2].tolist()),
         "active": rounded(table[:, -1].tolist()),
         "dead": dead,
+        "certain": certain,
     }
 
 

@@ -203,9 +203,20 @@ def load_tokenizer(name: str, folder: Path | None = None) -> Any:
         raise ModelError(f"The tokenizer of {name} cannot be loaded: {reason(error)}.") from error
     if tokenizer.eos_token is None:
         raise ModelError(f"The tokenizer of {name} has no end-of-text token: a reply would never end.")
-    if tokenizer.pad_token is None:
+    rows = embedding_rows(read_config(folder))
+    if rows is not None and tokenizer.eos_token_id >= rows:
+        raise ModelError(
+            f"The tokenizer of {name} ends texts with the id {tokenizer.eos_token_id}, and the model has embeddings "
+            f"for ids below {rows} only: use the tokenizer that belongs to the model."
+        )
+    if tokenizer.pad_token is None or (rows is not None and tokenizer.pad_token_id >= rows):
         tokenizer.pad_token = tokenizer.eos_token
-    return guard(tokenizer, name)
+    return guard(tokenizer, name, rows)
+
+
+def embedding_rows(hf_config: Any) -> int | None:
+    """How many tokens a model with this config has embeddings for; None if it does not say."""
+    return None if hf_config is None else getattr(hf_config.get_text_config(), "vocab_size", None)
 
 
 def attach(base: Base, folder: Path, name: str | None = None, onto: Any = None, adapter: str = "default") -> Loaded:

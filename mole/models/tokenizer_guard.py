@@ -1,4 +1,4 @@
-"""Makes the failures of a tokenizer's own patterns and settings ordinary errors.
+"""Makes the failures of a tokenizer's own patterns and settings, and ids that its model cannot read, ordinary errors.
 
 `tokenizer.json` comes with a model. The library that runs it (in Rust) panics where a pattern backtracks too long or
 settings contradict each other, and Python sees a `BaseException`, which no handler of errors catches. No torch.
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mole.core.errors import ModelError
+from mole.core.errors import ModelError, brief
 from mole.core.text import one_line
 
 MAX_FILE = 128 << 20
@@ -41,15 +41,25 @@ def panics_as_errors(name: str) -> Iterator[None]:
         raise ModelError(f"The tokenizer of {name} failed: {one_line(Exception(error))}.") from None
 
 
-def guard(tokenizer: Any, name: str) -> Any:
-    """The tokenizer of model `name`, changed in place: its panics are `ModelError`s."""
+def guard(tokenizer: Any, name: str, rows: int | None = None) -> Any:
+    """The tokenizer of model `name`, changed in place: its panics, and tokens without an embedding, are `ModelError`s.
+
+    Args:
+        tokenizer: of transformers.
+        name: of its model.
+        rows: how many tokens the model has embeddings for; None if unknown.
+    """
     kind = type(tokenizer)
+    last = rows if rows is not None and len(tokenizer) > rows else None
 
     def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(self: Any, *arguments: Any, **named: Any) -> Any:
             with panics_as_errors(name):
-                return method(self, *arguments, **named)
+                result = method(self, *arguments, **named)
+            if last is not None and method is kind._encode_plus:
+                check_ids(result["input_ids"], last, self, name)
+            return result
 
         return call
 
@@ -57,3 +67,14 @@ def guard(tokenizer: Any, name: str) -> Any:
     methods = {method: wrapped(getattr(kind, method)) for method in WRAPPED}
     tokenizer.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, **methods})
     return tokenizer
+
+
+def check_ids(ids: Any, rows: int, tokenizer: Any, name: str) -> None:
+    """Raise `ModelError` if a text's token ids, or those of several texts, are not below the `rows` of embeddings."""
+    for one in [ids] if ids and isinstance(ids[0], int) else ids:
+        if (largest := max(one, default=0)) >= rows:
+            raise ModelError(
+                f"The tokenizer of {name} writes the token {brief(tokenizer.convert_ids_to_tokens(largest))} with the "
+                f"id {largest}, and the model has embeddings for ids below {rows} only: use the tokenizer that "
+                "belongs to the model, or a model whose embeddings were extended for it."
+            )

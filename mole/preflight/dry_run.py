@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from mole.config import RunConfig
 from mole.data import Datasets, build_datasets
+from mole.models.context import within_positions
 from mole.models.loading import load_base, on_its_gpu
 from mole.runs.run import Run
 from mole.training.steps import count_steps
@@ -70,6 +71,7 @@ def measure(config: RunConfig, folder: Path, report: Callable[[str, float], None
     """
     report("loading the model", 0.05)
     base = load_base(on_its_gpu(config.model))
+    config = within_positions(config, base.model.config)
     report("reading the data", 0.4)
     data = build_datasets(config.data, base.tokenizer, config.training.seed)
     batch = min(config.training.per_device_train_batch_size, len(data.train))

@@ -15,7 +15,8 @@ from mole import runs
 from mole.config import RunConfig
 from mole.preflight.plan import Planner
 from mole.preflight.suggestions import MemorySuggestion, suggest
-from mole.training.steps import count_steps, warmup_notice
+from mole.training.notices import start_notices
+from mole.training.steps import count_steps
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def estimate(config: RunConfig) -> Estimate:
             "Measure when it has ended."
         )
     steps, epochs = count_steps(config.training, plan.lengths.rows)
-    notes += filter(None, [warmup_notice(config.training, steps)])
+    longest = plan.lengths.longest[0][0]
+    notes += start_notices(config, plan.hf_config, steps, longest)
     return Estimate(
         trainable_parameters=plan.counts.trainable,
         total_parameters=plan.counts.total,
@@ -94,7 +96,7 @@ def estimate(config: RunConfig) -> Estimate:
         total_steps=steps,
         epochs=epochs,
         rows=plan.lengths.rows,
-        longest=plan.lengths.longest[0][0],
+        longest=longest,
         typical=plan.lengths.typical,
         seconds_per_step=None if user or not memory else plan.seconds_per_step(config),
         suggestions=suggest(config, plan) if fits in ("tight", "no") else [],

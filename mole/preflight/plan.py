@@ -19,6 +19,7 @@ from mole.config import DataConfig, RunConfig
 from mole.core.devices import free_memory, pick_device, pick_dtype
 from mole.core.errors import DataError, InputError, ModelError
 from mole.data import IGNORE_INDEX, Example, encode_examples, read_examples
+from mole.models.context import within_positions
 
 if TYPE_CHECKING:
     import torch
@@ -89,8 +90,8 @@ class Planner:
         model = on_its_gpu(config.model)
         device = pick_device(model.device)
         folder = folder_without_weights(model.name)
-        check_continues_text(read_config(folder), model.name)
-        lengths = row_lengths(config.data, load_tokenizer(model.name, folder))
+        check_continues_text(described := read_config(folder), model.name)
+        lengths = row_lengths(within_positions(config, described).data, load_tokenizer(model.name, folder))
         try:
             hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             counts = memory_profile.count_parameters(hf_config, config.adapter, pick_dtype(model.dtype, device))

@@ -25,7 +25,8 @@ from mole.data import (
     split_rows,
 )
 from mole.data.chat_templates import ChatTemplate
-from mole.models.loading import load_tokenizer, local_folder, resolve
+from mole.models.context import positions_notice, within_positions
+from mole.models.loading import load_tokenizer, local_folder, read_config, resolve
 from mole.preflight.plan import character_count
 
 MAX_ROWS = 2000
@@ -140,6 +141,7 @@ def preview(config: RunConfig, rows: int = 8) -> Preview:
     source = read_beginning(data, data.path, "data.path")  # before loading the tokenizer: a bad file fails at once
     folder = local_folder(resolve(config.model.name), weights=False)
     tokenizer = load_tokenizer(config.model.name, folder)
+    data = within_positions(config, hf_config := read_config(folder)).data
     main = encode_file(source, tokenizer, data, "data.path")
     held_file = None
     if data.eval_path:
@@ -148,7 +150,11 @@ def preview(config: RunConfig, rows: int = 8) -> Preview:
         held_out = {len(main.encoded) + index for index in range(len(held_file.encoded))}
     else:
         held_out = set(split_rows(list(range(len(main.encoded))), data.eval_fraction, config.training.seed)[1])
-    return build_preview(main, held_file, held_out, tokenizer, data, rows)
+    shown = build_preview(main, held_file, held_out, tokenizer, data, rows)
+    shown.notices += filter(
+        None, [positions_notice(config, hf_config, max(len(item.input_ids) for item in main.encoded))]
+    )
+    return shown
 
 
 def read_beginning(data: DataConfig, path: str, setting: str) -> ExampleSet:

@@ -21,17 +21,19 @@ from mole.core import checkpoint
 from mole.core.errors import CheckpointError, TrainingError
 from mole.core.text import notices_in_one_line, print_error
 from mole.data import Collator, Datasets, build_datasets, chat_template, split_by_length
-from mole.mixture.model import METHOD_NAME, mole_config
+from mole.mixture.model import mole_config
 from mole.mixture.routing_log import auxiliary_loss, one_batch
 from mole.mixture.routing_statistics import layer_statistics
 from mole.models.adapter_files import WEIGHTS
+from mole.models.context import within_positions
 from mole.models.loading import TEMPLATE_FILE, Base, load_base, on_its_gpu
 from mole.models.logits import summed_loss_at
 from mole.runs.run import Run
 from mole.training.callbacks import DIVERGENCE_ADVICE, EventLog
+from mole.training.notices import signs_of_nothing_learnt, start_notices
 from mole.training.resume import as_begun, check_resumable, run_identity
 from mole.training.state import restore_optimizer, restore_random, save_training_state
-from mole.training.steps import count_steps, warmup_notice, warmup_steps
+from mole.training.steps import count_steps, warmup_steps
 
 TRAINER_STATE = "trainer_state.json"
 PASS_OVERHEAD = {"cpu": 24}
@@ -59,6 +61,7 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     """
     config = run.config
     base = load_base(on_its_gpu(config.model))
+    config = within_positions(config, base.model.config)
     datasets = build_datasets(config.data, base.tokenizer, config.training.seed, creation_date(run))
     source = checkpoint.newest_good(run.checkpoints_dir) if resume else None
     before = None if source is None else checkpoint.read_manifest(source).meta
@@ -216,18 +219,17 @@ class MoleTrainer(Trainer):
             total_parameters=sum(p.numel() for p in self.peft_model.parameters()),
             total_steps=self.total_steps(),
             resumed_from=None if source is None else source.name,
-            notices=self.tell(warmup_notice(self.run_config.training, self.total_steps())),
+            notices=self.tell(start_notices(self.run.config, self.base.model.config, self.total_steps())),
         )
         self.run.append_event("data", step, **report.to_dict())
 
-    def tell(self, *notices: str | None) -> list[str]:
-        """Print what somebody should know of the run, and write it to its log → those that are not None."""
-        told = [notice for notice in notices if notice is not None]
-        for notice in told:
+    def tell(self, notices: list[str]) -> list[str]:
+        """Print what somebody should know of the run, and write it to its log → the same."""
+        for notice in notices:
             log.warning(notice)
             if self.log_callback.progress:
                 print_error(f"Note: {notice}")
-        return told
+        return notices
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -248,23 +250,12 @@ class MoleTrainer(Trainer):
         if self.data.eval is not None and len(self.data.eval):
             metrics.update(self.evaluate())
         checkpoint.write_folder(self.run.adapter_dir, self.write_adapter, step=step, meta=self.identity)
-        self.run.append_event("finished", step, metrics=metrics, notices=self.tell(*self.signs_of_nothing_learnt()))
-
-    def signs_of_nothing_learnt(self) -> list[str]:
-        """What at the end of a run shows that it learnt nothing, in sentences."""
-        found = []
-        ups = [weight for name, weight in self.peft_model.named_parameters() if f".{METHOD_NAME}_B." in name]
-        if not any(weight.any() for weight in ups):
-            found.append(
-                "The adapter adds nothing: all of its B matrices are still zero, so no expert learnt anything. "
-                "Check the router's settings (its experts may never be used) and training.learning_rate."
-            )
-        if self.log_callback.loss_never_moved:
-            found.append(
-                f"The loss never moved from {self.log_callback.highest_loss:.4g}. "
-                "Check the data (rows may be all alike) and training.learning_rate."
-            )
-        return found
+        self.run.append_event(
+            "finished",
+            step,
+            metrics=metrics,
+            notices=self.tell(signs_of_nothing_learnt(self.peft_model, self.log_callback)),
+        )
 
     def write_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's format, its README and the chat template of the training into a folder.

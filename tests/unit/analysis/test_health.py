@@ -138,6 +138,27 @@ def test_dynmole_that_always_keeps_its_few_is_top_k() -> None:
     assert kinds(config("dynmole"), steps(table(EVEN, active=2.1))) == []
 
 
+@pytest.mark.parametrize(
+    ("router", "settings", "advice"),
+    [
+        ("topk", {"top_k": 1, "renormalize": True}, "Set adapter.top_k to 2, or leave adapter.renormalize empty."),
+        ("topp", {"top_p": 0.1}, "Raise adapter.top_p to 0.3."),
+        ("adamole", {}, "Lower adapter.max_threshold to 0.125."),
+        ("dynmole", {"keep_top_k": 1}, "Raise adapter.keep_top_k to 2."),
+        ("sparsegen", {}, "Lower training.learning_rate"),
+    ],
+)
+def test_weights_that_do_not_depend_on_the_gate_are_told(router: str, settings: dict[str, Any], advice: str) -> None:
+    of_the_second = {**table(EVEN, EVEN, active=1.0), "certain": [1]}
+    (alarm,) = alarms(config(router, **settings), steps(of_the_second, last=20), 100)
+    assert (alarm.kind, alarm.severity, alarm.where) == ("certain", "serious", "Layer 2")
+    assert alarm.advice.startswith(advice)
+    once = [*steps(of_the_second, WINDOW - 1, last=20), {"step": 21, "routing": {**of_the_second, "certain": []}}]
+    assert "certain" not in kinds(config(router, **settings), once)
+    broken = {**of_the_second, "certain": [7, "x", None]}
+    assert "certain" not in kinds(config(router, **settings), steps(broken, last=20))
+
+
 def test_a_layer_no_token_uses_is_idle_and_its_experts_are_not_called_dead() -> None:
     nothing = table([0.0] * 4, EVEN)
     nothing["active"][0] = 0.01
@@ -162,10 +183,11 @@ def test_every_advice_is_a_config_this_router_takes(router: str) -> None:
         table(EVEN, EVEN, entropy=1.0, active=4.0),
         table(EVEN, EVEN, active=2.0),
         table([0.0] * 4, EVEN, active=0.0),
+        {**table(EVEN, EVEN, active=1.0), "certain": [0, 1]},
     ]
     given = config(router)
     found = [alarm for routing in sick for alarm in alarms(given, steps(routing), 100)]
-    assert {"collapse", "dead"} <= {alarm.kind for alarm in found}
+    assert {"collapse", "dead", "certain"} <= {alarm.kind for alarm in found}
     for alarm in found:
         match = re.fullmatch(r"(?:Set|Raise|Lower) (\w+\.\w+) to ([\d.e-]+)(?:\.|, or .*)", alarm.advice)
         assert match and match[1] == alarm.setting, alarm.advice
@@ -194,6 +216,7 @@ def test_layers_are_named_up_to_a_few() -> None:
         ("dynmole", {"adapter.entropy_threshold": 0}, "always_all"),
         ("dynmole", {"adapter.entropy_threshold": 1, "adapter.top_p": 0.1}, "fixed"),
         ("topp", {"adapter.top_p": 1.0}, "always_all"),
+        ("topk", {"adapter.top_k": 1, "adapter.renormalize": True}, "certain"),
     ],
 )
 def test_a_real_training_driven_into_trouble_is_told(

@@ -139,6 +139,20 @@ def test_statistics_are_means_over_all_tokens(router: str, tiny_model: Make) -> 
         assert found["active"][place] == pytest.approx(active.item(), abs=1e-4)
 
 
+@pytest.mark.parametrize(("settings", "certain"), [({"renormalize": True}, [1]), ({}, [])])
+def test_layers_whose_weights_do_not_depend_on_the_gate_are_told(
+    settings: dict[str, Any], certain: list[int], tiny_model: Make
+) -> None:
+    """Of two layers the first has one expert only, which is no router's fault."""
+    given = {"num_experts": [1, 4], "top_k": 1, "balance_loss_coef": 0.0, **settings}
+    model = adapt(tiny_model(), "topk", **given).train()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    found = layer_statistics(model)
+    assert found is not None and found["certain"] == certain
+    gates = [p.grad for name, p in model.named_parameters() if "mole_studio_gate" in name and ".layers.1." in name]
+    assert gates and all((grad is not None and bool(grad.any())) != bool(certain) for grad in gates)
+
+
 def test_recording_a_training_pass_changes_nothing_of_its_loss(tiny_model: Make) -> None:
     model = trained(tiny_model(), "sparsegen")
     plain = loss_of(model, batches())
