@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -100,8 +101,10 @@ def test_columns_come_while_a_preview_hangs(tiny_folder: Path, data: Path, tmp_p
     hanging = Thread(target=hang)
     hanging.start()
     assert columns_of(str(data)) == ("instruction", "output")
-    data_process.PREVIEWS.end()
-    hanging.join(30)
+    deadline = time.monotonic() + 60
+    while hanging.is_alive() and time.monotonic() < deadline:
+        data_process.PREVIEWS.end()  # the thread may not have started its process yet: again
+        hanging.join(0.5)
     assert not hanging.is_alive()
 
 
