@@ -110,7 +110,7 @@ def check_public(config: RunConfig) -> None:
     """On a Space, allow samples, uploads and the default model only. Raises `InputError` for anything else."""
     if not space_id():
         return
-    for path in (config.data.path, config.data.eval_path):
+    for path in (*(source.path for source in config.data.sources), config.data.eval_path):
         if path and not is_public(path):
             raise DataError("This Space allows its samples and uploaded files only.", field="data.path")
     if config.model != RunConfig().model:

@@ -182,7 +182,7 @@ class RunForm:
                 value = value.strip()
             if dotted in MAPPINGS and not value:
                 continue
-            if dotted in ("name", "data.eval_path"):
+            if dotted in ("name", "data.eval_path", "data.name", "data.split"):
                 value = value or None
             (nested[section] if section else nested)[name] = value
         return nested
@@ -194,10 +194,10 @@ class RunForm:
     def fill(self, config: RunConfig) -> list[Any]:
         """The values of `inputs` that show a config; the settings of other routers go back to their defaults."""
         values = config.to_dict()
-        filled = [component_value(made, value_at(values, dotted)) for dotted, made in self.shared.items()]
+        filled = [component_value(made, dotted, value_at(values, dotted)) for dotted, made in self.shared.items()]
         for router, group in self.own.items():
             chosen = config.adapter if router == config.adapter.router else AdapterConfig.from_flat({"router": router})
-            filled += [component_value(made, chosen.to_flat()[name]) for name, made in group.items()]
+            filled += [component_value(made, name, chosen.to_flat()[name]) for name, made in group.items()]
         return filled
 
     def problem_of(self, values: Sequence[Any], error: MoleError, reveal: bool = False) -> dict[str, Any]:
@@ -237,10 +237,10 @@ def value_at(values: Mapping[str, Any], dotted: str) -> Any:
     return values
 
 
-def component_value(made: Component, value: Any) -> Any:
+def component_value(made: Component, dotted: str, value: Any) -> Any:
     """A setting's value as its component takes it: text boxes, and choices, in the syntax of the command line."""
     as_text = isinstance(made, gr.Textbox) or (isinstance(made, gr.Dropdown) and not isinstance(value, str))
-    return command_text(value) if as_text else value
+    return setting_text(dotted, value) if as_text else value
 
 
 def non_default_settings(config: RunConfig) -> Iterator[tuple[str, Any, str | None]]:
@@ -268,7 +268,7 @@ def command_line(config: RunConfig) -> str:
     if config.name:
         parts.append(f"--name {shlex.quote(config.name)}")
     for dotted, value, flag in non_default_settings(config):
-        text = command_text(value)
+        text = setting_text(dotted, value)
         if text:
             parts.append(f"{flag} {shlex.quote(text)}" if flag else f"--set {shlex.quote(f'{dotted}={text}')}")
     return " \\\n  ".join(parts)
@@ -287,3 +287,11 @@ def command_text(value: Any) -> str:
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else repr(value)
     return "" if value is None else str(value)
+
+
+def setting_text(dotted: str, value: Any) -> str:
+    """`command_text` of the setting `dotted`: a list of paths, whose names may have commas, is YAML."""
+    if dotted == "data.path" and isinstance(value, list):
+        flow: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10_000)
+        return flow.strip()
+    return command_text(value)

@@ -167,8 +167,10 @@ def add_settings(command: Parser) -> None:
             if spec is not None and spec.flag:
                 default = "" if item.default in (dataclasses.MISSING, "") else f" (default {item.default})"
                 choices = f" One of: {', '.join(ROUTERS)}." if item.name == "router" else ""
+                repeated: dict[str, Any] = {"action": "append"} if item.name == "path" else {}
                 command.add_argument(
                     spec.flag,
+                    **repeated,
                     dest=f"{section}.{item.name}",
                     metavar=item.name.rpartition("_")[2].upper(),
                     help=f"{spec.help}{choices}{default}".replace("%", "%%"),
@@ -274,9 +276,16 @@ def add_models(parts: Any) -> None:
 def add_data(parts: Any) -> None:
     parts = add_group(parts, "data", "Check data files.")
     command = add_command(
-        parts, "check", data.check_data_command, "Read a data file as training does, and report rejected rows."
+        parts, "check", data.check_data_command, "Read data files as training does, and report rejected rows."
     )
-    command.add_argument("file", metavar="FILE", help="JSON, JSONL, CSV or Parquet file, or a hub id.")
+    command.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="JSON, JSONL, CSV or Parquet file, or a hub id, or '{path: FILE, columns: {…}, …}' as in data.path.",
+    )
+    command.add_argument("--name", metavar="NAME", help="Configuration of a hub data set.")
+    command.add_argument("--split", metavar="NAME", help="Split of a hub data set (default train).")
     command.add_argument("--model", help="Also count tokens with this base model's tokenizer and chat template.")
     command.add_argument("--columns", metavar="YAML", help="Column names where they differ, e.g. '{prompt: question}'.")
     command.add_argument(

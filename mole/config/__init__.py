@@ -1,12 +1,13 @@
 """The settings of a run: each declared once, with its default, bounds and help text.
 
 `schema` holds the sections of `run.yaml` and `RunConfig`; `router_params` the parameters of each routing method;
-`fields` how a setting is declared, checked and converted from text; `yaml_loader` reads YAML; `presets` names complete
-configurations. The command line, the form in the browser, `MoleConfig` and the documentation follow from these. No
-torch.
+`data_sources` the files and data sets that `data.path` names; `fields` how a setting is declared, checked and converted
+from text; `yaml_loader` reads YAML; `presets` names complete configurations. The command line, the form in the browser,
+`MoleConfig` and the documentation follow from these. No torch.
 """
 
 from mole.config.adapter_config import ALL_LINEAR, AdapterConfig
+from mole.config.data_sources import DataSource, parse_sources
 from mole.config.fields import (
     MAX_INTEGER,
     Spec,
@@ -44,8 +45,9 @@ from mole.config.yaml_loader import TextLoader, parse_yaml, read_yaml
 
 __all__ = [
     "ALL_LINEAR", "BUILT_IN_PRESETS", "MAX_INTEGER", "ROUTERS", "SECTIONS", "AdapterConfig", "DataConfig",
-    "ModelConfig", "Preset", "RouterParams", "RunConfig", "Spec", "TextLoader", "TrainingConfig", "all_presets",
-    "apply_overrides", "build_settings", "check_sections", "check_settings", "coerce", "delete_preset", "find_preset",
-    "merge_preset", "params_class", "parse_yaml", "preset_path", "presets_dir", "read_yaml", "router_field_names",
-    "save_preset", "saved_presets", "setting", "spec_of", "union_members", "unknown_setting",
+    "DataSource", "ModelConfig", "Preset", "RouterParams", "RunConfig", "Spec", "TextLoader", "TrainingConfig",
+    "all_presets", "apply_overrides", "build_settings", "check_sections", "check_settings", "coerce", "delete_preset",
+    "find_preset", "merge_preset", "params_class", "parse_sources", "parse_yaml", "preset_path", "presets_dir",
+    "read_yaml", "router_field_names", "save_preset", "saved_presets", "setting", "spec_of", "union_members",
+    "unknown_setting",
 ]  # fmt: skip

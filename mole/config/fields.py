@@ -9,7 +9,7 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Union
 
@@ -37,6 +37,7 @@ class Spec:
         from_paper: whether the default is the paper's (or its authors' code's); the form then says so.
         steerable: whether it only affects how a trained router selects experts: Chat then offers it as a routing
             override.
+        parse: converts a value of this setting, of which it gets the name too, instead of `coerce`.
     """
 
     help: str
@@ -48,6 +49,7 @@ class Spec:
     flag: str | None = None
     from_paper: bool = False
     steerable: bool = False
+    parse: Callable[[Any, str], Any] | None = None
 
     def range_text(self) -> str:
         """The allowed range in words, e.g. `"greater than 0 and at most 1"`; empty without bounds."""
@@ -86,12 +88,20 @@ def build_settings(section_class: Any, values: Mapping[str, Any], section: str) 
     Raises `InputError` for an unknown name, `ConfigError` for a value that is not allowed.
     """
     hints = typing.get_type_hints(section_class)
-    known = {item.name for item in fields(section_class)}
+    known = {item.name: item for item in fields(section_class)}
     for key in values:
         if key not in known:
-            raise unknown_setting(section, key, known)
+            raise unknown_setting(section, key, {*known})
     dotted = {key: f"{section}.{key}" if section else key for key in values}
-    return section_class(**{key: coerce(hints[key], value, dotted[key]) for key, value in values.items()})
+    return section_class(
+        **{key: converted(known[key], hints[key], value, dotted[key]) for key, value in values.items()}
+    )
+
+
+def converted(item: dataclasses.Field[Any], hint: Any, value: Any, name: str) -> Any:
+    """The value of a setting as its own `Spec.parse` converts it, or else `coerce`. Raises `ConfigError`."""
+    parse = spec_of(item).parse if "spec" in item.metadata else None
+    return parse(value, name) if parse else coerce(hint, value, name)
 
 
 def check_settings(section: Any, prefix: str = "") -> None:
@@ -101,7 +111,7 @@ def check_settings(section: Any, prefix: str = "") -> None:
         if "spec" not in item.metadata:
             continue
         spec, name = spec_of(item), f"{prefix}.{item.name}" if prefix else item.name
-        value = coerce(hints[item.name], getattr(section, item.name), name)
+        value = converted(item, hints[item.name], getattr(section, item.name), name)
         object.__setattr__(section, item.name, value)  # also of a frozen one
         if spec.choices and value not in spec.choices:
             raise ConfigError(name, value, f"one of: {', '.join(spec.choices)}")

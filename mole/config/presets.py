@@ -14,7 +14,7 @@ from mole.core.paths import check_name, home, make_folder
 
 KEPT_SETTINGS = (
     "model.name", "model.dtype", "model.quantization", "model.device",
-    "data.path", "data.eval_path", "data.eval_fraction", "data.columns",
+    "data.path", "data.name", "data.split", "data.eval_path", "data.eval_fraction", "data.columns",
 )  # fmt: skip
 """Settings of the current run that a built-in preset keeps unless it sets them: a method does not choose the data."""
 

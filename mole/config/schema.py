@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from mole.config.adapter_config import AdapterConfig
+from mole.config.data_sources import SETTING, DataSource, parse_sources
 from mole.config.fields import build_settings, check_settings, setting, unknown_setting
 from mole.config.router_params import router_field_names
 from mole.config.yaml_loader import read_yaml
@@ -61,7 +62,20 @@ class ModelConfig:
 class DataConfig:
     """The training examples and the held-out examples."""
 
-    path: str = setting("", "JSON, JSONL, CSV or Parquet file, or a hub id.", label="Training data", flag="--data")
+    path: str | list[Any] = setting(
+        "",
+        "JSON, JSONL, CSV or Parquet file, or a hub id; or a list of several, as paths or {path, weight, columns, "
+        "name, split}. A weight of 2 shows each row of a file twice per epoch, 0.5 a random half of them.",
+        label="Training data",
+        flag="--data",
+        parse=parse_sources,
+    )
+    name: str | None = setting(
+        None, "Configuration of a hub data set; in a list, name it with each data set.", label="Hub configuration"
+    )
+    split: str | None = setting(
+        None, "Split of a hub data set; train if empty. In a list, name it with each data set.", label="Hub split"
+    )
     eval_path: str | None = setting(None, "Held-out file; leave empty to hold out a fraction of the training data.")
     eval_fraction: float = setting(0.02, "Fraction of the rows held out if there is no held-out file.", ge=0, le=0.5)
     max_length: int = setting(
@@ -81,6 +95,24 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "data")
+        for name in ("name", "split"):
+            if isinstance(self.path, list) and getattr(self, name):
+                raise ConfigError(
+                    f"data.{name}", getattr(self, name), f"empty where {SETTING} is a list", "Give it in the list."
+                )
+
+    @property
+    def label(self) -> str:
+        """The training data in words, e.g. `a.jsonl, b.csv`."""
+        return ", ".join(source.label for source in self.sources)
+
+    @property
+    def sources(self) -> list[DataSource]:
+        """The files and data sets of `path`, none if it is empty; an entry without columns of its own has `columns`."""
+        if isinstance(self.path, str):
+            return [DataSource(self.path, 1.0, self.columns, self.name, self.split)] if self.path else []
+        given = [{"path": entry} if isinstance(entry, str) else entry for entry in self.path]
+        return [DataSource(**{"columns": self.columns, **entry}) for entry in given]
 
 
 @dataclass

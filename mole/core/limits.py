@@ -8,7 +8,11 @@ from __future__ import annotations
 QUEUE = 64
 """Runs queued at a time, on all devices together: each is a process. Also the largest grid."""
 ROWS = 5_000_000
-"""Rows of a data file."""
+"""Rows of a data file, and of all those of a run as often as their weights say."""
+SOURCES = 64
+"""Files and data sets that a run trains on."""
+WEIGHT = 1000
+"""How often a row may be seen in an epoch."""
 FILE_BYTES = 4 << 30
 """Bytes of a data file, which is read into memory."""
 DECODED_BYTES = 256 << 20

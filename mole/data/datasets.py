@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
 from typing import Any
 
-from mole.config import DataConfig
+from mole.config import DataConfig, DataSource
 from mole.core.errors import DataError
 from mole.data.encoding import IGNORE_INDEX, encode_examples
 from mole.data.examples import ExampleSet, RejectedRow, no_usable_rows, read_examples
+from mole.data.mixing import joint_fingerprint, joint_shape, read_sources, short_labels, weighted
+
+EncodedRow = dict[str, list[int]]
 
 
 @dataclass
@@ -19,15 +24,17 @@ class DataReport:
     """Counts of rows and tokens, and the first reasons for rejecting rows.
 
     Attributes:
-        rows: training rows.
+        rows: training rows of an epoch: those of several files as often as their weights say.
         eval_rows: held-out rows.
-        rejected: rows that cannot be used, of both files.
+        rejected: rows that cannot be used, of all files.
         truncated: rows cut to `max_length`.
-        shape: the shape of the training file's rows.
+        shape: the shape of the training rows; of several files, all of theirs.
         fingerprint: sha256 of the content of the file or files.
         tokens: tokens of the training rows.
         answer_tokens: tokens of the training rows with loss.
         rejections: the first ten reasons, e.g. `row 7: completion is null`; those of a held-out file say so.
+        sources: of several training files, for each its `source`, `shape` and `weight`, and the numbers of its `rows`
+            (without those held out, each counted once), `eval_rows` and `rejected` rows.
     """
 
     rows: int
@@ -39,6 +46,7 @@ class DataReport:
     tokens: int
     answer_tokens: int
     rejections: list[str] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -49,9 +57,19 @@ class DataReport:
 class Datasets:
     """Training rows and held-out rows (possibly none), each `{"input_ids": [int], "labels": [int]}`."""
 
-    train: list[dict[str, list[int]]]
-    eval: list[dict[str, list[int]]]
+    train: list[EncodedRow]
+    eval: list[EncodedRow]
     report: DataReport
+
+
+@dataclass
+class EncodedPart:
+    """One of the training files, or the held-out one: its encoded rows, the rejected ones and how many were cut."""
+
+    source: ExampleSet
+    rows: list[EncodedRow]
+    rejected: list[RejectedRow]
+    truncated: int
 
 
 def build_datasets(config: DataConfig, tokenizer: Any, seed: int, date: datetime | None = None) -> Datasets:
@@ -59,37 +77,66 @@ def build_datasets(config: DataConfig, tokenizer: Any, seed: int, date: datetime
 
     A chat template that writes the date takes `date` for now: that of the run, which then resumes on another day.
 
-    The held-out rows are those of `config.eval_path`, or a random `config.eval_fraction` of the rows (never all).
-    Raises `DataError` as `read_examples` does, and when no row can be encoded.
+    The held-out rows are those of `config.eval_path`, or a random `config.eval_fraction` of the rows (never all), which
+    are held out before weights repeat some. Raises `DataError` as `read_sources` does, and when no row of a file can be
+    encoded.
     """
-    source = read_examples(config.path, config.columns)
-    train, rejected, cut = encode_rows(source, tokenizer, config, "data.path", date)
-    reasons, fingerprint = list(map(str, rejected)), source.fingerprint
+    sources = config.sources
+    parts = [
+        EncodedPart(item, *encode_rows(item, tokenizer, config, "data.path", date)) for item in read_sources(config)
+    ]
+    labels = short_labels(sources) if len(parts) > 1 else [""]
+    reasons = [
+        str(replace(row, source=label)) for part, label in zip(parts, labels, strict=True) for row in part.rejected
+    ]
+    numbered = [(number, row) for number, part in enumerate(parts) for row in part.rows]
+    fingerprint, cut = joint_fingerprint([part.source.fingerprint for part in parts]), sum(p.truncated for p in parts)
     if config.eval_path:
         heldout = read_examples(config.eval_path, config.columns, field="data.eval_path")
         evaluation, eval_rejected, eval_cut = encode_rows(heldout, tokenizer, config, "data.eval_path", date)
         reasons += [f"held-out {item}" for item in eval_rejected]
         cut += eval_cut
         fingerprint = sha256(f"{fingerprint} {heldout.fingerprint}".encode()).hexdigest()
+        held: list[tuple[int, EncodedRow]] = []
     else:
-        train, evaluation = split_rows(train, config.eval_fraction, seed)
+        numbered, held = split_rows(numbered, config.eval_fraction, seed)
+        evaluation = [row for _, row in held]
+    train = weighted([[row for of, row in numbered if of == number] for number in range(len(parts))], sources, seed)
     report = DataReport(
         rows=len(train),
         eval_rows=len(evaluation),
         rejected=len(reasons),
         truncated=cut,
-        shape=source.shape,
+        shape=joint_shape([part.source.shape for part in parts]),
         fingerprint=fingerprint,
         tokens=sum(len(row["input_ids"]) for row in train),
         answer_tokens=sum(label != IGNORE_INDEX for row in train for label in row["labels"]),
         rejections=reasons[:10],
+        sources=describe_parts(sources, parts, Counter(of for of, _ in held)) if len(parts) > 1 else [],
     )
     return Datasets(train, evaluation, report)
 
 
+def describe_parts(
+    sources: Sequence[DataSource], parts: Sequence[EncodedPart], held: Counter[int]
+) -> list[dict[str, Any]]:
+    """`DataReport.sources`; `held` are the numbers of held-out rows."""
+    return [
+        {
+            "source": source.label,
+            "shape": part.source.shape,
+            "weight": source.weight,
+            "rows": len(part.rows) - held[number],
+            "eval_rows": held[number],
+            "rejected": len(part.rejected),
+        }
+        for number, (source, part) in enumerate(zip(sources, parts, strict=True))
+    ]
+
+
 def encode_rows(
     source: ExampleSet, tokenizer: Any, config: DataConfig, field: str, date: datetime | None
-) -> tuple[list[dict[str, list[int]]], list[RejectedRow], int]:
+) -> tuple[list[EncodedRow], list[RejectedRow], int]:
     """Encoded rows, all rejected rows, and the number of truncated rows. Raises `DataError` when no row is left."""
     rows, rejected, truncated = [], list(source.rejected), 0
     encoded = encode_examples(source.examples, tokenizer, config.max_length, config.enable_thinking, date)

@@ -63,13 +63,14 @@ class Example:
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that cannot be used: its number from 1 (in JSONL, its line) and the reason."""
+    """A row that cannot be used: its number from 1 (in JSONL, its line), the reason, and of several files its own."""
 
     row: int
     reason: str
+    source: str = ""
 
     def __str__(self) -> str:
-        return f"row {self.row}: {self.reason}"
+        return f"{f'{self.source} ' if self.source else ''}row {self.row}: {self.reason}"
 
 
 @dataclass
@@ -102,6 +103,8 @@ def read_examples(
     *,
     field: str = "data.path",
     peek: bool = False,
+    name: str | None = None,
+    split: str | None = None,
 ) -> ExampleSet:
     """Read a JSON, JSONL, CSV or Parquet file, or a hub data set `owner/name[:config[:split]]`.
 
@@ -111,11 +114,12 @@ def read_examples(
         limit: read only the first rows.
         field: the setting that errors name.
         peek: read no more of a file than `limit` rows need.
+        name, split: configuration and split of a hub data set, if the id does not name them.
 
     Raises `DataError` for a missing file, malformed content (with its line), no known shape (with the columns found),
     a mapped column that is missing, or no usable row (with the first reasons).
     """
-    records = read_records(path, limit, field, peek=peek)
+    records = read_records(path, limit, field, peek=peek, name=name, split=split)
     found = records.columns
     shape, mapping = resolve_columns(found, check_mapping(columns or {}, found, path))
     shape = shape if found else "none"

@@ -24,6 +24,7 @@ from mole.data.compressed import SUFFIXES, decompressed, read_whole
 from mole.data.encodings import decode_text
 from mole.data.heads import read_head
 from mole.data.parquet import parse_parquet
+from mole.data.shapes import join_names
 from mole.data.text_formats import parse_csv, parse_json
 
 FILE_FORMATS = {
@@ -61,7 +62,15 @@ class Records:
     notices: list[str] = field(default_factory=list)
 
 
-def read_records(path: str, limit: int | None = None, field: str = "data.path", *, peek: bool = False) -> Records:
+def read_records(
+    path: str,
+    limit: int | None = None,
+    field: str = "data.path",
+    *,
+    peek: bool = False,
+    name: str | None = None,
+    split: str | None = None,
+) -> Records:
     """Read a file (its suffix gives the format) or a hub data set `owner/name[:config[:split]]` (split: `train`).
 
     Args:
@@ -69,6 +78,7 @@ def read_records(path: str, limit: int | None = None, field: str = "data.path", 
         limit: keep only the first rows.
         field: the setting that errors name.
         peek: read no more of a file than `limit` rows need.
+        name, split: configuration and split of a hub data set, if the id does not name them.
 
     Raises `DataError` naming the file, and the line where there is one.
     """
@@ -79,17 +89,33 @@ def read_records(path: str, limit: int | None = None, field: str = "data.path", 
         if file.is_dir():
             raise DataError(f"{path} is a folder; give a {FORMAT_NAMES} file ({field}).", field=field)
         if file.exists():
+            check_file_alone(path, name, split)
             return read_file(file, limit, peek)
         hub_id = None if file.suffix.lower() in FILE_SUFFIXES else DATASET_ID.fullmatch(path)
         if hub_id is None:
             raise DataError(f"There is no file {path} ({field}); give a {FORMAT_NAMES} file or a hub id.", field=field)
-        return read_hub_dataset(hub_id["id"], hub_id["config"] or None, hub_id["split"] or "train", limit)
+        config = one_of(path, "configuration", hub_id["config"], name)
+        return read_hub_dataset(hub_id["id"], config, one_of(path, "split", hub_id["split"], split) or "train", limit)
     except DataError as error:
         error.field = field
         raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise DataError(f"{path} cannot be read: {reason} ({field}).", field=field) from None
+
+
+def check_file_alone(path: str, name: str | None, split: str | None) -> None:
+    """Raise `DataError` for a configuration or a split of a file."""
+    for what, given in (("configuration", name), ("split", split)):
+        if given:
+            raise DataError(f"{path} is a file, which has no {what} {given!r}; those are of hub data sets.")
+
+
+def one_of(path: str, what: str, inside: str | None, beside: str | None) -> str | None:
+    """The configuration or split in a hub id, or the one given beside it. Raises `DataError` where they differ."""
+    if inside and beside and inside != beside:
+        raise DataError(f"{path} names a {what}, and {beside!r} is given beside it; give one of them.")
+    return inside or beside or None
 
 
 def read_file(file: Path, limit: int | None, peek: bool = False) -> Records:
@@ -140,8 +166,11 @@ def read_hub_dataset(name: str, config: str | None, split: str, limit: int | Non
     check_dataset_exists(name)
     datasets.disable_progress_bars()
     try:
+        check_names(name, config, split)
         data = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # of many unrelated types: wrong name, config or split
+    except DataError:
+        raise
+    except Exception as error:  # of many unrelated types: wrong files, no connection, no space
         raise DataError(f"The data set {name} on the hub cannot be loaded: {one_line(error)}.") from error
     finally:
         datasets.enable_progress_bars()
@@ -153,6 +182,30 @@ def read_hub_dataset(name: str, config: str | None, split: str, limit: int | Non
     return Records(
         list(enumerate(rows, start=1)), hashlib.sha256(content).hexdigest(), data.column_names, len(rows) == len(data)
     )
+
+
+def check_names(name: str, config: str | None, split: str) -> None:
+    """Raise `DataError` with those that exist unless a data set has the configuration and the split.
+
+    Nothing is downloaded but what describes the data set.
+    """
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(name, config)
+    except ValueError as error:
+        known = datasets.get_dataset_config_names(name)
+        if config in known:
+            raise
+        if config is None and len(known) > 1:
+            asked = f"has several configurations; name one, as in {name}:{known[0]}; there are"
+        else:
+            asked = f"has no configuration {config!r}; it has"
+        raise DataError(f"The data set {name} on the hub {asked}: {join_names(known)}.") from error
+    there = list(builder.info.splits or getattr(builder.config, "data_files", None) or [])
+    wanted = [part.partition("[")[0].strip() for part in split.split("+")]
+    if missing := [part for part in wanted if there and part not in (*there, "all")]:
+        raise DataError(f"The data set {name} on the hub has no split {missing[0]!r}; it has: {join_names(there)}.")
 
 
 def check_dataset_exists(name: str) -> None:

@@ -12,7 +12,7 @@ from mole.config import RunConfig
 from mole.core.child import Child, ChildExited, ChildTimeout, memory_limit, serve
 from mole.core.devices import free_on_cpu
 from mole.core.errors import DataError
-from mole.data import read_columns, read_examples
+from mole.data import fingerprint_of, read_columns
 from mole.evaluation.job import data_columns, start_evaluation
 from mole.preflight.preview import Preview, preview
 from mole.runs.run import Run
@@ -64,7 +64,11 @@ def columns_of(path: str) -> tuple[str, ...]:
 
 def check_inputs(config: RunConfig) -> None:
     """`mole.runs.check_inputs`, which reads all of the data. Raises its errors and those of `DataReader.read`."""
-    runs.check_inputs(config, lambda *source, **named: _read_once("rows", source, named))
+
+    def read(*source: Any, **named: Any) -> str:
+        return str(_read_once("rows", source, named))
+
+    runs.check_inputs(config, read)
 
 
 def evaluate(target: str, data: str, limit: int | None) -> None:
@@ -90,9 +94,9 @@ def _read_once(action: str, *arguments: Any) -> Any:
 # The process
 
 
-def check_rows(source: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """`mole.data.read_examples` for its errors alone."""
-    read_examples(*source, **named)
+def check_rows(source: tuple[Any, ...], named: dict[str, Any]) -> str:
+    """`mole.data.fingerprint_of`."""
+    return fingerprint_of(*source, **named)
 
 
 BEGINNINGS: dict[str, Callable[..., Any]] = {"preview": preview, "columns": read_columns}

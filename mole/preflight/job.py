@@ -57,7 +57,7 @@ class PreflightJob:
         for name in ("name", "group"):
             values.pop(name, None)
         stamps = []
-        for path in (config.data.path, config.data.eval_path, config.model.name):
+        for path in (*(source.path for source in config.data.sources), config.data.eval_path, config.model.name):
             with contextlib.suppress(OSError, ValueError):
                 stat = local_path(path or "").stat()
                 stamps.append([path, stat.st_size, stat.st_mtime_ns])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mole.config import DataConfig, RunConfig
 from mole.core.devices import free_memory, pick_device, pick_dtype
 from mole.core.errors import DataError, InputError, ModelError
-from mole.data import IGNORE_INDEX, Example, encode_examples, read_examples
+from mole.data import IGNORE_INDEX, Example, encode_examples, read_sources, weighted
 from mole.models.context import within_positions
 
 if TYPE_CHECKING:
@@ -228,14 +228,14 @@ def row_lengths(config: DataConfig, tokenizer: Any) -> RowLengths:
 
     Raises `DataError` when the data cannot be read or no row can be used.
     """
-    examples = list(read_examples(config.path, config.columns).examples)
+    examples = weighted([found.examples for found in read_sources(config)], config.sources, seed=0)
     sample, more = examples, list[Example]()
     if len(examples) > LENGTH_SAMPLE:
         sample = random.Random(0).sample(examples, LENGTH_SAMPLE * 3 // 4)
         more = heapq.nlargest(LENGTH_SAMPLE // 4, examples, key=character_count)
     found = encoded_lengths(sample, tokenizer, config)
     if not found:
-        raise DataError(f"{config.path}: no row can be used.", field="data.path")
+        raise DataError(f"{config.label}: no row can be used.", field="data.path")
     rows = round(len(examples) * len(found) / len(sample))
     if not config.eval_path and config.eval_fraction:
         rows -= min(max(round(rows * config.eval_fraction), 1), rows - 1)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from mole.config import DataConfig, RunConfig
+from mole.config import DataConfig, DataSource, RunConfig
 from mole.core.errors import ConfigError, DataError, brief
 from mole.data import (
     IGNORE_INDEX,
@@ -22,9 +23,13 @@ from mole.data import (
     encode_examples,
     no_usable_rows,
     read_examples,
+    read_source,
+    short_labels,
     split_rows,
+    weighted,
 )
 from mole.data.chat_templates import ChatTemplate
+from mole.data.mixing import joint_shape
 from mole.models.context import positions_notice, within_positions
 from mole.models.loading import load_tokenizer, local_folder, read_config, resolve
 from mole.preflight.plan import character_count
@@ -55,6 +60,7 @@ class PreviewRow:
         dropped: tokens left out of the prompt to fit `max_length`, the oldest first.
         cut: tokens cut off at the end of the answer to fit `max_length`.
         held_out: whether it is held out from training.
+        source: of several files, the one that it is in.
     """
 
     number: int
@@ -62,6 +68,20 @@ class PreviewRow:
     dropped: int = 0
     cut: int = 0
     held_out: bool = False
+    source: str = ""
+
+
+@dataclass
+class PreviewSource:
+    """One of several training files: its name, shape and weight, and how many of its rows are used, each counted once,
+    held out and rejected."""
+
+    name: str
+    shape: str
+    weight: float
+    used: int
+    held_out: int
+    rejected: int
 
 
 @dataclass
@@ -86,9 +106,9 @@ class Preview:
     """The data of a run as its model will see it.
 
     Attributes:
-        source: the data's path or hub id.
+        source: the data's path or hub id, or several.
         shape: the shape of the rows, such as `messages`.
-        used, held_out: numbers of training and held-out examples.
+        used, held_out: numbers of training examples of an epoch, with repetitions by weight, and of held-out ones.
         rejected, rejections: number of rows that cannot be used, and the first of them with their reasons.
         truncated: number of truncated examples.
         complete: False if only the first rows of a large file were read; all counts are of those.
@@ -97,6 +117,8 @@ class Preview:
         lengths: distribution of the examples' lengths.
         rows: the examples shown token by token.
         notices: likely mistakes in the data, in sentences.
+        read: number of rows that were read.
+        sources: of several training files, what is in each.
     """
 
     source: str
@@ -113,6 +135,8 @@ class Preview:
     lengths: Histogram
     rows: list[PreviewRow]
     notices: list[str]
+    read: int = 0
+    sources: list[PreviewSource] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The preview as JSON values."""
@@ -121,13 +145,14 @@ class Preview:
 
 @dataclass
 class EncodedFile:
-    """The encoded examples of a file, and the rows that cannot be used."""
+    """The encoded examples of a file, and the rows that cannot be used; `label` tells it from others."""
 
     source: ExampleSet
     examples: list[Example]
     encoded: list[EncodedExample]
     rejected: list[RejectedRow]
     complete: bool
+    label: str = ""
 
 
 def preview(config: RunConfig, rows: int = 8) -> Preview:
@@ -135,40 +160,58 @@ def preview(config: RunConfig, rows: int = 8) -> Preview:
 
     Raises the same `DataError`, `ModelError` and `ConfigError` as training.
     """
-    data = config.data
-    if not data.path:
+    data, seed = config.data, config.training.seed
+    sources = data.sources
+    if not sources:
         raise ConfigError("data.path", "", "a JSON, JSONL, CSV or Parquet file, or a hub id")
-    source = read_beginning(data, data.path, "data.path")  # before loading the tokenizer: a bad file fails at once
+    # before loading the tokenizer: a bad file fails at once
+    begun = [read_source(source, MAX_ROWS // len(sources), peek=True) for source in sources]
     folder = local_folder(resolve(config.model.name), weights=False)
     tokenizer = load_tokenizer(config.model.name, folder)
     data = within_positions(config, hf_config := read_config(folder)).data
-    main = encode_file(source, tokenizer, data, "data.path")
-    held_file = None
+    files = [encode_file(item, tokenizer, data, "data.path", MAX_CHARACTERS // len(sources)) for item in begun]
+    if len(files) > 1:
+        for file, label in zip(files, short_labels(sources), strict=True):
+            file.label = label
+            file.rejected = [replace(item, source=label) for item in file.rejected]
+    parts = indices_of(files)
+    held_files: list[EncodedFile] = []
     if data.eval_path:
-        held_source = read_beginning(data, data.eval_path, "data.eval_path")
-        held_file = encode_file(held_source, tokenizer, data, "data.eval_path")
-        held_out = {len(main.encoded) + index for index in range(len(held_file.encoded))}
+        held_source = read_examples(data.eval_path, data.columns, MAX_ROWS, field="data.eval_path", peek=True)
+        held_files = [encode_file(held_source, tokenizer, data, "data.eval_path", MAX_CHARACTERS)]
+        held_out = {*indices_of([*files, *held_files])[-1]}
     else:
-        held_out = set(split_rows(list(range(len(main.encoded))), data.eval_fraction, config.training.seed)[1])
-    shown = build_preview(main, held_file, held_out, tokenizer, data, rows)
-    shown.notices += filter(
-        None, [positions_notice(config, hf_config, max(len(item.input_ids) for item in main.encoded))]
-    )
+        held_out = set(split_rows([at for part in parts for at in part], data.eval_fraction, seed)[1])
+    trained = weighted([[at for at in part if at not in held_out] for part in parts], sources, seed)
+    shown = build_preview(files, held_files, held_out, trained, tokenizer, data, rows)
+    longest = max(len(item.input_ids) for file in files for item in file.encoded)
+    shown.notices += filter(None, [positions_notice(config, hf_config, longest)])
+    shown.sources = describe_sources(files, sources, held_out)
     return shown
 
 
-def read_beginning(data: DataConfig, path: str, setting: str) -> ExampleSet:
-    """Read the first rows of a file or data set."""
-    return read_examples(path, data.columns, MAX_ROWS, field=setting, peek=True)
+def describe_sources(
+    files: Sequence[EncodedFile], sources: Sequence[DataSource], held_out: set[int]
+) -> list[PreviewSource]:
+    """`Preview.sources`; `held_out` are indices into the examples of all files."""
+    if len(files) == 1:
+        return []
+    return [
+        PreviewSource(
+            file.label, file.source.shape, source.weight, len({*part} - held_out), len({*part} & held_out),
+            len(file.rejected),
+        )
+        for file, source, part in zip(files, sources, indices_of(files), strict=True)
+    ]  # fmt: skip
 
 
-def encode_file(source: ExampleSet, tokenizer: Any, data: DataConfig, setting: str) -> EncodedFile:
-    """Encode the rows, up to `MAX_CHARACTERS` of text. Raises `DataError` when no row can be used."""
+def encode_file(source: ExampleSet, tokenizer: Any, data: DataConfig, setting: str, most: int) -> EncodedFile:
+    """Encode the rows, up to `most` characters of text. Raises `DataError` when no row can be used."""
     examples: list[Example] = []
     characters = 0
     for example in source.examples:
         characters += character_count(example)
-        if examples and characters > MAX_CHARACTERS:
+        if examples and characters > most:
             break
         examples.append(example)
     last = examples[-1].row if len(examples) < len(source.examples) else math.inf
@@ -187,38 +230,75 @@ def encode_file(source: ExampleSet, tokenizer: Any, data: DataConfig, setting: s
     return EncodedFile(source, good, encoded, rejected, source.complete and last == math.inf)
 
 
+def indices_of(files: Sequence[EncodedFile]) -> list[list[int]]:
+    """For each file the indices of its examples among those of all files."""
+    parts, start = list[list[int]](), 0
+    for file in files:
+        parts.append(list(range(start, start + len(file.encoded))))
+        start += len(file.encoded)
+    return parts
+
+
 def build_preview(
-    main: EncodedFile, held_file: EncodedFile | None, held_out: set[int], tokenizer: Any, data: DataConfig, rows: int
+    files: list[EncodedFile],
+    held_files: list[EncodedFile],
+    held_out: set[int],
+    trained: list[int],
+    tokenizer: Any,
+    data: DataConfig,
+    rows: int,
 ) -> Preview:
-    """The preview of the encoded files; `held_out` are indices into their examples, those of `main` first."""
-    files = [main, *([held_file] if held_file else [])]
-    encoded = [item for file in files for item in file.encoded]
-    numbers = [example.row for file in files for example in file.examples]
-    rejected = main.rejected + [
-        RejectedRow(item.row, f"in the held-out file: {item.reason}")
-        for item in (held_file.rejected if held_file else [])
+    """The preview of the encoded files.
+
+    Args:
+        files, held_files: the training files, and the held-out one if there is one.
+        held_out: indices into the examples of all of them.
+        trained: indices of what is trained on in an epoch, some perhaps several times.
+        tokenizer: the model's.
+        data: the settings of the data.
+        rows: how many examples are shown.
+    """
+    everything = [*files, *held_files]
+    encoded = [item for file in everything for item in file.encoded]
+    origins = [(example.row, file.label) for file in everything for example in file.examples]
+    rejected = [item for file in files for item in file.rejected] + [
+        RejectedRow(item.row, f"in the held-out file: {item.reason}") for file in held_files for item in file.rejected
     ]
-    trained_on = [item for index, item in enumerate(encoded) if index not in held_out]
+    trained_on = [encoded[at] for at in trained]
     labeller = TokenLabeller(tokenizer)
+    by_turns = [at for turn in zip_longest(*indices_of(files)) for at in turn if at is not None]
+    order = [*by_turns, *range(len(by_turns), len(encoded))]
     return Preview(
-        source=data.path,
-        shape=main.source.shape,
+        source=data.label,
+        shape=joint_shape([file.source.shape for file in files]),
         used=len(trained_on),
         held_out=len(held_out),
         rejected=len(rejected),
         truncated=sum(item.truncated for item in encoded),
-        complete=all(file.complete for file in files),
+        complete=all(file.complete for file in everything),
         max_length=data.max_length,
         tokens=sum(len(item.input_ids) for item in trained_on),
         learnt_tokens=sum(label != IGNORE_INDEX for item in trained_on for label in item.labels),
         rejections=rejected[:MAX_REJECTIONS],
         lengths=histogram([untruncated_length(item) for item in encoded], 3 * data.max_length),
         rows=[
-            PreviewRow(numbers[at], labeller.tokens(encoded[at]), encoded[at].dropped, encoded[at].cut, at in held_out)
-            for at in rows_to_show(encoded, rows)
+            PreviewRow(
+                origins[at][0], labeller.tokens(encoded[at]), encoded[at].dropped, encoded[at].cut, at in held_out,
+                origins[at][1],
+            )
+            for at in rows_to_show(encoded, order, rows)
         ],
-        notices=find_notices(main, tokenizer),
-    )
+        notices=joint_notices(files, [find_notices(file, tokenizer) for file in files]),
+        read=len(encoded) + len(rejected),
+    )  # fmt: skip
+
+
+def joint_notices(files: Sequence[EncodedFile], notices: Sequence[list[str]]) -> list[str]:
+    """The notices of several files, which name their file unless they hold for all."""
+    common = [text for text in notices[0] if all(text in other for other in notices)]
+    return common + [
+        f"{file.label}: {text}" for file, own in zip(files, notices, strict=True) for text in own if text not in common
+    ]
 
 
 class TokenLabeller:
@@ -248,12 +328,11 @@ def untruncated_length(encoded: EncodedExample) -> int:
     return len(encoded.input_ids) + encoded.dropped + encoded.cut
 
 
-def rows_to_show(encoded: Sequence[EncodedExample], rows: int) -> list[int]:
-    """Indices of the examples to show: the first ones, the last of them replaced by a truncated one if none is."""
-    shown = list(range(min(rows, len(encoded))))
-    truncated = next((index for index, item in enumerate(encoded) if item.truncated), None)
-    if truncated is not None and shown and truncated > shown[-1]:
-        shown[-1] = truncated
+def rows_to_show(encoded: Sequence[EncodedExample], order: Sequence[int], rows: int) -> list[int]:
+    """Indices of the examples to show: the first in `order`, the last replaced by a truncated one if none is."""
+    shown = list(order[:rows])
+    if shown and not any(encoded[at].truncated for at in shown):
+        shown[-1] = next((at for at in order if encoded[at].truncated), shown[-1])
     return shown
 
 

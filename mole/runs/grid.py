@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mole.config import RunConfig, TextLoader, apply_overrides, check_sections, parse_yaml
+from mole.config import DataConfig, RunConfig, TextLoader, apply_overrides, check_sections, parse_yaml
 from mole.core.errors import InputError, RunError
 from mole.core.paths import check_name, runs_dir
 from mole.runs import queue, store
@@ -86,9 +86,12 @@ def combine(nested: Mapping[str, Any], chosen: Mapping[str, Any]) -> RunConfig:
 def word(dotted: str, value: Any) -> str:
     """A setting's value in a run's name, e.g. `s0` or `top_k3`."""
     name = dotted.rpartition(".")[2]
-    text = "-".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    if dotted in ("data.path", "model.name"):
-        text = Path(text.rstrip("/")).stem
+    if dotted == "data.path":
+        text = "-".join(Path(source.path.rstrip("/")).stem for source in DataConfig(path=value).sources)
+    elif dotted == "model.name":
+        text = Path(str(value).rstrip("/")).stem
+    else:
+        text = "-".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     text = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
     return f"{SHORT.get(name, name)}{text}"
 

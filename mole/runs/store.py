@@ -21,19 +21,20 @@ from mole.core.text import one_line
 from mole.runs.run import Run, creation_facts
 
 
-def check_inputs(config: RunConfig, read: Callable[..., Any] | None = None) -> None:
+def check_inputs(config: RunConfig, read: Callable[..., str] | None = None) -> None:
     """Check that the model exists and the data can be read, before a run is created. Raises `InputError`.
 
-    All of the data is read by `read`, by default `mole.data.read_examples`.
+    All of the data is read by `read`, by default `mole.data.fingerprint_of`.
     """
     from mole import models
-    from mole.data import read_examples
+    from mole.data import check_different, fingerprint_of
 
-    read = read or read_examples
+    read = read or fingerprint_of
     if not config.data.path:
         raise ConfigError("data.path", "", "a JSON, JSONL, CSV or Parquet file, or a hub id", "Give one with --data.")
     models.resolve(config.model.name)
-    read(config.data.path, config.data.columns)
+    sources = config.data.sources
+    check_different(sources, [read(item.path, item.columns, name=item.name, split=item.split) for item in sources])
     if config.data.eval_path:
         read(config.data.eval_path, config.data.columns, field="data.eval_path")
 
@@ -100,8 +101,12 @@ def absolute(config: RunConfig) -> RunConfig:
         except (RuntimeError, OSError, ValueError):
             return name
 
+    def entry(source: Any) -> Any:
+        return {**source, "path": found(source["path"])} if isinstance(source, dict) else found(source)
+
     data, model = config.data, config.model
-    data = dataclasses.replace(data, path=found(data.path), eval_path=data.eval_path and found(data.eval_path))
+    path = [entry(source) for source in data.path] if isinstance(data.path, list) else found(data.path)
+    data = dataclasses.replace(data, path=path, eval_path=data.eval_path and found(data.eval_path))
     if model.name != ModelConfig().name:
         model = dataclasses.replace(model, name=found(model.name))
     return dataclasses.replace(config, data=data, model=model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mole.config import RunConfig
+from mole.config import DataConfig, RunConfig
 from mole.config.router_params import TopKParams
 from mole.core.errors import CheckpointError
 from mole.data import Datasets
@@ -72,7 +72,8 @@ def changed_inputs(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     changes = []
     data, model = now["config"]["data"], now["config"]["model"]["name"]
     if before["data"] != now["data"]:
-        files = " or ".join(data[key] for key in ("path", "eval_path") if data[key])
+        named = [*(source.path for source in DataConfig(**data).sources), data["eval_path"]]
+        files = " or ".join(name for name in named if name)
         changes.append(f"the content of the training data has changed ({files})")
     elif before.get("tokens", now["tokens"]) != now["tokens"]:
         changes.append(f"the same data gives different tokens: tokenizer or chat template of {model} have changed")

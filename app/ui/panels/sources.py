@@ -114,6 +114,9 @@ def build_data(form: RunForm) -> None:
         with gr.Row():
             form.add("data", "max_length", min_width=180)
             form.add("data", "enable_thinking", min_width=180)
+        with gr.Row():
+            form.add("data", "name", min_width=180)
+            form.add("data", "split", min_width=180)
 
 
 def build_columns(form: RunForm, path: Any, detected: DetectedColumns) -> ColumnPanel:

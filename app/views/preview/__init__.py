@@ -26,7 +26,7 @@ def preview_view(**options: Any) -> gr.HTML:
 def preview_value(preview: Preview, config: RunConfig) -> dict[str, Any]:
     """A preview of this run's data as the component takes it."""
     return {
-        "source": Path(preview.source).name,
+        "source": Path(preview.source).name if not preview.sources else f"{len(preview.sources)} files",
         "model": Path(config.model.name).name,
         "shape": preview.shape,
         "used": preview.used,
@@ -34,7 +34,7 @@ def preview_value(preview: Preview, config: RunConfig) -> dict[str, Any]:
         "rejected": preview.rejected,
         "truncated": preview.truncated,
         "complete": preview.complete,
-        "looked_at": preview.used + preview.held_out + preview.rejected,
+        "looked_at": preview.read,
         "max_length": preview.max_length,
         "tokens": preview.tokens,
         "learnt_tokens": preview.learnt_tokens,
@@ -42,6 +42,7 @@ def preview_value(preview: Preview, config: RunConfig) -> dict[str, Any]:
         "lengths": asdict(preview.lengths),
         "rows": [row_json(row) for row in preview.rows],
         "notices": preview.notices,
+        "sources": [asdict(source) for source in preview.sources],
     }
 
 
@@ -52,13 +53,14 @@ def rejected_value(rejected: Sequence[RejectedRow]) -> dict[str, Any]:
 
 def rejections_json(rejected: Sequence[RejectedRow]) -> list[dict[str, Any]]:
     """The first rejected rows with their reasons."""
-    return [{"row": item.row, "reason": item.reason} for item in rejected[:MAX_REJECTIONS]]
+    return [{"row": item.row, "reason": item.reason, "source": item.source} for item in rejected[:MAX_REJECTIONS]]
 
 
 def row_json(row: PreviewRow) -> dict[str, Any]:
     """A row with its tokens: their texts, ids, and one digit each (1: carries loss, 2: special, 3: both)."""
     return {
         "number": row.number,
+        "source": row.source,
         "dropped": row.dropped,
         "cut": row.cut,
         "held_out": row.held_out,

@@ -1,4 +1,4 @@
-"""`mole data …`: check a data file."""
+"""`mole data …`: check data files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mole.config import DataConfig, RunConfig, coerce
+from mole.config import DataConfig, DataSource, RunConfig, coerce
 from mole.core.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -19,45 +20,84 @@ BEGIN, END = "⟦", "⟧"
 
 
 def check_data_command(options: argparse.Namespace) -> None:
-    """Read a data file as training does, and print its shape, its rows, and the rejected rows with reasons."""
-    from mole.data import read_examples
+    """Read data files as training does, and print their shapes, their rows, and the rejected rows with reasons."""
+    from mole.data import check_different, read_source
 
     columns = coerce(dict[str, str], options.columns, "--columns") if options.columns else {}
-    source = read_examples(options.file, columns, field="FILE")
-    report: dict[str, Any] = {
-        "data": options.file,
-        "shape": source.shape,
-        "rows": len(source.examples),
-        "rejected": len(source.rejected),
-        "rejections": list(map(str, source.rejected)),
-        "ignored_columns": source.ignored_columns,
-        "notices": source.notices,
-        "shown": [],
-        "fingerprint": source.fingerprint,
-    }
+    given = options.files[0] if len(options.files) == 1 else options.files
+    sources = DataConfig(path=given, columns=columns, name=options.name, split=options.split).sources
+    found = [read_source(source, field="FILE") for source in sources]
+    check_different(sources, [one.fingerprint for one in found])
+    tokenizer = None
     if options.model or options.show:
-        report |= encoded_report(source, options.model or RunConfig().model.name, options.show)
-    if not report["rows"]:
-        raise InputError(f"{options.file}: no usable row; {report['rejections'][0]}.")
+        from mole.models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(options.model or RunConfig().model.name)
+    reports = [file_report(source, one, tokenizer, options.show) for source, one in zip(sources, found, strict=True)]
+    report = reports[0] if len(reports) == 1 else joint_report(sources, reports)
     if options.json:
         print(json.dumps(report, indent=1))
-    else:
-        print_report(report)
+        return
+    for number, each in enumerate(reports):
+        print(end="\n" if number else "")
+        print_report(each)
+    if len(reports) > 1:
+        print(f"\nTogether: {report['rows']} rows, {report['rows_per_epoch']} per epoch, {report['rejected']} rejected")
 
 
-def encoded_report(source: ExampleSet, model: str, show: int) -> dict[str, Any]:
+def file_report(source: DataSource, found: ExampleSet, tokenizer: Any, show: int) -> dict[str, Any]:
+    """The report of one file, with its tokens if there is a tokenizer. Raises `InputError` when no row can be used."""
+    report: dict[str, Any] = {
+        "data": source.label,
+        "shape": found.shape,
+        "rows": len(found.examples),
+        "rejected": len(found.rejected),
+        "rejections": list(map(str, found.rejected)),
+        "ignored_columns": found.ignored_columns,
+        "notices": found.notices,
+        "shown": [],
+        "fingerprint": found.fingerprint,
+    }
+    if tokenizer is not None:
+        report |= encoded_report(found, tokenizer, show)
+    if not report["rows"]:
+        raise InputError(f"{source.label}: no usable row; {report['rejections'][0]}.")
+    return report
+
+
+def joint_report(sources: Sequence[DataSource], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report of several files together, with those of each as `files`."""
+    from mole.data import short_labels, weighted
+    from mole.data.mixing import joint_fingerprint, joint_shape
+
+    labels = short_labels(sources)
+    named = list(zip(labels, reports, strict=True))
+    return {
+        "data": ", ".join(source.label for source in sources),
+        "shape": joint_shape([report["shape"] for report in reports]),
+        "rows": sum(report["rows"] for report in reports),
+        "rows_per_epoch": len(weighted([range(report["rows"]) for report in reports], sources, seed=0)),
+        "rejected": sum(report["rejected"] for report in reports),
+        "rejections": [f"{label} {text}" for label, report in named for text in report["rejections"]],
+        "ignored_columns": list(dict.fromkeys(name for report in reports for name in report["ignored_columns"])),
+        "notices": [f"{label}: {text}" for label, report in named for text in report["notices"]],
+        "shown": [row for report in reports for row in report["shown"]],
+        "fingerprint": joint_fingerprint([report["fingerprint"] for report in reports]),
+        "files": [{**report, "weight": source.weight} for source, report in zip(sources, reports, strict=True)],
+    }
+
+
+def encoded_report(source: ExampleSet, tokenizer: Any, show: int) -> dict[str, Any]:
     """What the report of a file has beside, or instead, with a base model's tokenizer and chat template.
 
     Args:
         source: the rows.
-        model: name of the base model.
+        tokenizer: the base model's.
         show: how many rows are shown.
     """
     from mole.data import EncodedExample, Example, RejectedRow, encode_examples
-    from mole.models.loading import load_tokenizer
     from mole.preflight.preview import EncodedFile, TokenLabeller, find_notices
 
-    tokenizer = load_tokenizer(model)
     good, shown, lengths, rejected = list[Example](), list[EncodedExample](), list[int](), list(source.rejected)
     for example, item in zip(source.examples, encode_examples(source.examples, tokenizer, sys.maxsize), strict=True):
         if isinstance(item, DataError):

@@ -73,6 +73,8 @@ def train_settings(options: argparse.Namespace) -> dict[str, Any]:
     if options.preset:
         values = merge_preset(find_preset(options.preset), values)
     overrides = {key: value for key, value in vars(options).items() if "." in key and value is not None}
+    if paths := overrides.get("data.path"):
+        overrides["data.path"] = paths[0] if len(paths) == 1 else paths
     for entry in options.settings:
         key, separator, value = entry.partition("=")
         if not separator:

@@ -62,6 +62,9 @@ def test_an_untouched_form_is_the_default_config(form: forms.RunForm) -> None:
         {"adapter_bias": "lora_only", "adapter_trainable_token_indices": "{embed_tokens: [3, 4]}"},
         {"adapter_trainable_token_indices": "3", "adapter_exclude_modules": "[v_proj]"},
         {"adapter_router": "lora", "training_max_steps": 0, "training_num_train_epochs": 2, "model_device": "cpu"},
+        {"data_path": "owner/name", "data_name": "easy", "data_split": "test"},
+        {"data_path": "[a.jsonl, 'b, c.csv']"},
+        {"data_path": "[a.jsonl, {path: b.csv, weight: 0.5, columns: {prompt: q}}, {path: o/n, split: test}]"},
     ],
 )
 def test_the_command_starts_the_same_run(form: forms.RunForm, changed: dict[str, Any]) -> None:

@@ -192,6 +192,21 @@ def test_flags_go_over_the_config_file_and_set_over_both(mole: Mole) -> None:
     assert made.adapter.lora_dropout == 0
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data", "rows.jsonl", "--data", "{path: more.csv, weight: 2}"],
+        ["--data", "[rows.jsonl, {path: more.csv, weight: 2}]"],
+        ["--set", "data.path=[rows.jsonl, {path: more.csv, weight: 2}]"],
+    ],
+)
+def test_several_files_are_given_as_a_list_or_by_repeating_the_flag(mole: Mole, flags: list[str]) -> None:
+    options = parser.build_parser().parse_args(["train", *flags])
+    data = RunConfig.from_dict(train_settings(options)).data
+    assert data.path == ["rows.jsonl", {"path": "more.csv", "weight": 2}]
+    refused(mole(*["train", *flags, "--set", "model.device=cpu"]), "There is no file more.csv")
+
+
 def test_another_router_drops_the_settings_of_the_one_in_the_file(mole: Mole) -> None:
     Path("run.yaml").write_text("adapter: {router: topk, top_k: 3}\ndata: {path: a}\n")
     made = settings_of("--config run.yaml --router adamole --set adapter.max_threshold=null --name new")
@@ -299,6 +314,27 @@ def test_data_check_shows_rows_as_training_sees_them(mole: Mole, tiny_folder: Pa
     assert [token for token, learnt in zip(row["tokens"], row["learnt"], strict=True) if learnt] == ["4", "<|im_end|>"]
     assert mole(*check, "--show", "2").out.endswith("user\n3+3?<|im_end|>\n<|im_start|>assistant\n⟦6<|im_end|>⟧\n")
     refused(mole("data", "check", "asked.jsonl", "--columns", "{prompt: x}"), "x", "q, a")
+
+
+def test_data_check_tells_several_files_apart(mole: Mole) -> None:
+    Path("more.csv").write_text("q,a,id\nx,y,1\nx,,2\n")
+    more = "{path: more.csv, weight: 2, columns: {prompt: q, completion: a}}"
+    answer = mole("data", "check", "rows.jsonl", more)
+    assert (answer.code, answer.err) == (0, "")
+    assert "rows.jsonl: 6 rows of shape prompt/completion, 0 rejected\n" in answer.out
+    assert "more.csv: 1 rows of shape prompt/completion, 1 rejected\nColumns that are not used: id\n" in answer.out
+    assert answer.out.endswith("\nTogether: 7 rows, 8 per epoch, 1 rejected\n")
+    report = json.loads(mole("data", "check", f"[rows.jsonl, {more}]", "--json").out)
+    assert (report["rows"], report["rows_per_epoch"], report["rejections"]) == (
+        7,
+        8,
+        ["more.csv row 2: completion is empty"],
+    )
+    assert [(file["data"], file["rows"], file["weight"]) for file in report["files"]] == [
+        ("rows.jsonl", 6, 1), ("more.csv", 1, 2),
+    ]  # fmt: skip
+    refused(mole("data", "check", "rows.jsonl", "more.csv"), "more.csv: its columns (q, a, id) fit no known shape")
+    refused(mole("data", "check", "rows.jsonl", "./rows.jsonl"), "rows.jsonl and ./rows.jsonl are given twice")
 
 
 def test_data_check_counts_tokens_with_a_model(mole: Mole, tiny_folder: Path) -> None:

@@ -194,8 +194,10 @@ def test_a_hub_data_set_is_read_by_split(tmp_path: Path, monkeypatch: pytest.Mon
     for split in ("train", "test"):
         written(folder, f"{split}.jsonl", [{"text": f"{split} {i}"} for i in range(3)])
     assert read_hub_dataset(str(folder), None, "test", 2).rows == [(1, {"text": "test 0"}), (2, {"text": "test 1"})]
-    with pytest.raises(DataError, match="cannot be loaded"):
+    with pytest.raises(DataError, match="has no split 'nosuchsplit'; it has: train, test"):
         read_hub_dataset(str(folder), None, "nosuchsplit", None)
+    with pytest.raises(DataError, match="cannot be loaded"):
+        read_hub_dataset(str(folder), None, "test[:many]", None)
 
 
 def test_a_hub_id_may_name_configuration_and_split() -> None:

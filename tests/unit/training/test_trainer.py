@@ -69,9 +69,13 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     [*((name, "float32") for name in ("dynmole", "adamole", "sparsegen", "lora")), ("dynmole", "bfloat16")],
 )
 def test_a_stopped_and_resumed_run_ends_with_the_same_weights_bit_for_bit(
-    make_run: Any, monkeypatch: pytest.MonkeyPatch, router: str, dtype: str
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, router: str, dtype: str
 ) -> None:
     settings = {"adapter.router": router, "model.dtype": dtype, "training.gradient_accumulation_steps": 2}
+    if router == "lora":  # and from several files
+        (tmp_path / "more.csv").write_text("prompt,completion\n" + "".join(f"Add {n},{n + 1}\n" for n in range(9)))
+        more = {"path": str(tmp_path / "more.csv"), "weight": 1.5}
+        settings["data.path"] = [str(tmp_path / "rows.jsonl"), more]
     whole, parts = make_run("whole", **settings), make_run("parts", **settings)
     train(whole)
     with monkeypatch.context() as patch:
