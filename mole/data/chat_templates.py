@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -53,16 +55,30 @@ class ChatTemplate:
     Args:
         tokenizer: with or without a template of its own.
         date: what a template that writes the date takes for now; None for now.
+
+    Attributes:
+        source: the template.
+        thinking: whether a template with this choice lets the model think.
+        tools: those that the assistant may call.
     """
 
     def __init__(self, tokenizer: Any, date: datetime | None = None) -> None:
         self.tokenizer, self.source = tokenizer, chat_template(tokenizer)
+        self.thinking, self.tools = False, list[Any]()
         if date is not None:  # a template is given texts only, no function in the place of `strftime_now`
             self.source = NOW.sub(lambda call: f"{call[1]}{date.strftime(call[2])}{call[1]}", self.source)
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special -= {THINK, END_THINK}
         longest_first = sorted(filter(None, special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def with_choices(self, thinking: bool, tools: Sequence[dict[str, Any]] = ()) -> ChatTemplate:
+        """The same template for a conversation with or without thinking, and with these tools."""
+        if thinking == self.thinking and not (tools or self.tools):
+            return self
+        chosen = copy.copy(self)
+        chosen.thinking, chosen.tools = thinking, list(tools)
+        return chosen
 
     @property
     def marks_generation(self) -> bool:
@@ -77,52 +93,77 @@ class ChatTemplate:
         except DataError:
             return False
 
+    @cached_property
+    def takes_objects(self) -> bool:
+        """Whether the template renders a call's arguments if they are an object; some need them as JSON text."""
+        call = {"id": "abcdefgh1", "type": "function", "function": {"name": "a", "arguments": {"a": "b"}}}
+        messages: list[Message] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        try:
+            return bool(self.render(messages, ask=False))
+        except DataError:
+            return False
+
+    def as_plain(self, value: Any) -> Any:
+        """A text, list or object, in whose texts what looks like a special token is marked as plain text."""
+        if isinstance(value, str):
+            return self._special.sub(rf"{PLAIN}\g<0>{END_PLAIN}", value)
+        if isinstance(value, dict):
+            return {self.as_plain(key): self.as_plain(entry) for key, entry in value.items()}
+        return [self.as_plain(entry) for entry in value] if isinstance(value, list) else value
+
+    def prepare_calls(self, calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The calls of a message as the template is given them."""
+        prepared = self.as_plain(list(calls))
+        for call in () if self.takes_objects else prepared:
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return prepared
+
     def prepare(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as the template is given them.
 
         What looks like a special token in their contents is marked as plain text. A system message that the template
         does not take begins the user's first message.
         """
-        prepared = [
-            {**message, "content": self._special.sub(rf"{PLAIN}\g<0>{END_PLAIN}", message["content"])}
-            for message in messages
-        ]
+        prepared = [{**message, "content": self.as_plain(message["content"])} for message in messages]
+        for message in prepared:
+            if "tool_calls" in message:
+                message["tool_calls"] = self.prepare_calls(message["tool_calls"])
         if [message["role"] for message in prepared[:2]] == ["system", "user"] and not self.takes_system:
             system, first, *rest = prepared
             return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
         return prepared
 
-    def render(self, messages: Sequence[Message], thinking: bool = False, *, ask: bool = True) -> str:
-        """The conversation as text.
-
-        Args:
-            messages: the conversation.
-            thinking: whether a template with this choice lets the model think.
-            ask: whether the beginning of the assistant's next turn follows.
+    def render(self, messages: Sequence[Message], *, ask: bool = True) -> str:
+        """The conversation as text; if `ask`, the beginning of the assistant's next turn follows.
 
         Raises `DataError` when the template rejects the conversation.
         """
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
+                tools=self.tools or None,
                 chat_template=self.source,
                 tokenize=False,
                 add_generation_prompt=ask,
-                enable_thinking=thinking,
+                enable_thinking=self.thinking,
             )
         except Exception as error:  # a template is a (sandboxed) program and can raise anything
             raise DataError(f"the chat template rejects the messages: {one_line(error)}") from None
 
-    def render_marked(self, messages: Sequence[Message], thinking: bool) -> tuple[str, list[tuple[int, int]]]:
+    def render_marked(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """The whole conversation, and the character ranges that the template marks as generated. Raises `DataError`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             rendered: Any = render_jinja_template(
                 conversations=[list(messages)],
+                tools=self.tools or None,
                 chat_template=self.source,
                 return_assistant_tokens_mask=True,
-                enable_thinking=thinking,
+                enable_thinking=self.thinking,
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:
@@ -138,4 +179,4 @@ def render_prompt(messages: Sequence[Message], tokenizer: Any, enable_thinking: 
     rejects the messages.
     """
     template = ChatTemplate(tokenizer)
-    return template.render(template.prepare(messages), enable_thinking)
+    return template.with_choices(enable_thinking).render(template.prepare(messages))

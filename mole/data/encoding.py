@@ -72,27 +72,23 @@ def encode_examples(
     """
     template = ChatTemplate(tokenizer, date)
     rendered: list[RenderedExample | DataError] = []
-    good: list[tuple[Example, RenderedExample]] = []
     for example in examples:
         try:
-            rendered.append(item := render_example(example, template, enable_thinking))
-            good.append((example, item))
+            rendered.append(render_example(example, template, enable_thinking))
         except DataError as error:
             rendered.append(error)
-    prompts = tokenize([item.prompt for _, item in good], tokenizer)
-    answers = tokenize([item.answer for _, item in good], tokenizer)
+    good = [item for item in rendered if isinstance(item, RenderedExample)]
+    prompts = tokenize([item.prompt for item in good], tokenizer)
+    answers = tokenize([item.answer for item in good], tokenizer)
 
-    def join(
-        example: Example, item: RenderedExample, prompt: list[int], answer: list[int]
-    ) -> EncodedExample | DataError:
+    def join(item: RenderedExample, prompt: list[int], answer: list[int]) -> EncodedExample | DataError:
         learnt = in_spans(item.answer_spans, item.prompt, prompt, tokenizer)
         removable = [False] * len(prompt)
-        if example.messages and len(prompt) + len(answer) > max_length:
-            spans = removable_spans(example, item.prompt, template, enable_thinking)
-            removable = in_spans(spans, item.prompt, prompt, tokenizer, whole=True)
+        if len(prompt) + len(answer) > max_length:
+            removable = in_spans(removable_spans(item), item.prompt, prompt, tokenizer, whole=True)
         return join_and_truncate(prompt, learnt, removable, answer, max_length)
 
-    encoded = (join(*parts, *ids) for parts, *ids in zip(good, prompts, answers, strict=True))
+    encoded = itertools.starmap(join, zip(good, prompts, answers, strict=True))
     return (item if isinstance(item, DataError) else next(encoded) for item in rendered)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from mole.core.errors import DataError, brief
-from mole.data.messages import Message, json_type, parse_history, parse_messages, parse_nested, text_value
+from mole.data.messages import Message, parse_history, parse_messages
 from mole.data.readers import read_records
 from mole.data.shapes import (
     ANSWER_COLUMNS,
@@ -22,6 +23,8 @@ from mole.data.shapes import (
     resolve_columns,
     shortened,
 )
+from mole.data.tools import parse_tools
+from mole.data.values import json_type, parse_nested, text_value
 
 ANSWER_FORMAT = re.compile(r"Answer format:[ \t]*(\S[^\n]*)")
 MAX_LABELS = 100
@@ -37,6 +40,7 @@ class Example:
         text: the text of a text row, otherwise None.
         choices: in multiple choice, the strings to score as the assistant's answer.
         answer: in multiple choice, the correct one of `choices`, which is also the last message.
+        tools: those that the assistant may call, `{"type", "function": {"name", …}}`.
         row: number of the row in its file, from 1 (in JSONL, its line).
     """
 
@@ -45,6 +49,7 @@ class Example:
     choices: tuple[str, ...] | None = None
     answer: str | None = None
     row: int = 0
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def prompt(self) -> list[Message]:
@@ -53,8 +58,11 @@ class Example:
 
     @property
     def target(self) -> str:
-        """The text to learn: the content of the last message, or `text`."""
-        return self.messages[-1]["content"] if self.messages else self.text or ""
+        """The text to learn: the content of the last message and what it calls, as JSON; or `text`."""
+        if not self.messages:
+            return self.text or ""
+        calls = self.messages[-1].get("tool_calls")
+        return self.messages[-1]["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
     def with_target(self, answer: str) -> Example:
         """The same conversation with another last answer, e.g. one of `choices`."""
@@ -231,7 +239,8 @@ def to_example(value: Any, shape: str, row: int) -> Example:
     if shape == "text":
         return Example(text=text_value(value, "text"), row=row)
     if shape == "messages":
-        return Example(parse_messages(parse_nested(value, "messages"), system=system_text(value)), row=row)
+        messages = parse_messages(parse_nested(value, "messages"), system=system_text(value))
+        return Example(messages, row=row, tools=parse_tools(value.get("tools")))
     if shape == "multiple choice":
         choices, answer = parse_choices(parse_nested(value, "choices"), first_value(value, ANSWER_COLUMNS))
         return chat_example(value, question_text(value, QUESTION_COLUMNS), answer, row, choices)
@@ -239,7 +248,7 @@ def to_example(value: Any, shape: str, row: int) -> Example:
     if shape != "prompt/completion":
         asking, answering = ("instruction",), "output"
     elif is_conversation(value.get("prompt")) or is_conversation(value.get("completion")):
-        return Example(parse_prompt_and_completion(value), row=row)
+        return Example(parse_prompt_and_completion(value), row=row, tools=parse_tools(value.get("tools")))
     prompt = question_text(value, asking)
     labels = ANSWER_FORMAT.findall(prompt)
     if labels and any(value.get(name) is not None for name in ANSWER_COLUMNS):
@@ -259,7 +268,8 @@ def chat_example(
         messages = (*parse_history(parse_nested(value, "history")), *messages)
     if system := system_text(value):
         messages = ({"role": "system", "content": system}, *messages)
-    return Example(messages=messages, choices=choices, answer=answer if choices else None, row=row)
+    tools = parse_tools(value.get("tools"))
+    return Example(messages, choices=choices, answer=answer if choices else None, row=row, tools=tools)
 
 
 def system_text(value: Mapping[str, Any]) -> str:

@@ -7,15 +7,17 @@ Where a message's content stands is found by rendering the conversation with ano
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mole.core.errors import DataError
 from mole.core.thoughts import THINK, begins_with_thought, opened_thought
-from mole.data.chat_templates import MARK, ChatTemplate
+from mole.data.chat_templates import DEFAULT_CHAT_TEMPLATE, MARK, ChatTemplate
 from mole.data.examples import Example
 from mole.data.messages import Message
 
+Span = tuple[int, int]
+"""A range of characters: start, end."""
 FEW_ANSWERS, MOST_ANSWERS = 32, 500
 """Answers of a conversation up to which each is found by a rendering of its own, and the most for which this is done
 when they cannot be found together."""
@@ -28,11 +30,15 @@ class RenderedExample(NamedTuple):
         prompt: everything before the last answer.
         answer: the last answer and the text that ends its turn.
         answer_spans: character ranges (start, end) of earlier answers in `prompt`.
+        example: what is rendered.
+        template: with the choices for this example; None for text.
     """
 
     prompt: str
     answer: str
-    answer_spans: list[tuple[int, int]]
+    answer_spans: list[Span]
+    example: Example
+    template: ChatTemplate | None = None
 
 
 def render_example(example: Example, template: ChatTemplate, enable_thinking: bool | None = None) -> RenderedExample:
@@ -47,20 +53,27 @@ def render_example(example: Example, template: ChatTemplate, enable_thinking: bo
     Raises `DataError` when the template rejects the conversation or leaves out a part of it.
     """
     if example.text is not None:
-        return RenderedExample("", with_ends(example.text, template.tokenizer), [])
+        return RenderedExample("", with_ends(example.text, template.tokenizer), [], example)
     messages = template.prepare(example.messages)
-    asked, target = messages[-2]["content"] if len(messages) > 1 else "", messages[-1]["content"]
+    asked = messages[-2]["content"] if len(messages) > 1 and messages[-2]["role"] != "tool" else ""
+    target = messages[-1]["content"]
     thinking = begins_with_thought(target) if enable_thinking is None else enable_thinking
+    template = template.with_choices(thinking, template.as_plain(list(example.tools)))
     if template.marks_generation:
-        rendered = render_marked(messages, template, thinking)
+        prompt, answer, spans = render_marked(messages, template)
     else:
-        asking = template.render(messages[:-1], thinking)
-        last = split_last_answer(messages, asking, template, thinking)
-        spans = earlier_answer_spans(messages[:-1], asking, last, template, thinking)
-        rendered = RenderedExample(last.prompt, last.begin + last.content + last.end, spans)
-    check_template_kept("question", asked, rendered.prompt)
-    check_template_kept("answer", target, rendered.answer)
-    return rendered
+        asking = template.render(messages[:-1])
+        last = split_last_answer(messages, asking, template)
+        usual = last
+        if "tool_calls" in messages[-1]:  # what begins and ends a call need not be what begins and ends other answers
+            answered = [*messages[:-1], {"role": "assistant", "content": "a"}]
+            usual = split_last_answer(answered, asking, template)
+        spans = earlier_answer_spans(messages[:-1], asking, usual, template)
+        prompt, answer = last.prompt, last.begin + last.content + last.end
+    check_template_kept("question", asked, prompt)
+    check_template_kept("answer", target, answer)
+    check_tools_kept(messages, template)
+    return RenderedExample(prompt, answer, spans, example, template)
 
 
 def answer_ending(tokenizer: Any) -> str:
@@ -91,6 +104,51 @@ def check_template_kept(part: str, text: str, rendered: str) -> None:
         raise DataError(f"the chat template omits the {part}")
 
 
+def check_tools_kept(messages: Sequence[Message], template: ChatTemplate) -> None:
+    """Raise `DataError` when tools, calls or what tools returned are missing from the rendered text.
+
+    Other names, arguments and results must make other texts, those of calls where the template marks what is generated.
+    """
+    if not template.tools and all(message["role"] != "tool" and "tool_calls" not in message for message in messages):
+        return
+    parts: list[str] = []
+
+    def mark(part: str) -> str:
+        parts.append(part)
+        return f"{MARK}{len(parts) - 1}{MARK}"
+
+    marked = [mark_tools(message, mark) for message in messages]
+    calls = len(parts)
+    marked = [
+        {**message, "content": mark("what tools return")} if message["role"] == "tool" else message
+        for message in marked
+    ]
+    tools = [{**tool, "function": {**tool["function"], "name": mark("the tools")}} for tool in template.tools]
+    if template.source == DEFAULT_CHAT_TEMPLATE:
+        raise DataError("the model has no chat template, and the plain one has no tools")
+    changed = template.with_choices(template.thinking, tools)
+    whole = generated = changed.render(marked, ask=False)
+    if template.marks_generation:
+        whole, spans = changed.render_marked(marked)
+        generated = "".join(whole[start:end] for start, end in spans)
+    for number, part in enumerate(parts):
+        if f"{MARK}{number}{MARK}" not in (generated if number < calls else whole):
+            raise DataError(f"the chat template leaves out {part}")
+
+
+def mark_tools(message: Message, mark: Callable[[str], str]) -> Message:
+    """A message with marks in the place of the names and arguments of its calls."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        name, given = mark("tool calls"), call["function"]["arguments"]
+        if isinstance(given, str):
+            given = mark("the arguments of tool calls")
+        elif given:
+            given = dict.fromkeys(given, mark("the arguments of tool calls"))
+        calls.append({**call, "function": {"name": name, "arguments": given}})
+    return {**message, "tool_calls": calls} if calls else message
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The last answer
 
@@ -111,40 +169,41 @@ class LastAnswer(NamedTuple):
     end: str
 
 
-def split_last_answer(messages: Sequence[Message], prompt: str, template: ChatTemplate, thinking: bool) -> LastAnswer:
+def split_last_answer(messages: Sequence[Message], prompt: str, template: ChatTemplate) -> LastAnswer:
     """Divide a conversation at its last answer.
 
     Args:
         messages: the conversation.
         prompt: all messages but the last, rendered for generation.
         template: renders the conversation.
-        thinking: whether the template lets the model think.
     """
-    whole = template.render(messages, thinking, ask=False)
+    whole = template.render(messages, ask=False)
     given, eos = messages[-1]["content"], template.tokenizer.eos_token or ""
     answer = whole[len(prompt) :] if whole.startswith(prompt) else None
+    calls = "tool_calls" in messages[-1]
     for content in (given, given.strip()):  # most templates copy or trim it; the rest need more renderings
-        if answer is not None and answer.startswith(content):
+        if answer is not None and not calls and answer.startswith(content):
             return LastAnswer(prompt, "", content, answer[len(content) :].rstrip() or eos)
-    start, end = content_span(messages, len(messages) - 1, whole, template, thinking, ask=False)
+    start, end = content_span(messages, len(messages) - 1, whole, template, ask=False)
     written, ending = whole[start:end], whole[end:].rstrip() or eos
     if answer is not None:
+        start = max(start, len(prompt))
         return LastAnswer(prompt, whole[len(prompt) : start], written, ending)
     begun_thought = opened_thought(prompt)
     if begun_thought and begins_with_thought(given):  # the template leaves out the thought that the prompt has begun
         return LastAnswer(prompt, "", given.strip().removeprefix(THINK).lstrip("\n"), ending)
     # The template renders the prompt differently once the answer is there, e.g. it moves the system message. Generation
     # sees the prompt. What follows the question in both is the same, and what comes after that begins the answer.
-    _, asked_end = content_span(messages[:-1], len(messages) - 2, prompt, template, thinking)
-    _, question_end = content_span(messages, len(messages) - 2, whole, template, thinking, ask=False)
+    _, asked_end = content_span(messages[:-1], len(messages) - 2, prompt, template)
+    _, question_end = content_span(messages, len(messages) - 2, whole, template, ask=False)
     between, same = whole[question_end:start], prompt[asked_end:].removesuffix(begun_thought)
     begin = between[len(same) :] if between.startswith(same) else ""
     return LastAnswer(prompt.removesuffix(begun_thought), begin, written, ending)
 
 
-def render_marked(messages: Sequence[Message], template: ChatTemplate, thinking: bool) -> RenderedExample:
+def render_marked(messages: Sequence[Message], template: ChatTemplate) -> tuple[str, str, list[Span]]:
     """A conversation whose template marks what the model generates: that is learnt, and nothing else."""
-    whole, spans = template.render_marked(messages, thinking)
+    whole, spans = template.render_marked(messages)
     if not spans:
         raise DataError("the chat template marks nothing of it as generated")
     answers = [message for message in messages if message["role"] == "assistant"]
@@ -153,7 +212,7 @@ def render_marked(messages: Sequence[Message], template: ChatTemplate, thinking:
         raise DataError("has answers of weight 0, but the chat template marks more or less than answers as generated")
     *earlier, (start, end) = spans
     learnt = [span for span, weight in zip(earlier, weights, strict=False) if weight != 0] if 0 in weights else earlier
-    return RenderedExample(whole[:start], whole[start:end], learnt)
+    return whole[:start], whole[start:end], learnt
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -161,64 +220,84 @@ def render_marked(messages: Sequence[Message], template: ChatTemplate, thinking:
 
 
 def content_span(
-    messages: Sequence[Message], index: int, rendered: str, template: ChatTemplate, thinking: bool, *, ask: bool = True
-) -> tuple[int, int]:
+    messages: Sequence[Message], index: int, rendered: str, template: ChatTemplate, *, ask: bool = True
+) -> Span:
     """The character range of a message's content in the rendered conversation: where another content makes it differ.
 
     The template may have changed the content, e.g. trimmed it or left out its thoughts; the range is of what is there.
+    Of a message that calls tools it is all that the template writes in the place of a content.
     """
-    changed = [*messages[:index], {**messages[index], "content": MARK}, *messages[index + 1 :]]
-    other = template.render(changed, thinking, ask=ask)
+    changed = {**messages[index], "content": MARK}
+    calls = changed.pop("tool_calls", None)
+    try:
+        other = template.render([*messages[:index], changed, *messages[index + 1 :]], ask=ask)
+    except DataError:  # a strict template takes no tool's result after an answer
+        if not calls:
+            raise
+        return strict_call_span(messages, index, rendered, template, ask=ask)
     start = common_prefix_length(rendered, other)
     after = common_prefix_length(rendered[start:][::-1], other[start:][::-1])
     return start, len(rendered) - after
 
 
+def strict_call_span(
+    messages: Sequence[Message], index: int, rendered: str, template: ChatTemplate, *, ask: bool
+) -> Span:
+    """`content_span` of a call in a template that refuses another answer in its place, but not one without what
+    follows up to the next question. How long it is, the conversation up to the call tells. Raises `DataError`."""
+    rest = next((turn for turn in range(index, len(messages)) if messages[turn]["role"] == "user"), len(messages))
+    answer = {"role": "assistant", "content": MARK}
+    start = common_prefix_length(rendered, template.render([*messages[:index], answer, *messages[rest:]], ask=ask))
+    before, after = template.render(messages[:index]), template.render(messages[: index + 1], ask=False)
+    written = after[len(before) :].removesuffix(
+        template.render([*messages[:index], answer], ask=False).rpartition(MARK)[2]
+    )
+    if not after.startswith(before) or not rendered.startswith(written, start):
+        raise DataError("the chat template writes tool calls in other ways in later turns")
+    return start, start + len(written)
+
+
 def earlier_answer_spans(
-    messages: Sequence[Message], prompt: str, last: LastAnswer, template: ChatTemplate, thinking: bool
-) -> list[tuple[int, int]]:
+    messages: Sequence[Message], prompt: str, last: LastAnswer, template: ChatTemplate
+) -> list[Span]:
     """Character ranges in the prompt of the answers before the last, with what begins and ends the last one.
 
     Raises `DataError` for a conversation that is too long for a template that changes earlier answers.
     """
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = content_spans(messages, answers, prompt, template, thinking)
+    spans = content_spans(messages, answers, prompt, template)
     learnt = [span for span, turn in zip(spans, answers, strict=True) if messages[turn].get("weight") != 0]
     return [whole_span(prompt, start, end, last) for start, end in learnt if prompt[start:end].strip()]
 
 
-def removable_spans(
-    example: Example, prompt: str, template: ChatTemplate, enable_thinking: bool | None
-) -> list[tuple[int, int]]:
-    """Character ranges in a rendered prompt of what may be left out where it is too long: all contents, oldest first,
-    but those of system messages. Nothing for a conversation in which they cannot be found."""
-    messages = template.prepare(example.messages)
-    before = messages[:-1]
-    thinking = begins_with_thought(messages[-1]["content"]) if enable_thinking is None else enable_thinking
+def removable_spans(rendered: RenderedExample) -> list[Span]:
+    """Character ranges of what may be left out of a prompt that is too long: all contents, oldest first, but those of
+    system messages. Nothing for text, or for a conversation in which they cannot be found."""
+    if rendered.template is None:
+        return []
+    before = rendered.template.prepare(rendered.example.messages)[:-1]
     turns = [turn for turn, message in enumerate(before) if message["role"] != "system"]
     try:
-        whole = template.render(before, thinking)
-        return content_spans(before, turns, whole, template, thinking) if whole.startswith(prompt) else []
+        whole = rendered.template.render(before)
+        return content_spans(before, turns, whole, rendered.template) if whole.startswith(rendered.prompt) else []
     except DataError:
         return []
 
 
-def content_spans(
-    messages: Sequence[Message], turns: list[int], rendered: str, template: ChatTemplate, thinking: bool
-) -> list[tuple[int, int]]:
+def content_spans(messages: Sequence[Message], turns: list[int], rendered: str, template: ChatTemplate) -> list[Span]:
     """`content_span` of several messages of a conversation that is rendered for generation.
 
     Raises `DataError` for too many, with a template that changes them.
     """
-    spans = marked_spans(messages, turns, rendered, template, thinking) if len(turns) > FEW_ANSWERS else None
+    spans = marked_spans(messages, turns, rendered, template) if len(turns) > FEW_ANSWERS else None
     if spans is None:
         if len(turns) > MOST_ANSWERS:
             raise DataError(f"has {len(messages)} messages, but the chat template changes answers: split it")
-        spans = [content_span(messages, turn, rendered, template, thinking) for turn in turns]
+        spans = [content_span(messages, turn, rendered, template) for turn in turns]
     return spans
 
 
-def whole_span(prompt: str, start: int, end: int, last: LastAnswer) -> tuple[int, int]:
+def whole_span(prompt: str, start: int, end: int, last: LastAnswer) -> Span:
     """The range of an answer with what begins and ends the last one, and without blanks around it where that is not."""
     if last.begin and prompt[:start].endswith(last.begin):
         start -= len(last.begin)
@@ -230,20 +309,22 @@ def whole_span(prompt: str, start: int, end: int, last: LastAnswer) -> tuple[int
 
 
 def marked_spans(
-    messages: Sequence[Message], turns: list[int], rendered: str, template: ChatTemplate, thinking: bool
-) -> list[tuple[int, int]] | None:
+    messages: Sequence[Message], turns: list[int], rendered: str, template: ChatTemplate
+) -> list[Span] | None:
     """`content_spans`, found in one rendering with marks in the place of all these contents.
 
     The work grows with the length of the conversation, not with its square. None if the template does more with a
-    content than to copy or trim it.
+    content than to copy or trim it, or one of the messages calls tools.
     """
     chosen = set(turns)
+    if any("tool_calls" in messages[turn] for turn in turns):
+        return None
     marked = [
         {**message, "content": f"{MARK}{turn}{MARK}"} if turn in chosen else message
         for turn, message in enumerate(messages)
     ]
     try:
-        parts = re.split(f"{MARK}([0-9]+){MARK}", template.render(marked, thinking))
+        parts = re.split(f"{MARK}([0-9]+){MARK}", template.render(marked))
     except DataError:
         return None
     if parts[1::2] != [str(turn) for turn in turns]:

@@ -17,8 +17,8 @@ SHAPES: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
 }
 """The shapes in the order in which they are tried; a row needs one column of each group."""
-OPTIONAL_FIELDS = ("input", "system", "history")
-TAKES = {"text": (), "messages": ("system",)}
+OPTIONAL_FIELDS = ("input", "system", "history", "tools")
+TAKES: dict[str, tuple[str, ...]] = {"text": (), "messages": ("system", "tools")}
 """The optional fields of the shapes that do not take all of them."""
 FIELDS = sorted({name for groups in SHAPES.values() for group in groups for name in group} | {*OPTIONAL_FIELDS})
 OTHER_NAMES: tuple[dict[str, str], ...] = (
@@ -30,7 +30,7 @@ OTHER_NAMES: tuple[dict[str, str], ...] = (
     {"prompt": "question", "completion": "response"},
 )
 """Names under which columns that fit no shape are known nevertheless, in the order in which they are tried."""
-OPTIONAL_NAMES = {"input": "context", "system": "system_prompt"}
+OPTIONAL_NAMES = {"input": "context", "system": "system_prompt", "tools": "functions"}
 """Other names of optional fields."""
 MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 PREFERENCES = ("chosen", "rejected")

@@ -160,11 +160,13 @@ def generates_reference(loaded: Loaded, example: Example, score: AnswerScore, en
     agreed = next((i for i, (a, b) in enumerate(zip(tokens, greedy, strict=True)) if a != b), len(tokens))
     if agreed == len(tokens):
         return True
-    reference = example.target.strip()
 
     def text(ids: Sequence[int]) -> str:
         decoded: str = loaded.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return (decoded.partition(ends.text)[0] if ends.text else decoded).strip()
+
+    calls = "tool_calls" in example.messages[-1]  # written as the chat template writes them
+    reference = text(tokens) if calls else example.target.strip()
 
     def can_match(ids: Sequence[int]) -> bool:
         return reference.startswith(text(ids).rstrip("\ufffd"))  # the last character may still be incomplete

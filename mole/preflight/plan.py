@@ -260,4 +260,5 @@ def encoded_lengths(examples: Sequence[Example], tokenizer: Any, config: DataCon
 
 def character_count(example: Example) -> int:
     """Characters of an example's text."""
-    return len(example.text or "") + sum(len(message["content"]) for message in example.messages)
+    told = sum(len(message["content"]) + len(str(message.get("tool_calls", ""))) for message in example.messages)
+    return len(example.text or "") + told + len(str(example.tools))

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from templates import with_template
 
 from mole.core.errors import DataError
 from mole.data import ExampleSet, describe_columns, detect_columns, encode_example, read_examples
 
-TEMPLATES = Path(__file__).parent / "templates"
 ASK, REPLY = {"role": "user", "content": "x?"}, {"role": "assistant", "content": "y"}
 ONCE = "user: x? | assistant: y"
 PAIR = {"prompt": "x?", "completion": "y"}
 GOOD = {**PAIR, "messages": [ASK, REPLY]}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+RESULT = {"role": "tool", "content": "2"}
+ADDED = 'user: x? | assistant:  add({"a": 1}) | tool: 2 | assistant: y'
+TOOL = {"name": "add", "parameters": {"type": "object"}}
+DEEP = json.loads('{"a": ' * 40 + "1" + "}" * 40)
 
 
 def chat(*messages: dict[str, Any], **columns: Any) -> dict[str, Any]:
     return {"messages": list(messages), **columns}
+
+
+def calling(**function: Any) -> dict[str, Any]:
+    """A row in which the assistant calls a function."""
+    return chat(
+        ASK, {**CALL, "tool_calls": [{"type": "function", "function": {"name": "add", **function}}]}, RESULT, REPLY
+    )
 
 
 def parts(*content: Any) -> dict[str, Any]:
@@ -85,6 +96,56 @@ READ: dict[str, tuple[dict[str, Any], str]] = {
         "user: x? | assistant: y (0) | user: x? | assistant: y",
     ),
     "a last answer of weight 0": (chat(ASK, REPLY, ASK, {**REPLY, "weight": 0}), ONCE),
+    "a call": (chat(ASK, CALL, RESULT, REPLY), ADDED),
+    "arguments as JSON text": (calling(arguments='{"a": 1}'), ADDED),
+    "no arguments": (calling(arguments=""), 'user: x? | assistant:  add({}) | tool: 2 | assistant: y'),
+    "calls as JSON text": (chat(ASK, {**CALL, "tool_calls": json.dumps(CALL["tool_calls"])}, RESULT, REPLY), ADDED),
+    "parallel calls": (
+        chat(ASK, {**CALL, "content": "", "tool_calls": [*CALL["tool_calls"] * 2]}, RESULT, RESULT, REPLY),
+        'user: x? | assistant:  add({"a": 1}) add({"a": 1}) | tool: 2 | tool: 2 | assistant: y',
+    ),
+    "words before a call": (
+        chat(ASK, {**CALL, "content": "Well."}),
+        'user: x? | assistant: Well. add({"a": 1})',
+    ),
+    "a thought before a call": (
+        chat(ASK, {**CALL, "reasoning_content": "hm"}),
+        'user: x? | assistant: <think>\nhm\n</think>\n\n add({"a": 1})',
+    ),
+    "OpenAI's older calls": (
+        chat(
+            ASK,
+            {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+            {"role": "function", "name": "add", "content": "2"},
+            REPLY,
+        ),
+        ADDED,
+    ),
+    "ShareGPT's calls": (
+        {
+            "conversations": [
+                {"from": "human", "value": "x?"},
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "2"},
+                {"from": "gpt", "value": "y"},
+            ]
+        },
+        ADDED,
+    ),
+    "a call of weight 0": (
+        chat(ASK, {**CALL, "weight": 0}, RESULT, REPLY),
+        'user: x? | assistant:  add({"a": 1}) (0) | tool: 2 | assistant: y',
+    ),
+    "what follows the last call": (chat(ASK, CALL, RESULT, ASK), 'user: x? | assistant:  add({"a": 1})'),
+    "a result in parts": (chat(ASK, CALL, {**RESULT, "content": [{"type": "text", "text": "2"}]}, REPLY), ADDED),
+    "a result that is a number": (chat(ASK, CALL, {**RESULT, "content": 2}, REPLY), ADDED),
+    "a result that is an object": (
+        chat(ASK, CALL, {**RESULT, "content": {"sum": 2}}, REPLY), ADDED.replace("tool: 2", 'tool: {"sum": 2}')
+    ),
+    "an empty result": (chat(ASK, CALL, {**RESULT, "content": ""}, REPLY), ADDED.replace("tool: 2", "tool: ")),
+    "a prompt with a call": (
+        {"prompt": [ASK, CALL, RESULT], "completion": [REPLY]}, ADDED.replace(" | tool", " (0) | tool")
+    ),
     "no image": (chat(ASK, REPLY, images=[], audio=None, video=""), ONCE),
     "a good answer of KTO": ({**PAIR, "label": True}, ONCE),
     "a label that is a number": ({**PAIR, "label": 0}, ONCE),
@@ -104,8 +165,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "only answers of weight 0": (chat(ASK, {**REPLY, "weight": 0}), "messages contains no answer of the assistant"),
     "half a weight": (chat(ASK, {**REPLY, "weight": 0.5}), "message 2's weight is 0.5, neither 0 nor 1"),
     "an unknown role": (chat(ASK, {"role": "king", "content": "y"}), "message 2 has the role 'king'"),
-    "a tool": (chat(ASK, {"role": "tool", "content": "4"}, REPLY), "message 2 is of a tool or calls one"),
-    "a call": (chat(ASK, {"role": "assistant", "content": None, "tool_calls": [{}]}), "message 2 is of a tool"),
+    "a call of nothing": (chat(ASK, {**CALL, "tool_calls": [{}]}), "message 2 has a call without the name of a"),
+    "calls that are text": (chat(ASK, {**CALL, "tool_calls": "add(1)"}), "message 2's call is text that is not JSON"),
+    "a call in words": (chat(ASK, {"from": "function_call", "value": "add 1"}), "message 2's call is text that is not"),
+    "arguments in words": (calling(arguments="one"), "message 2's call of 'add' has arguments that are text that is"),
+    "arguments in a list": (calling(arguments=[1]), "message 2's call of 'add' has arguments that are a list"),
+    "deep arguments": (calling(arguments=DEEP), "message 2's call of 'add' is nested more than 32 levels deep"),
+    "an image of a tool": (
+        chat(ASK, CALL, {"role": "tool", "content": [{"type": "image"}]}, REPLY),
+        "message 3's content has a part that is of the type 'image'; only text is learnt",
+    ),
+    "tools in words": (chat(ASK, REPLY, tools="add, subtract"), "tools is text that is not JSON"),
+    "a tool without a name": (chat(ASK, REPLY, tools=[{"type": "function"}]), "tool 1 is not an object with the name"),
+    "calls only in the end": (chat(ASK, {**CALL, "weight": 0}, RESULT), "messages contains no answer of the assistant"),
     "true as content": (chat(ASK, {"role": "assistant", "content": True}), "message 2's content is true or false"),
     "a system column that is no text": (chat(ASK, REPLY, system=["S"]), "system is a list, not text"),
 }  # fmt: skip
@@ -124,7 +196,9 @@ def rows_of(folder: Path, *rows: dict[str, Any], columns: dict[str, str] | None 
 
 
 def written(message: dict[str, Any]) -> str:
-    return f"{message['role']}: {message['content']}" + (" (0)" if message.get("weight") == 0 else "")
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    called = "".join(f" {call['name']}({json.dumps(call['arguments'])})" for call in calls)
+    return f"{message['role']}: {message['content']}{called}" + (" (0)" if message.get("weight") == 0 else "")
 
 
 @pytest.mark.parametrize("kind", READ)
@@ -132,6 +206,27 @@ def test_a_row_is_read_as_it_was_meant(kind: str, tmp_path: Path) -> None:
     row, expected = READ[kind]
     (example,) = rows_of(tmp_path, row).examples
     assert " | ".join(map(written, example.messages)) == expected
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"tools": [TOOL]},
+        {"tools": json.dumps([TOOL])},
+        {"tools": [{"type": "function", "function": TOOL}]},
+        {"tools": json.dumps(TOOL)},
+        {"functions": [TOOL]},
+    ],
+)
+@pytest.mark.parametrize("row", [chat(ASK, REPLY), {"prompt": [ASK], "completion": [REPLY]}, PAIR])
+def test_the_tools_of_a_row_are_read(row: dict[str, Any], columns: dict[str, Any], tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, {**row, **columns})
+    assert rows.examples[0].tools == ({"type": "function", "function": TOOL},) and rows.ignored_columns == []
+
+
+@pytest.mark.parametrize("tools", [None, "", "[]", []])
+def test_a_row_may_have_no_tools(tools: Any, tmp_path: Path) -> None:
+    assert rows_of(tmp_path, chat(ASK, REPLY, tools=tools)).examples[0].tools == ()
 
 
 @pytest.mark.parametrize("kind", [*REFUSED, *PAIRED])
@@ -212,9 +307,7 @@ def test_the_page_names_the_columns_that_are_not_used() -> None:
 def test_an_answer_of_weight_0_has_no_loss(
     template: str | None, turns: int, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    if template:
-        tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
+    tokenizer = with_template(tiny_tokenizer, template) if template else tiny_tokenizer
     bad = {"role": "assistant", "content": "Bogota.", "weight": 0}
     last = {"role": "assistant", "content": "Sorry, it is Lima."}
     (example,) = rows_of(tmp_path, chat(*[ASK, bad] * (turns - 1), ASK, REPLY, ASK, last)).examples

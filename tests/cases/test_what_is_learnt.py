@@ -5,20 +5,18 @@ The expected texts are the whole example; what carries loss stands between ⟦ a
 
 from __future__ import annotations
 
-import copy
 import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from templates import marked, with_template
 
 from mole.chat.tokens import prompt_ids, stop_ids, stop_text
 from mole.config import DataConfig
 from mole.core.errors import DataError
-from mole.data import EncodedExample, Example, build_datasets, encode_example
-
-TEMPLATES = Path(__file__).parent / "templates"
+from mole.data import Example, build_datasets, encode_example
 
 
 def dialogue(*contents: str, system: str = "") -> Example:
@@ -87,23 +85,6 @@ CASES: dict[tuple[str, str], tuple[Example, str]] = {
         "<|im_start|><start>user\nx?<end>\n<start>model\n⟦y<end>⟧\n<start>user\nz?<end>\n<start>model\n⟦y<end>⟧",
     ),
 }
-
-
-def with_template(tokenizer: Any, name: str) -> Any:
-    """A copy of the tokenizer with one of the templates."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
-    return tokenizer
-
-
-def marked(encoded: EncodedExample, tokenizer: Any) -> str:
-    """The text of an example with ⟦ and ⟧ around what carries loss."""
-    text, inside = "", False
-    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
-        if (label != -100) != inside:
-            text, inside = text + ("⟧" if inside else "⟦"), not inside
-        text += tokenizer.decode([token])
-    return text + "⟧" * inside
 
 
 @pytest.mark.parametrize(("template", "case"), CASES, ids=lambda value: value.split(",")[0])
