@@ -31,6 +31,7 @@ def register_endpoints() -> None:
     gr.api(api_start_run, api_name="start_run", concurrency_limit=4)
     gr.api(api_stop_run, api_name="stop_run")
     gr.api(api_resume_run, api_name="resume_run", concurrency_limit=4)
+    gr.api(api_continue_run, api_name="continue_run", concurrency_limit=4)
     gr.api(api_list_targets, api_name="list_targets")
     gr.api(api_chat, api_name="chat", concurrency_limit=4)
 
@@ -74,6 +75,14 @@ def api_resume_run(name: str) -> dict[str, Any]:
     """Continue a run that was stopped or failed from its last checkpoint; returns its status at once."""
     with_api_errors(lambda: run_control.resume_training(name))
     return api_show_run(name)
+
+
+def api_continue_run(name: str, steps: int, schedule: str = "restart") -> dict[str, Any]:
+    """Train a finished run for so many more steps, as a new run; returns that run's status at once.
+
+    `schedule` is `restart` (warm-up and decay of the learning rate begin again) or `extend` (as if planned that long).
+    """
+    return with_api_errors(lambda: run_control.continue_training(name, steps, schedule).status())
 
 
 def api_list_targets() -> list[dict[str, str]]:

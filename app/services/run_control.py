@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from app import settings
 from mole import runs
-from mole.config import RunConfig
+from mole.config import RunConfig, coerce
 from mole.preflight.data_process import check_inputs
 from mole.runs.run import Run
+from mole.training.continuing import continue_run
 
 
 def start_new_run(config: Callable[[], RunConfig]) -> Run:
@@ -35,6 +37,15 @@ def resume_training(name: str) -> None:
     """Continue a stopped, interrupted or failed run from its last checkpoint."""
     settings.forbid_on_space()
     runs.start(runs.get(name), resume=True)
+
+
+def continue_training(name: str, steps: Any, schedule: str = "restart") -> Run:
+    """Train a finished run for `steps` more steps, as a new run in the background; returns that run."""
+    settings.forbid_on_space()
+    runs.check_room()
+    run = continue_run(runs.get(name), coerce(int, steps, "steps"), coerce(str, schedule, "schedule"))
+    runs.start(run, resume=True)
+    return run
 
 
 def delete_for_good(name: str) -> None:

@@ -228,7 +228,7 @@ def add_eval(parts: Any) -> None:
 
 
 def add_runs(parts: Any) -> None:
-    parts = add_group(parts, "runs", "List, show, queue, stop, resume, delete and export runs.")
+    parts = add_group(parts, "runs", "List, show, queue, stop, resume, continue, delete and export runs.")
     command = add_command(parts, "list", runs.list_runs_command, "List all runs.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
     command = add_run(parts, "show", runs.show_run_command, "Show a run's state, metrics and settings.")
@@ -248,12 +248,28 @@ def add_runs(parts: Any) -> None:
     add_run(parts, "stop", runs.stop_run_command, "Save a checkpoint and stop; a waiting run leaves the queue.")
     command = add_run(parts, "resume", runs.resume_run_command, "Continue a stopped, interrupted or failed run.")
     command.add_argument("--detach", action="store_true", help="Continue in the background and print the run's name.")
+    add_continue(parts)
     command = add_run(parts, "delete", runs.delete_run_command, "Delete a run's folder.")
     command.add_argument("--yes", action="store_true", help="Do not ask for confirmation.")
     command = add_run(
         parts, "export", runs.export_run_command, "Copy the adapter, run.yaml and events to a folder or .zip file."
     )
     command.add_argument("dest", metavar="DEST", help="A new folder, or a new .zip file.")
+
+
+def add_continue(parts: Any) -> None:
+    summary = "Train a finished run for longer, as a new run that begins where it ended."
+    command = add_run(parts, "continue", runs.continue_run_command, summary)
+    command.add_argument("--steps", type=in_range(int, 1), required=True, metavar="N", help="Further steps to train.")
+    command.add_argument(
+        "--schedule",
+        choices=("restart", "extend"),
+        default="restart",
+        help="restart: warm-up and schedule of the learning rate begin again, over the further steps; extend: the "
+        "learning rate goes on as if the run had been planned that long. Default %(default)s.",
+    )
+    command.add_argument("--name", help="Name of the new run (default: the finished run's name with a number).")
+    command.add_argument("--detach", action="store_true", help="Train in the background and print the run's name.")
 
 
 def add_run(parts: Any, name: str, function: Callable[[argparse.Namespace], None], help: str) -> Parser:

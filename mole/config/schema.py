@@ -11,6 +11,7 @@ dotted form of a setting is `adapter.router`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -148,6 +149,11 @@ class TrainingConfig:
         ge=0,
         le=limits.STEPS,
     )
+    lr_restarts: list[int] | None = setting(
+        None,
+        "Steps after which warm-up and schedule begin again, e.g. 40, 60; mole runs continue adds one.",
+        label="LR restarts",
+    )
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", ge=0, le=limits.FACTOR)
     max_grad_norm: float = setting(
         1.0, "Gradient norm above which gradients are clipped; 0 disables clipping.", ge=0, le=limits.FACTOR
@@ -167,6 +173,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "training")
+        steps = [0, *(self.lr_restarts or []), self.max_steps or limits.STEPS]
+        if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+            allowed = "steps from 1 on, each larger than the one before and smaller than training.max_steps"
+            raise ConfigError("training.lr_restarts", self.lr_restarts, allowed)
 
 
 @dataclass

@@ -44,7 +44,9 @@ def enqueue(run: Run, *, resume: bool = False) -> None:
         if last["type"] == "queued" and _is_starting(last):
             raise BusyError(f"The run {run.name} is being started already.")
         if state == "finished":
-            raise RunError(f"The run {run.name} has finished; train another one: mole train --config {run.config_path}")
+            raise RunError(
+                f"The run {run.name} has finished. Train it for longer: mole runs continue {run.name} --steps N."
+            )
         if state != "queued" and not resume:
             raise RunError(f"The run {run.name} is {state}; continue it with: mole runs resume {run.name}")
         run.clear_stop()

@@ -218,6 +218,12 @@ class Run:
         """When the run was created, in unix seconds."""
         return self._created_in(self._head)
 
+    @property
+    def begun(self) -> float:
+        """When the run was created or, of a run that continues others, the first of them; in unix seconds."""
+        told = (number(event.get("begun")) for event in self._head if event["type"] == "created")
+        return next((moment for moment in told if moment is not None), self.created)
+
     def _created_in(self, head: list[dict[str, Any]]) -> float:
         times = [event["time"] for event in head if event["type"] == "created"]
         if times:
@@ -239,7 +245,9 @@ class Run:
         for event in head:
             if event["type"] in ("created", "started"):
                 made.update({key: told for key in ("router", "model") if (told := text_in(event, key))})
-                if isinstance(steps := event.get("total_steps"), int) and 0 < steps < 1 << 53:
+                # what it was made for comes first: a run that continues another begins with the events of that one
+                steps = made.get("total_steps") or event.get("total_steps")
+                if isinstance(steps, int) and 0 < steps < 1 << 53:
                     made["total_steps"] = steps
         if "router" not in made or "model" not in made:
             made = {**self._made(), **made}

@@ -40,11 +40,17 @@ def check_inputs(config: RunConfig, read: Callable[..., str] | None = None) -> N
 
 
 @writing()
-def create(config: RunConfig, *, number: bool = False) -> Run:
+def create(config: RunConfig, *, number: bool = False, fill: Callable[[Run], None] | None = None, **facts: Any) -> Run:
     """Create a run's folder, whole or not at all, with `run.yaml` and the event `created`.
 
     Without a name it is called `<router>-<model>-<n>`; with `number`, a number is added to a name that is taken. Paths
     in the config become absolute, as the run is trained from another folder. Raises `RunError` for a taken name.
+
+    Args:
+        config: the settings.
+        number: whether a taken name gets a number.
+        fill: adds what else the folder begins with.
+        facts: what else the event `created` says.
     """
     config = absolute(config)
     make_folder(runs_dir())
@@ -53,7 +59,7 @@ def create(config: RunConfig, *, number: bool = False) -> Run:
     if config.group is not None:
         check_name(config.group, "group", "group")
     for name in _names(config, number):
-        if not (runs_dir() / name).exists() and (run := _claim(name, config)):
+        if not (runs_dir() / name).exists() and (run := _claim(name, config, fill, facts)):
             return run
     raise RunError(f"There is a run called {config.name!r} already; choose another name or delete it.", field="name")
 
@@ -71,7 +77,7 @@ def _names(config: RunConfig, number: bool) -> Iterator[str]:
     yield from (f"{stem}-{n}" for n in range(first, 100_000))
 
 
-def _claim(name: str, config: RunConfig) -> Run | None:
+def _claim(name: str, config: RunConfig, fill: Callable[[Run], None] | None, facts: dict[str, Any]) -> Run | None:
     """The run, written under a temporary name and renamed; None when the name was taken in the meantime."""
     aside = runs_dir() / f".new-{name}-{secrets.token_hex(4)}"
     make_folder(aside)
@@ -79,7 +85,9 @@ def _claim(name: str, config: RunConfig) -> Run | None:
         made = Run(name, aside)
         made.config_path.write_text(dataclasses.replace(config, name=name).to_yaml(), encoding="utf-8")
         restrict(made.config_path)
-        made.append_event("created", 0, **creation_facts(config))
+        made.append_event("created", 0, **creation_facts(config), **facts)
+        if fill is not None:
+            fill(made)
         checkpoint.sync(made.config_path, made.events_path, aside)
         aside.rename(runs_dir() / name)
         checkpoint.sync(runs_dir(), home())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mole.core.errors import CheckpointError
 from mole.data import Datasets
 from mole.models.loading import Base
 from mole.models.sources import fingerprint
+from mole.runs.run import Run
 
 MAY_CHANGE = {"save_steps", "save_total_limit", "logging_steps", "eval_steps"}
 """Training settings that may differ on resume: they do not affect the weights."""
@@ -27,6 +29,14 @@ def run_identity(config: RunConfig, datasets: Datasets, base: Base) -> dict[str,
         "tokens": tokens_fingerprint(datasets),
         "base": fingerprint(base.folder) if base.folder else {},
     }
+
+
+def first_date(run: Run) -> datetime | None:
+    """When the run, or the one that it continues, was created (UTC); None if its events do not say."""
+    try:
+        return datetime.fromtimestamp(run.begun, timezone.utc)
+    except (OverflowError, OSError, ValueError):
+        return None
 
 
 def as_begun(config: RunConfig, before: dict[str, Any]) -> RunConfig:
@@ -47,10 +57,14 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
     What a checkpoint of an earlier version does not contain is not compared. Raises `CheckpointError` that names every
     changed setting, the data and the base model.
     """
-    changes = [*changed_settings(before["config"], now["config"]), *changed_inputs(before, now)]
+    refuse_changes([*changed_settings(before["config"], now["config"]), *changed_inputs(before, now)], "resumed")
+
+
+def refuse_changes(changes: list[str], what: str) -> None:
+    """Raise `CheckpointError` with what has changed, if anything has, so that the run cannot be `what`."""
     if changes:
         raise CheckpointError(
-            f"The run cannot be resumed, because it has changed: {'; '.join(changes)}. "
+            f"The run cannot be {what}, because it has changed: {'; '.join(changes)}. "
             "Undo the change, or start a new run with the new settings."
         )
 

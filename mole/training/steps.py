@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from mole.config import TrainingConfig
@@ -15,6 +16,12 @@ def count_steps(settings: TrainingConfig, rows: int) -> tuple[int, float]:
     return steps, steps / per_epoch
 
 
+def schedule_stages(settings: TrainingConfig, steps: int) -> list[tuple[int, int]]:
+    """The parts of a run of `steps` steps that each have a warm-up and a decay: steps before it, and its own steps."""
+    starts = [0, *(step for step in settings.lr_restarts or [] if step < steps)]
+    return [(start, end - start) for start, end in itertools.pairwise([*starts, steps])]
+
+
 def warmup_steps(settings: TrainingConfig, steps: int) -> int:
     """Warm-up of a run of this many steps: the setting, but at most so long that its last step has the full rate.
 
@@ -26,8 +33,10 @@ def warmup_steps(settings: TrainingConfig, steps: int) -> int:
 
 def warmup_notice(settings: TrainingConfig, steps: int) -> str | None:
     """What to tell of a warm-up that had to be shortened, in a sentence; None if it was not."""
-    used = warmup_steps(settings, steps)
+    shortest = min(length for _, length in schedule_stages(settings, steps))
+    used = warmup_steps(settings, shortest)
     if used == settings.warmup_steps or settings.lr_scheduler_type == "constant":
         return None
-    length = f"the run has only {steps} step{'s' if steps > 1 else ''}"
+    where = "the run has" if shortest == steps else "between restarts there are"
+    length = f"{where} only {shortest} step{'s' if shortest > 1 else ''}"
     return f"training.warmup_steps is {settings.warmup_steps}, and {length}: {used or 'none'} will warm up."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +30,8 @@ from mole.models.logits import summed_loss_at
 from mole.runs.run import Run
 from mole.training.callbacks import DIVERGENCE_ADVICE, EventLog
 from mole.training.notices import signs_of_nothing_learnt, start_notices
-from mole.training.resume import as_begun, check_resumable, run_identity
+from mole.training.resume import as_begun, check_resumable, first_date, run_identity
+from mole.training.schedule import restarting_schedule, set_rate
 from mole.training.state import restore_optimizer, restore_random, save_training_state
 from mole.training.steps import count_steps, warmup_steps
 
@@ -62,7 +62,7 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     config = run.config
     base = load_base(on_its_gpu(config.model))
     config = within_positions(config, base.model.config)
-    datasets = build_datasets(config.data, base.tokenizer, config.training.seed, creation_date(run))
+    datasets = build_datasets(config.data, base.tokenizer, config.training.seed, first_date(run))
     source = checkpoint.newest_good(run.checkpoints_dir) if resume else None
     before = None if source is None else checkpoint.read_manifest(source).meta
     if before is not None:
@@ -80,14 +80,6 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     finally:
         trainer.log_callback.close()
     trainer.finish()
-
-
-def creation_date(run: Run) -> datetime | None:
-    """When the run was created (UTC); None if its events do not say."""
-    try:
-        return datetime.fromtimestamp(run.created, timezone.utc)
-    except (OverflowError, OSError, ValueError):
-        return None
 
 
 def build_trainer(
@@ -356,6 +348,13 @@ class MoleTrainer(Trainer):
                 count += int((inputs["labels"][:, 1:] != -100).sum())
         return total / max(count, 1)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        settings = self.run_config.training
+        if settings.lr_restarts and self.lr_scheduler is None:
+            self.lr_scheduler = restarting_schedule(optimizer or self.optimizer, settings, num_training_steps)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # Checkpoints: atomic, and without pickle
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -380,6 +379,7 @@ class MoleTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, resume_from: str | None) -> None:
         if resume_from is not None:
             restore_optimizer(Path(resume_from), self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+            set_rate(self.optimizer, self.lr_scheduler)
 
     def _load_scaler(self, resume_from: str | None) -> None:
         """Does nothing: the scaler is restored with the optimizer."""

@@ -197,7 +197,7 @@ def test_the_public_endpoints_by_their_names(stranger: Stranger, every: bool) ->
     """What programs call, one hostile argument after another beside sensible ones."""
     sensible = {
         "show_run": ["nobody"], "read_events": ["nobody", 0], "start_run": [{}], "stop_run": ["nobody"],
-        "resume_run": ["nobody"], "list_runs": [], "list_targets": [],
+        "resume_run": ["nobody"], "continue_run": ["nobody", 4, "restart"], "list_runs": [], "list_targets": [],
         "chat": ["nobody", "hello", 1, 0.0, 1.0, 0, "", None],
     }  # fmt: skip
     public = [entry["api_name"] for entry in stranger.endpoints if entry["api_visibility"] == "public"]
@@ -231,7 +231,12 @@ def test_on_a_space_nothing_of_the_page_starts_keeps_or_deletes_anything(space: 
             for number, value in zip(endpoint["inputs"], visitor.initial(endpoint), strict=True)
         ]
         assert not wrong(visitor.call(endpoint, own, {"name": "mine", "action": "up", "number": 1, "at": 0}))
-    for name, data in (("start_run", [{"data": {"path": "x"}}]), ("stop_run", ["x"]), ("resume_run", ["x"])):
+    for name, data in (
+        ("start_run", [{"data": {"path": "x"}}]),
+        ("stop_run", ["x"]),
+        ("resume_run", ["x"]),
+        ("continue_run", ["x", 4, "restart"]),
+    ):
         assert "switched off" in visitor.call(visitor.named(name), data)["error"]
     made = {path.name for path in space.home.iterdir()} - {"studio.log", "presets", "uploads", "models", "tmp"}
     assert not made, made

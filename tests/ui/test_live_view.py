@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from serving import Studio, free_port, serve, studio_command, until
 
 from mole import runs
 from mole.config import RunConfig, apply_overrides
+from mole.core import locks
 from mole.training import worker
 
 pytestmark = pytest.mark.ui
@@ -186,3 +188,32 @@ SHOWN = "parseInt((document.querySelector('#runs-run .progress').textContent.mat
 
 def shown_step(page: Page) -> int:
     return int(page.evaluate(SHOWN))
+
+
+def test_a_finished_run_is_trained_for_longer_as_a_new_run(studio: Studio, page: Page) -> None:
+    watch(studio, page, "trained")
+    expect(page.locator("#runs-continue-form")).to_be_hidden()
+    page.locator("#runs-continue").click()
+    page.locator("#runs-continue-steps input").fill("7")
+    with held_cpu():
+        page.locator("#runs-continue-start").click()
+        expect(page.locator("#runs-run .name")).to_have_text("trained-2")
+        expect(page.locator("#runs-run .state")).to_have_text("queued")
+        expect(page.locator("#runs-continue-form")).to_be_hidden()
+        expect(page.locator("#runs-continue")).to_be_hidden()
+        made = runs.get("trained-2")
+        assert (made.config.training.max_steps, made.config.training.lr_restarts, made.step) == (37, [30], 30)
+        page.locator("#runs-stop").click()
+        expect(page.locator("#runs-run .progress")).to_have_text("Step 30 of 37")
+    quiet(page)
+
+
+@contextmanager
+def held_cpu() -> Iterator[None]:
+    """Another process's lock on the CPU: what is started waits."""
+    path = runs.device_lock_path("cpu")
+    path.parent.mkdir(exist_ok=True)
+    lock = locks.acquire(path, run="elsewhere")
+    assert lock is not None
+    with lock:
+        yield

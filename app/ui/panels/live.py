@@ -10,6 +10,7 @@ import gradio as gr
 from app import settings
 from app.services import live_updates
 from app.services.run_control import resume_training, stop_training
+from app.ui.panels.continuing import ContinuePanel, build_continue, on_continue
 from app.ui.wiring import QUIET, run_or_warn
 from app.views.run import run_view
 from mole import runs
@@ -18,6 +19,8 @@ from mole.core.errors import RunError
 LIVE_POLL_SECONDS = 1.0
 LIVE_READING_SECONDS = 0.3
 """Seconds between two updates while the past of a run is still being read."""
+OFFERED = 5
+"""The number of outputs of `run_buttons`."""
 ACTIVE_STATES = ("queued", "running")
 
 
@@ -47,11 +50,13 @@ class LivePanel:
     stop: gr.Button
     resume: gr.Button
     chat: gr.Button
+    longer: ContinuePanel
     buttons: gr.Row
 
     @property
     def shown(self) -> list[Any]:
-        return [self.view, self.seen, self.timer, self.stop, self.resume, self.chat]
+        offered = [self.stop, self.resume, self.chat, self.longer.button, self.longer.form]
+        return [self.view, self.seen, self.timer, *offered]
 
 
 def build_live(prefix: str) -> LivePanel:
@@ -64,13 +69,18 @@ def build_live(prefix: str) -> LivePanel:
     with gr.Row(elem_classes="buttons") as buttons:
         stop, resume = button("Stop", "stop"), button("Resume", "resume")
         chat = button("Chat with this", "chat", variant="primary")
+        further = button("Continue …", "continue")
+    longer = build_continue(further, prefix)
     view = run_view(elem_id=f"{prefix}-run", server_functions=[live_updates.fetch_step_routing, live_updates.fetch_run])
     timer = gr.Timer(LIVE_POLL_SECONDS, active=False)
-    panel = LivePanel(gr.State(""), gr.State(LiveShown()), timer, view, stop, resume, chat, buttons)
+    panel = LivePanel(gr.State(""), gr.State(LiveShown()), timer, view, stop, resume, chat, longer, buttons)
     timer.tick(refresh_live, [panel.name, panel.seen], panel.shown, queue=False, **QUIET)
     for pressed in (
         stop.click(lambda name: run_or_warn(lambda: stop_training(name)), panel.name, None, **QUIET),
         resume.click(lambda name: run_or_warn(lambda: resume_training(name)), panel.name, None, **QUIET),
+        longer.start.click(
+            on_continue, [panel.name, longer.steps, longer.schedule], [panel.name, longer.form], **QUIET
+        ),
     ):
         pressed.then(show_live, panel.name, panel.shown, **QUIET)
     return panel
@@ -83,7 +93,7 @@ def show_live(name: str) -> list[Any]:
 
 def pause_live() -> list[Any]:
     """For `shown` in a tab that is left: polling stops."""
-    return [gr.skip(), gr.skip(), gr.Timer(active=False), gr.skip(), gr.skip(), gr.skip()]
+    return [gr.skip(), gr.skip(), gr.Timer(active=False), *[gr.skip()] * OFFERED]
 
 
 def refresh_live(name: str, seen: LiveShown) -> list[Any]:
@@ -93,7 +103,7 @@ def refresh_live(name: str, seen: LiveShown) -> list[Any]:
     except RunError:
         run = None
     if run is None:
-        return [{"status": None}, LiveShown(), gr.Timer(active=False), *[gr.Button(visible=False)] * 3]
+        return [{"status": None}, LiveShown(), gr.Timer(active=False), *run_buttons("")]
     value, cursor = live_updates.run_update(run, seen.cursor)
     state = value["status"]["state"]
     if value["reading"] is not None:
@@ -101,15 +111,17 @@ def refresh_live(name: str, seen: LiveShown) -> list[Any]:
     else:
         interval = LIVE_POLL_SECONDS if state in ACTIVE_STATES or cursor != seen.cursor else 0.0
     timer = gr.skip() if interval == seen.interval else gr.Timer(interval or LIVE_POLL_SECONDS, active=interval > 0)
-    buttons = [gr.skip()] * 3 if state == seen.state else run_buttons(state)
+    buttons = [gr.skip()] * OFFERED if state == seen.state else run_buttons(state)
     return [value, LiveShown(cursor, state, interval), timer, *buttons]
 
 
-def run_buttons(state: str) -> list[gr.Button]:
-    """Stop, Resume and Chat for a run in this state."""
+def run_buttons(state: str) -> list[Any]:
+    """Stop, Resume, Chat and Continue for a run in this state, and the form of Continue, closed."""
     locked = bool(settings.space_id())
     return [
         gr.Button(visible=state in ACTIVE_STATES and not locked),
         gr.Button(visible=state in ("stopped", "interrupted", "failed", "imported") and not locked),
         gr.Button(visible=state == "finished"),
+        gr.Button(visible=state == "finished" and not locked),
+        gr.Row(visible=False),
     ]

@@ -32,7 +32,7 @@ MAIN_SETTINGS = (
 )  # fmt: skip
 MORE_SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "Schedule": (
-        ("training", "lr_scheduler_type"), ("training", "warmup_steps"),
+        ("training", "lr_scheduler_type"), ("training", "warmup_steps"), ("training", "lr_restarts"),
         ("training", "weight_decay"), ("training", "max_grad_norm"),
     ),
     "Evaluation and checkpoints": (

@@ -1,4 +1,4 @@
-"""`mole runs …`: list, show, queue, compare, stop, resume, delete and export runs."""
+"""`mole runs …`: list, show, queue, compare, stop, resume, continue, delete and export runs."""
 
 from __future__ import annotations
 
@@ -102,8 +102,20 @@ def stop_run_command(options: argparse.Namespace) -> None:
 
 def resume_run_command(options: argparse.Namespace) -> None:
     """Continue a run from its last checkpoint."""
-    run = runs.get(options.run)
-    if options.detach:
+    go_on(runs.get(options.run), options.detach)
+
+
+def continue_run_command(options: argparse.Namespace) -> None:
+    """Train a finished run for longer, as a new run."""
+    from mole.training.continuing import continue_run
+
+    runs.check_room()
+    go_on(continue_run(runs.get(options.run), options.steps, options.schedule, options.name), options.detach)
+
+
+def go_on(run: runs.Run, detach: bool) -> None:
+    """Train a run from its last checkpoint on, in this process or in the background."""
+    if detach:
         runs.start(run, resume=True)
         print(run.name)
     else:

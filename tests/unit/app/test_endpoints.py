@@ -19,7 +19,7 @@ from mole.core import checkpoint
 
 def test_the_public_endpoints_are_these() -> None:
     names = main.build_page().get_api_info()["named_endpoints"]
-    about_runs = {"/list_runs", "/show_run", "/read_events", "/start_run", "/stop_run", "/resume_run"}
+    about_runs = {"/list_runs", "/show_run", "/read_events", "/start_run", "/stop_run", "/resume_run", "/continue_run"}
     assert set(names) == about_runs | {"/list_targets", "/chat"}
 
 
@@ -90,6 +90,7 @@ def test_on_a_space_nobody_trains(home: Path, monkeypatch: pytest.MonkeyPatch) -
         lambda: endpoints.api_start_run({}),
         lambda: endpoints.api_stop_run("a"),
         lambda: endpoints.api_resume_run("a"),
+        lambda: endpoints.api_continue_run("a", 4),
     ):
         with pytest.raises(gr.Error, match=r"someone/mole\?duplicate=true"):
             call()

@@ -114,6 +114,9 @@ def test_the_flags_of_train_follow_from_the_settings(mole: Mole) -> None:
         ("chat x --prompt y --top-k 1.5", "a whole number at least 0"),
         ("chat x --prompt y --min-p 2", "a number from 0 to 1"),
         ("chat x --prompt y --repetition-penalty x", "a number from 0 to"),
+        ("runs continue x", "--steps"),
+        ("runs continue x --steps 0", "a whole number at least 1"),
+        ("runs continue x --steps 4 --schedule again", "restart"),
         ("eval x", "--data"),
         ("studio --port http", "from 1 to 65535"),
     ],
@@ -248,6 +251,7 @@ def test_a_run_in_the_wrong_state(mole: Mole) -> None:
     run = runs.create(config(name="demo"))
     run.append_event("stopped", 3)
     refused(mole("runs", "stop", "demo"), "demo is stopped")
+    refused(mole("runs", "continue", "demo", "--steps", "2"), "demo is stopped", "mole runs resume demo")
     checkpoint.write_folder(run.adapter_dir, lambda folder: (folder / "x").write_text("x") and None, step=3)
     refused(mole("runs", "resume", "demo"), "demo has finished")
 
@@ -454,6 +458,9 @@ def test_train_chat_eval_and_export_in_a_row(
     result = json.loads(Path("result.json").read_text())
     assert (result["rows"], result["target"], result["data"]) == (3, "demo", "rows.jsonl")
     assert result["metrics"].keys() == {"exact_match", "perplexity"}
+
+    answer = mole("runs", "continue", "demo", "--steps", "2", "--name", "longer")
+    assert (answer.code, runs.get("longer").step) == (0, 5) and "Finished at step 5" in answer.out, answer
 
     assert mole("runs", "export", "demo", "out").code == 0
     assert mole("chat", "out/adapter", "--prompt", "say yes", "--max-new-tokens", "4").out == plain.out
