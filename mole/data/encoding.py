@@ -30,12 +30,14 @@ class EncodedExample(NamedTuple):
         labels: the token id where there is loss, `IGNORE_INDEX` elsewhere; as long as `input_ids`.
         dropped: tokens left out of the prompt.
         cut: tokens removed at the end of the answer.
+        lost_thoughts: thoughts in its answers that the chat template leaves out.
     """
 
     input_ids: list[int]
     labels: list[int]
     dropped: int = 0
     cut: int = 0
+    lost_thoughts: int = 0
 
     @property
     def truncated(self) -> bool:
@@ -86,7 +88,10 @@ def encode_examples(
         removable = [False] * len(prompt)
         if len(prompt) + len(answer) > max_length:
             removable = in_spans(removable_spans(item), item.prompt, prompt, tokenizer, whole=True)
-        return join_and_truncate(prompt, learnt, removable, answer, max_length)
+        joined = join_and_truncate(prompt, learnt, removable, answer, max_length)
+        if item.lost_thoughts and isinstance(joined, EncodedExample):
+            return joined._replace(lost_thoughts=item.lost_thoughts)
+        return joined
 
     encoded = itertools.starmap(join, zip(good, prompts, answers, strict=True))
     return (item if isinstance(item, DataError) else next(encoded) for item in rendered)

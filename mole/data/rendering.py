@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mole.core.errors import DataError
-from mole.core.thoughts import THINK, begins_with_thought, opened_thought
+from mole.core.thoughts import END_THINK, THINK, begins_with_thought, opened_thought
 from mole.data.chat_templates import DEFAULT_CHAT_TEMPLATE, MARK, ChatTemplate
 from mole.data.examples import Example
 from mole.data.messages import Message
@@ -32,6 +32,7 @@ class RenderedExample(NamedTuple):
         answer_spans: character ranges (start, end) of earlier answers in `prompt`.
         example: what is rendered.
         template: with the choices for this example; None for text.
+        lost_thoughts: thoughts in answers to learn that the template leaves out.
     """
 
     prompt: str
@@ -39,6 +40,7 @@ class RenderedExample(NamedTuple):
     answer_spans: list[Span]
     example: Example
     template: ChatTemplate | None = None
+    lost_thoughts: int = 0
 
 
 def render_example(example: Example, template: ChatTemplate, enable_thinking: bool | None = None) -> RenderedExample:
@@ -73,7 +75,15 @@ def render_example(example: Example, template: ChatTemplate, enable_thinking: bo
     check_template_kept("question", asked, prompt)
     check_template_kept("answer", target, answer)
     check_tools_kept(messages, template)
-    return RenderedExample(prompt, answer, spans, example, template)
+    thoughts = sum(begins_with_thought(message["content"]) for message in messages if is_learnt(message))
+    if thoughts:  # the last one may have begun in the prompt
+        thoughts -= sum(END_THINK in prompt[start:end] for start, end in spans) + (END_THINK in answer)
+    return RenderedExample(prompt, answer, spans, example, template, max(thoughts, 0))
+
+
+def is_learnt(message: Message) -> bool:
+    """Whether a message is an answer to learn."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def answer_ending(tokenizer: Any) -> str:
@@ -266,7 +276,7 @@ def earlier_answer_spans(
     """
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     spans = content_spans(messages, answers, prompt, template)
-    learnt = [span for span, turn in zip(spans, answers, strict=True) if messages[turn].get("weight") != 0]
+    learnt = [span for span, turn in zip(spans, answers, strict=True) if is_learnt(messages[turn])]
     return [whole_span(prompt, start, end, last) for start, end in learnt if prompt[start:end].strip()]
 
 

@@ -372,6 +372,12 @@ def find_notices(file: EncodedFile, tokenizer: Any) -> list[str]:
                 f"The chat template ends answers with the text {brief(ending)}, which is no special token. Chat stops "
                 "where it is written."
             )
+    lost = [item.lost_thoughts for item in file.encoded if item.lost_thoughts]
+    if lost:
+        found.append(
+            f"The chat template leaves out {sum(lost)} {'thought' if sum(lost) == 1 else 'thoughts'} of answers in "
+            f"{len(lost)} {'row' if len(lost) == 1 else 'rows'}, as most do in all but the last: these are not learnt."
+        )
     cut = sum(item.cut > 0 for item in file.encoded)
     if cut:
         found.append(f"{cut} {'row loses' if cut == 1 else 'rows lose'} the end of the answer; raise data.max_length.")

@@ -6,6 +6,7 @@ The expected texts are the whole example; what carries loss stands between ⟦ a
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import pytest
 from templates import marked, with_template
 
 from mole.chat.tokens import prompt_ids, stop_ids, stop_text
-from mole.config import DataConfig
+from mole.config import DataConfig, RunConfig
 from mole.core.errors import DataError
 from mole.data import Example, build_datasets, encode_example
+from mole.preflight.preview import preview
 
 
 def dialogue(*contents: str, system: str = "") -> Example:
@@ -27,7 +29,8 @@ def dialogue(*contents: str, system: str = "") -> Example:
 
 
 ECHO = dialogue("Repeat the word blue.", "blue", "Again.", "blue", system="Be brief.")
-THOUGHT = dialogue("17+4?", "<think>\nadd\n</think>\n\n21", "minus 1?", "<think>\nsubtract\n</think>\n\n20")
+THOUGHT_TURNS = ("17+4?", "<think>\nadd\n</think>\n\n21", "minus 1?", "<think>\nsubtract\n</think>\n\n20")
+THOUGHT = dialogue(*THOUGHT_TURNS)
 PLAIN = dialogue("3+4?", "7")
 GREETING = Example(({"role": "assistant", "content": "I am here."}, *dialogue("x?", "y").messages))
 
@@ -92,6 +95,34 @@ def test_loss_is_on_the_answers_and_what_ends_them(template: str, case: str, tin
     example, expected = CASES[template, case]
     tokenizer = with_template(tiny_tokenizer, template)
     assert marked(encode_example(example, tokenizer, 4096), tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "example", "lost"),
+    [
+        ("thinks", THOUGHT, 1),
+        ("r1", THOUGHT, 1),
+        ("gemma", THOUGHT, 0),
+        ("generation", THOUGHT, 0),
+        ("thinks", dialogue("a?", "b", "c?", "<think>\nd\n</think>\n\ne"), 0),
+        ("thinks", dialogue(*THOUGHT_TURNS, *THOUGHT_TURNS), 3),
+    ],
+)
+def test_thoughts_that_the_template_leaves_out_are_counted(
+    template: str, example: Example, lost: int, tiny_tokenizer: Any
+) -> None:
+    assert encode_example(example, with_template(tiny_tokenizer, template), 4096).lost_thoughts == lost
+
+
+def test_thoughts_that_are_not_learnt_are_said(tiny_folder: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    with_template(tiny_tokenizer, "thinks").save_pretrained(tmp_path / "model")
+    (tmp_path / "d.jsonl").write_text(2 * (json.dumps({"messages": THOUGHT.messages}) + "\n"))
+    config = RunConfig.from_dict(
+        {"model": {"name": str(tmp_path / "model")}, "data": {"path": str(tmp_path / "d.jsonl")}}
+    )
+    said = "The chat template leaves out 2 thoughts of answers in 2 rows, as most do in all but the last: these are not"
+    assert any(text.startswith(said) for text in preview(config).notices)
 
 
 @pytest.mark.parametrize("template", ["thinks", "end_text", "mistral", "gemma", "date"])

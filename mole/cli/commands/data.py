@@ -98,24 +98,23 @@ def encoded_report(source: ExampleSet, tokenizer: Any, show: int) -> dict[str, A
     from mole.data import EncodedExample, Example, RejectedRow, encode_examples
     from mole.preflight.preview import EncodedFile, TokenLabeller, find_notices
 
-    good, shown, lengths, rejected = list[Example](), list[EncodedExample](), list[int](), list(source.rejected)
+    good, encoded, rejected = list[Example](), list[EncodedExample](), list(source.rejected)
     for example, item in zip(source.examples, encode_examples(source.examples, tokenizer, sys.maxsize), strict=True):
         if isinstance(item, DataError):
             rejected.append(RejectedRow(example.row, str(item)))
             continue
         good.append(example)
-        lengths.append(len(item.input_ids))
-        shown += [item] if len(shown) < show else []
+        encoded.append(item)
     rejected.sort(key=lambda item: item.row)
     labeller = TokenLabeller(tokenizer)
-    rows = [labeller.tokens(item) for item in shown]
+    rows = [labeller.tokens(item) for item in encoded[:show]]
     return {
         "rows": len(good),
         "rejected": len(rejected),
         "rejections": list(map(str, rejected)),
-        "notices": find_notices(EncodedFile(source, good, shown, rejected, True), tokenizer),
+        "notices": find_notices(EncodedFile(source, good, encoded, rejected, True), tokenizer),
         "shown": [{"tokens": [token.text for token in row], "learnt": [token.learnt for token in row]} for row in rows],
-        "tokens": length_summary(lengths),
+        "tokens": length_summary([len(item.input_ids) for item in encoded]),
     }
 
 
