@@ -147,7 +147,9 @@ def read_file(file: Path, limit: int | None, peek: bool = False) -> Records:
             rows = parse_parquet(opened if part else content, file, size, part)
         else:
             text = decode_text(content, file, notices)
-            rows = parse_json(text, file, notices) if kind == "json" else parse_csv(text, file, notices)
+            rows = (
+                parse_json(text, file, notices, suffix != ".json") if kind == "json" else parse_csv(text, file, notices)
+            )
     if not rows:
         raise DataError(f"{file} contains no rows.")
     check_row_count(len(rows), file)

@@ -24,13 +24,14 @@ SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n')
 """The line with which some spreadsheets say what separates a CSV file's values."""
 
 
-def parse_json(text: str, file: Path, notices: list[str]) -> list[tuple[int, Any]]:
+def parse_json(text: str, file: Path, notices: list[str], by_line: bool = False) -> list[tuple[int, Any]]:
     """The elements of a JSON array, one value per line (JSONL), or the rows that an object holds.
 
     Args:
         text: of the file.
         file: named by errors.
         notices: what is guessed is added to them.
+        by_line: whether each line is a row, by the file's name: then a line is no table of pandas.
 
     Raises `DataError` with line and column.
     """
@@ -52,16 +53,16 @@ def parse_json(text: str, file: Path, notices: list[str]) -> list[tuple[int, Any
         check_row_size(len(line), number, file)
         rows.append((number, load_json(line, file, number)))
     if len(rows) == 1 and isinstance(rows[0][1], dict):
-        held = rows_in_object(rows[0][1], notices)
+        held = rows_in_object(rows[0][1], notices, table=not by_line)
         if held is not None:
             return list(enumerate(held, start=1))
     return rows
 
 
-def rows_in_object(value: dict[str, Any], notices: list[str]) -> list[Any] | None:
+def rows_in_object(value: dict[str, Any], notices: list[str], table: bool = True) -> list[Any] | None:
     """The rows that an object holds; None if it is a row itself.
 
-    They are a list under a usual name, the training split of several, or the columns of a table as pandas writes them.
+    They are a list under a usual name, the training split of several, or the columns of a `table` as pandas writes one.
     """
     splits = {name: rows for name, rows in value.items() if name.lower() in (*TRAIN_NAMES, *HELD_OUT_NAMES)}
     splits = {name: rows for name, rows in splits.items() if is_list_of_rows(rows)}
@@ -76,7 +77,7 @@ def rows_in_object(value: dict[str, Any], notices: list[str]) -> list[Any] | Non
     whole = [name for name in value if name.lower() in WHOLE_NAMES and is_list_of_rows(value[name])]
     if len(whole) == 1:
         return value[whole[0]]
-    return rows_of_columns(value)
+    return rows_of_columns(value) if table else None
 
 
 def is_list_of_rows(value: Any) -> bool:

@@ -92,6 +92,8 @@ def test_a_broken_byte_among_utf_8_is_no_letter_from_windows(tmp_path: Path) -> 
         {"conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]},
         {"prompt": [{"role": "user", "content": "a?"}], "completion": [{"role": "assistant", "content": "b"}]},
         {"question": "a?", "choices": ["b", "c"], "answer": "b"},
+        {"prompt": ["a?"], "completion": ["b"]},
+        {"tokens": ["a", "b"], "tags": ["c", "d"]},
     ],
 )
 def test_a_file_of_one_row_is_one_row(tmp_path: Path, row: dict[str, Any]) -> None:
