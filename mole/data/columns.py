@@ -9,6 +9,8 @@ from mole.data.readers import read_records
 from mole.data.shapes import (
     LABEL,
     OPTIONAL_FIELDS,
+    PREFERENCES,
+    PREFERENCES_UNREAD,
     SHAPES,
     check_mapping,
     ignored_columns,
@@ -22,7 +24,7 @@ SAMPLED_ROWS = 20
 COMMON_NAMES = {
     "messages": ("conversations", "conversation", "chat", "dialogue", "dialog", "turns"),
     "prompt": ("question", "q", "query", "instruction", "input", "user", "problem", "request", "source"),
-    "completion": ("answer", "a", "response", "reply", "output", "assistant", "solution", "target", "chosen"),
+    "completion": ("answer", "a", "response", "reply", "output", "assistant", "solution", "target"),
     "instruction": ("prompt", "task", "question", "query"),
     "input": ("context",),
     "output": ("response", "completion", "answer", "reply", "target"),
@@ -114,6 +116,8 @@ def describe_columns(found: DetectedColumns) -> str:
     """A sentence or two on the columns and what they are read as."""
     columns = join_names(list(found.columns), 12)
     if found.shape is None:
+        if {*PREFERENCES} <= {*found.columns}:
+            return f"Columns: {columns}. {PREFERENCES_UNREAD} To learn the good ones, map chosen below."
         return f"Columns: {columns}. They fit no known shape; map them to fields below."
     missing = [name for name, column in found.fields.items() if column is None and name not in OPTIONAL_FIELDS]
     if missing:

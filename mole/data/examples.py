@@ -291,8 +291,20 @@ def parse_prompt_and_completion(value: Mapping[str, Any]) -> tuple[Message, ...]
         alone = [] if is_conversation(entry) else [{"role": role, "content": text_value(value, name, numbers=True)}]
         sides.append(alone or list(entry or []))
     prompt, completion = sides
+    if value.get("history"):
+        prompt = [*parse_history(parse_nested(value, "history")), *prompt]
+    if value.get("input") not in (None, ""):
+        prompt = with_input(prompt, text_value(value, "input", numbers=True))
     asked = [{**message, "weight": 0} if isinstance(message, dict) else message for message in prompt]
     return parse_messages([*asked, *completion], "completion", system_text(value))
+
+
+def with_input(prompt: list[Any], extra: str) -> list[Any]:
+    """Messages whose question is followed by the row's `input`."""
+    *before, last = prompt
+    if isinstance(last, dict) and last.get("role") == "user" and isinstance(last.get("content"), str):
+        return [*before, {**last, "content": f"{last['content']}\n\n{extra}"}]
+    return [*prompt, {"role": "user", "content": extra}]
 
 
 def question_text(value: Mapping[str, Any], names: Sequence[str]) -> str:

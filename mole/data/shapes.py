@@ -34,6 +34,7 @@ OPTIONAL_NAMES = {"input": "context", "system": "system_prompt", "tools": "funct
 """Other names of optional fields."""
 MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 PREFERENCES = ("chosen", "rejected")
+PREFERENCES_UNREAD = "A row has a good and a bad answer (chosen, rejected), and preferences are not learnt."
 LABEL = "label"
 """In rows of answers: whether this is a good one. False in data that were made for KTO."""
 LONGEST_NAME = 60
@@ -108,8 +109,8 @@ def no_shape(path: str, found: list[str], rows: Sequence[tuple[int, Any]]) -> Da
     """The error for columns that fit no shape: it names the shapes, or for preference data the way to use them."""
     if {*PREFERENCES} <= {*found}:
         text = (
-            f"{path}: has a good and a bad answer in each row ({', '.join(PREFERENCES)}), and preferences are not "
-            f"learnt. To learn the good ones, map their column: --set data.columns='{preferred(found, rows)}'."
+            f"{path}: {PREFERENCES_UNREAD} To learn the good ones, map their column: "
+            f"--set data.columns='{preferred(found, rows)}'."
         )
         return DataError(text, field="data.columns")
     known = "; ".join(" + ".join("/".join(group) for group in groups) for groups in SHAPES.values())

@@ -10,7 +10,7 @@ import pytest
 from templates import with_template
 
 from mole.core.errors import DataError
-from mole.data import ExampleSet, describe_columns, detect_columns, encode_example, read_examples
+from mole.data import ExampleSet, describe_columns, detect_columns, encode_example, guess_mapping, read_examples
 
 ASK, REPLY = {"role": "user", "content": "x?"}, {"role": "assistant", "content": "y"}
 ONCE = "user: x? | assistant: y"
@@ -82,6 +82,10 @@ READ: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "history in CSV": ({**PAIR, "history": '[["a?", "b"]]'}, "user: a? | assistant: b | user: x? | assistant: y"),
     "no system, no history": ({**PAIR, "system": None, "history": []}, ONCE),
+    "history and input beside messages as prompt": (
+        {"prompt": [ASK], "completion": [REPLY], "history": [["a?", "b"]], "input": "i", "system": "S"},
+        "system: S | user: a? | assistant: b (0) | user: x?\n\ni | assistant: y",
+    ),
     "a system column beside messages": (chat(ASK, REPLY, system="S"), f"system: S | {ONCE}"),
     "the same system message twice": (
         chat({"role": "system", "content": "S"}, ASK, REPLY, system="S"), f"system: S | {ONCE}"
@@ -294,6 +298,18 @@ def test_columns_that_are_not_used_are_known(row: dict[str, Any], ignored: list[
 def test_skipped_answers_are_counted_and_their_label_is_used(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, {**PAIR, "label": True}, {**PAIR, "label": False}, {**PAIR, "label": False})
     assert (len(rows.examples), len(rows.rejected), rows.ignored_columns) == (1, 2, [])
+
+
+@pytest.mark.parametrize(
+    "columns", [["prompt", "chosen", "rejected"], ["question", "chosen", "rejected"], ["chosen", "rejected"]]
+)
+def test_the_page_takes_no_good_answer_of_preference_data_for_the_answer(columns: list[str], tmp_path: Path) -> None:
+    assert guess_mapping(columns) == {}
+    said = describe_columns(detect_columns(columns, {}, "f"))
+    with pytest.raises(DataError) as caught:
+        rows_of(tmp_path, dict.fromkeys(columns, "x"))
+    why = "A row has a good and a bad answer (chosen, rejected), and preferences are not learnt."
+    assert why in said and why in str(caught.value)
 
 
 def test_the_page_names_the_columns_that_are_not_used() -> None:
