@@ -24,6 +24,7 @@ from mole.core.errors import MoleError
 from mole.models import sizes
 from mole.models.adapter_files import WEIGHTS, our_type, read_adapter_config
 from mole.models.loading import Base, Loaded, attach, load_base
+from mole.models.moved import check_base
 from mole.runs.targets import locate
 
 Key = tuple[Any, ...]
@@ -114,6 +115,8 @@ class ModelCache:
 
     def _load(self, target: str, config: ModelConfig, key: Key, base_key: Key) -> Loaded:
         base_name, folder = locate(target)
+        if folder is not None:
+            check_base(base_name, f"If it has moved: mole chat {target} --base PATH.")
         named = dataclasses.replace(config, name=base_name)
         required = weight_bytes(named, folder, with_base=base_key not in self._bases)
         self._make_room(pick_device(config.device), required, base_key)

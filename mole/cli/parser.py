@@ -190,12 +190,18 @@ def add_settings(command: Parser) -> None:
 def add_chat(parts: Any) -> None:
     command = add_command(parts, "chat", chat.chat_command, "Chat with a trained adapter or a base model.")
     command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+    add_base(command)
     command.add_argument("--prompt", help="Reply to this prompt and exit; without it, the chat is interactive.")
     command.add_argument("--system", help="System prompt.")
     add_chat_settings(command)
     command.add_argument(
         "--trace", metavar="FILE.json", help="Write the routing of every token to a file; needs --prompt."
     )
+
+
+def add_base(command: Parser) -> None:
+    """Add the flag for a base model that has moved."""
+    command.add_argument("--base", metavar="MODEL", help="Where the adapter's base model is, if it has moved.")
 
 
 def add_chat_settings(command: Parser) -> None:
@@ -222,6 +228,7 @@ def add_chat_settings(command: Parser) -> None:
 def add_eval(parts: Any) -> None:
     command = add_command(parts, "eval", chat.evaluate_command, "Evaluate accuracy or exact match, and perplexity.")
     command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+    add_base(command)
     command.add_argument("--data", required=True, metavar="FILE", help="Evaluation rows: a data file or a hub id.")
     command.add_argument("--limit", type=in_range(int, 1), metavar="N", help="Use only the first N rows.")
     command.add_argument("--json", metavar="FILE", help="Also write the result to a JSON file.")
@@ -247,6 +254,7 @@ def add_runs(parts: Any) -> None:
     command.add_argument("place", metavar="PLACE", type=in_range(int, 1), help="New position; 1 starts next.")
     add_run(parts, "stop", runs.stop_run_command, "Save a checkpoint and stop; a waiting run leaves the queue.")
     command = add_run(parts, "resume", runs.resume_run_command, "Continue a stopped, interrupted or failed run.")
+    add_base(command)
     command.add_argument("--detach", action="store_true", help="Continue in the background and print the run's name.")
     add_continue(parts)
     command = add_run(parts, "delete", runs.delete_run_command, "Delete a run's folder.")
@@ -268,6 +276,7 @@ def add_continue(parts: Any) -> None:
         help="restart: warm-up and schedule of the learning rate begin again, over the further steps; extend: the "
         "learning rate goes on as if the run had been planned that long. Default %(default)s.",
     )
+    add_base(command)
     command.add_argument("--name", help="Name of the new run (default: the finished run's name with a number).")
     command.add_argument("--detach", action="store_true", help="Train in the background and print the run's name.")
 

@@ -13,22 +13,39 @@ from mole.core.paths import local_path
 from mole.models.adapter_files import read_adapter_config
 from mole.models.gguf import EMBEDDED
 from mole.models.loading import Loaded, attach, load_base
+from mole.models.moved import check_base, different_files, noted_base
 from mole.runs import store
 from mole.runs.run import Run
 
+MOVED = "If the base model of {target} has moved, say where it is now with --base PATH."
+"""What to do about a base model that is not found."""
 
-def load_target(target: str, model: ModelConfig | None = None) -> Loaded:
+
+def load_target(target: str, model: ModelConfig | None = None, base_name: str | None = None) -> Loaded:
     """Load what a command's TARGET names: a run, a run's checkpoint, an adapter folder, or `base:MODEL`.
 
     Args:
         target: the run's name, `RUN@STEP`, the adapter's folder, or `base:` and a base model.
         model: dtype and device to use; its name is not looked at.
+        base_name: where the adapter's base model is now; None where it was. `Loaded.notice` tells if it is another one.
 
     Raises `RunError`, `ModelError`, `ConfigError`, or `CheckpointError` for an adapter whose files have changed.
     """
-    base_name, adapter_dir = locate(target)
-    base = load_base(dataclasses.replace(model or ModelConfig(), name=base_name))
-    return attach(base, adapter_dir, target) if adapter_dir else Loaded(base.model, base.tokenizer, target, base_name)
+    noted_name, adapter_dir = locate(target)
+    if adapter_dir is None:
+        if base_name is not None:
+            raise ModelError(f"{target} is a base model; --base is for adapters.", field="base")
+        base = load_base(dataclasses.replace(model or ModelConfig(), name=noted_name))
+        return Loaded(base.model, base.tokenizer, target, noted_name)
+    if base_name is None:
+        check_base(noted_name, MOVED.format(target=target))
+    others = different_files(noted_base(adapter_dir), base_name) if base_name is not None else []
+    base = load_base(dataclasses.replace(model or ModelConfig(), name=base_name or noted_name))
+    loaded = attach(base, adapter_dir, target)
+    if others:
+        notice = f"{base_name} is not the base model that {target} was trained on: other {', '.join(others)}."
+        loaded.notice = f"{notice} {loaded.notice or ''}".strip()
+    return loaded
 
 
 def locate(target: str) -> tuple[str, Path | None]:

@@ -14,9 +14,12 @@ from typing import Any
 from mole.config import RunConfig, TrainingConfig
 from mole.core import checkpoint, files
 from mole.core.errors import ConfigError, RunError, writing
+from mole.models.moved import check_base
 from mole.runs import store
 from mole.runs.event_reader import EventReader, lines_of, parse_without_routing
 from mole.runs.run import Run
+from mole.runs.targets import MOVED
+from mole.training.moving import with_base
 from mole.training.resume import as_begun, changed_settings, refuse_changes
 
 SCHEDULES = ("restart", "extend")
@@ -25,7 +28,9 @@ CURVES = ("started", "data", "step", "eval")
 
 
 @writing()
-def continue_run(run: Run, steps: int, schedule: str = "restart", name: str | None = None) -> Run:
+def continue_run(
+    run: Run, steps: int, schedule: str = "restart", name: str | None = None, base: str | None = None
+) -> Run:
     """Make the run that trains a finished one for `steps` more steps; it is stopped at the finished one's last step.
 
     Args:
@@ -34,8 +39,10 @@ def continue_run(run: Run, steps: int, schedule: str = "restart", name: str | No
         schedule: `restart`: warm-up and decay of the learning rate begin again; `extend`: the learning rate goes on as
             if the run had been planned that long.
         name: the new run's name; that of the finished run with a number if None.
+        base: where the base model is now; None where it was.
 
     Raises:
+        ModelError: there is no base model, or another one.
         RunError: the run has not finished, its last checkpoint is gone, or the new name is taken or not allowed.
         ConfigError: a setting is not allowed, or the number of steps.
         CheckpointError: the run's settings have changed since it was trained.
@@ -52,6 +59,10 @@ def continue_run(run: Run, steps: int, schedule: str = "restart", name: str | No
         before = checkpoint.read_manifest(source).meta
         config = as_trained(run.config, before)
         refuse_changes(changed_settings(before["config"], config.to_dict()), "continued")
+        if base is None:
+            check_base(config.model.name, MOVED.format(target=run.name))
+        else:
+            config = with_base(config, base, before)
         done = checkpoint.read_manifest(source).step
         longer = dataclasses.replace(
             config, name=name or run.name, group=None, training=longer_training(config.training, done, steps, schedule)

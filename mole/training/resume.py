@@ -57,7 +57,10 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any]) -> None:
     What a checkpoint of an earlier version does not contain is not compared. Raises `CheckpointError` that names every
     changed setting, the data and the base model.
     """
-    refuse_changes([*changed_settings(before["config"], now["config"]), *changed_inputs(before, now)], "resumed")
+    settings = changed_settings(before["config"], now["config"])
+    if before.get("base") and before["base"] == now["base"]:  # the same model at another place
+        settings = [change for change in settings if not change.startswith("model.name ")]
+    refuse_changes([*settings, *changed_inputs(before, now)], "resumed")
 
 
 def refuse_changes(changes: list[str], what: str) -> None:

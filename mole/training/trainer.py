@@ -27,6 +27,7 @@ from mole.models.adapter_files import WEIGHTS
 from mole.models.context import within_positions
 from mole.models.loading import TEMPLATE_FILE, Base, load_base, on_its_gpu
 from mole.models.logits import summed_loss_at
+from mole.models.moved import check_base
 from mole.runs.run import Run
 from mole.training.callbacks import DIVERGENCE_ADVICE, EventLog
 from mole.training.notices import signs_of_nothing_learnt, start_notices
@@ -60,6 +61,7 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
         TrainingError: the loss is not finite.
     """
     config = run.config
+    check_base(config.model.name, f"If it has moved: mole runs resume {run.name} --base PATH.")
     base = load_base(on_its_gpu(config.model))
     config = within_positions(config, base.model.config)
     datasets = build_datasets(config.data, base.tokenizer, config.training.seed, first_date(run))

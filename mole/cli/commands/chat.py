@@ -29,7 +29,7 @@ def chat_command(options: argparse.Namespace) -> None:
     from mole.mixture.aot_compile import prepare_kernels
 
     settings = ChatSettings(**{item.name: getattr(options, item.name) for item in dataclasses.fields(ChatSettings)})
-    loaded = load_with_notice(options.target)
+    loaded = load_with_notice(options.target, options.base)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     if messages and not ChatTemplate(loaded.tokenizer).takes_system:
         print("Note: The chat template takes no system message; it begins the first question.", file=sys.stderr)
@@ -76,7 +76,7 @@ def evaluate_command(options: argparse.Namespace) -> None:
     from mole.data import read_examples
 
     rows = read_examples(options.data, limit=options.limit, field="--data")
-    loaded = load_with_notice(options.target)
+    loaded = load_with_notice(options.target, options.base)
     from mole.evaluation import job as evaluation_job
     from mole.evaluation.evaluate import evaluate_file
 
@@ -91,11 +91,11 @@ def evaluate_command(options: argparse.Namespace) -> None:
         write_json(options.json, result)
 
 
-def load_with_notice(target: str) -> Loaded:
-    """Load a target and print its notice, if any, to stderr."""
+def load_with_notice(target: str, base: str | None) -> Loaded:
+    """Load a target, with its base model from `base` if given, and print its notice, if any, to stderr."""
     from mole.runs.targets import load_target
 
-    loaded = load_target(target, ModelConfig())
+    loaded = load_target(target, ModelConfig(), base)
     if loaded.notice:
         print(f"Note: {loaded.notice}", file=sys.stderr)
     return loaded

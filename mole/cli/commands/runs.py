@@ -102,7 +102,12 @@ def stop_run_command(options: argparse.Namespace) -> None:
 
 def resume_run_command(options: argparse.Namespace) -> None:
     """Continue a run from its last checkpoint."""
-    go_on(runs.get(options.run), options.detach)
+    run = runs.get(options.run)
+    if options.base is not None:
+        from mole.training.moving import move_base
+
+        run = move_base(run, options.base)
+    go_on(run, options.detach)
 
 
 def continue_run_command(options: argparse.Namespace) -> None:
@@ -110,7 +115,9 @@ def continue_run_command(options: argparse.Namespace) -> None:
     from mole.training.continuing import continue_run
 
     runs.check_room()
-    go_on(continue_run(runs.get(options.run), options.steps, options.schedule, options.name), options.detach)
+    go_on(
+        continue_run(runs.get(options.run), options.steps, options.schedule, options.name, options.base), options.detach
+    )
 
 
 def go_on(run: runs.Run, detach: bool) -> None:
