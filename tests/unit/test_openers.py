@@ -24,6 +24,7 @@ ALLOWED = {
     "mole/runs/store.py": "a run that is just made; an adapter that was verified, in a folder without links",
     "mole/config/presets.py": "a preset is written to a temporary file that was just made",
     "mole/training/continuing.py": "a checkpoint that was verified, in a folder without links",
+    "mole/training/moving.py": "run.yaml is written to a temporary file that was just made",
     "mole/training/state.py": "a checkpoint that was verified",
     "mole/training/trainer.py": "a checkpoint that was verified; files of a folder that was just made",
     "mole/models/adapter_files.py": "weights, after `is_file`",
