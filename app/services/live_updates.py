@@ -62,6 +62,7 @@ def run_update(run: Run, cursor: LiveCursor) -> tuple[dict[str, Any], LiveCursor
             "rows": {"at": rows, "columns": list(STEP_COLUMNS), "rows": six_digits(history.steps.rows(rows))},
             "evals": {"at": evals, "rows": six_digits(history.evals.rows(evals))},
             "marks": list(history.marks) if fresh or cursor.read != history.reader.offset else None,
+            "notices": history.notices if fresh or cursor.read != history.reader.offset else None,
         }
         value |= newest_step(history, status["total_steps"]) if fresh or cursor.newest != moment else {}
         if status["state"] != cursor.state or fresh:

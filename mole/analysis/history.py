@@ -16,7 +16,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mole.core import files
-from mole.runs.event_reader import BLOCK, EventReader, lines_of, number, parse_event, parse_without_routing, routing_of
+from mole.runs.event_reader import (
+    BLOCK,
+    NOTICED,
+    EventReader,
+    lines_of,
+    notices_in,
+    number,
+    parse_event,
+    parse_without_routing,
+    routing_of,
+)
 from mole.runs.run import Run
 
 BUDGET_S = 0.05
@@ -151,6 +161,7 @@ class History:
         steps: rows of `STEP_COLUMNS`.
         evals: rows of `EVAL_COLUMNS`.
         marks: `[step, kind]`, where kind is one of `MARKS` or `resumed`.
+        notices: what somebody should know of the run, in sentences.
         newest: the last `RECENT` step events, read from the end of the file, so complete from the first poll on.
     """
 
@@ -166,12 +177,17 @@ class History:
         self.steps, self.evals, self.offsets = ThinnedCurve(STEP_COLUMNS), ThinnedCurve(EVAL_COLUMNS), StepOffsets()
         self.marks: deque[list[Any]] = deque(maxlen=MAX_MARKS)
         self.newest: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self._told: dict[str, list[str]] = {}
         self._seen_size = 0
 
     @property
     def share(self) -> float:
         """Share of the file that has been read, 0…1."""
         return self.reader.offset / self.reader.size if self.reader.size else 1.0
+
+    @property
+    def notices(self) -> list[str]:
+        return [notice for kind in NOTICED for notice in self._told.get(kind, [])]
 
     # Reading -----------------------------------------------------------------------------------------------
 
@@ -214,6 +230,8 @@ class History:
         if event is None:
             return
         kind, step = event["type"], event["step"]
+        if kind in NOTICED:
+            self._told[kind] = notices_in(event)
         if kind == "step":
             if step <= self.steps.last_step:
                 self._cut(step - 1)

@@ -12,9 +12,11 @@ from typing import Any
 
 from mole.config import DataConfig, DataSource
 from mole.core.errors import DataError
+from mole.data.chat_templates import ChatTemplate
 from mole.data.encoding import IGNORE_INDEX, encode_examples
 from mole.data.examples import ExampleSet, RejectedRow, no_usable_rows, read_examples
 from mole.data.mixing import joint_fingerprint, joint_shape, read_sources, short_labels, weighted
+from mole.data.shapes import join_names
 
 EncodedRow = dict[str, list[int]]
 
@@ -35,6 +37,7 @@ class DataReport:
         rejections: the first ten reasons, e.g. `row 7: completion is null`; those of a held-out file say so.
         sources: of several training files, for each its `source`, `shape` and `weight`, and the numbers of its `rows`
             (without those held out, each counted once), `eval_rows` and `rejected` rows.
+        notices: what was guessed about the files, what the chat template changes, and the columns that are not used.
     """
 
     rows: int
@@ -47,6 +50,7 @@ class DataReport:
     answer_tokens: int
     rejections: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -113,8 +117,22 @@ def build_datasets(config: DataConfig, tokenizer: Any, seed: int, date: datetime
         answer_tokens=sum(label != IGNORE_INDEX for row in train for label in row["labels"]),
         rejections=reasons[:10],
         sources=describe_parts(sources, parts, Counter(of for of, _ in held)) if len(parts) > 1 else [],
+        notices=source_notices([part.source for part in parts], tokenizer),
     )
     return Datasets(train, evaluation, report)
+
+
+def source_notices(sources: Sequence[ExampleSet], tokenizer: Any) -> list[str]:
+    """What to tell of the files that a run learns from, in sentences."""
+    found = [notice for source in sources for notice in source.notices]
+    unused = dict.fromkeys(column for source in sources for column in source.ignored_columns)
+    if unused:
+        found.append(f"Columns that are not used: {join_names(list(unused))}.")
+    examples = [example for source in sources if source.shape != "text" for example in source.examples]
+    with_system = sum(example.messages[0]["role"] == "system" for example in examples)
+    if with_system and not ChatTemplate(tokenizer).takes_system:
+        found.append(f"The chat template takes no system message: in {with_system} rows it begins the first question.")
+    return list(dict.fromkeys(found))
 
 
 def describe_parts(

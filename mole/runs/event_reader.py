@@ -31,6 +31,10 @@ IDENTITY_BYTES = 64
 ROUTING_KEY = b'"routing":'
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """What may be half of a surrogate pair, which neither a page nor UTF-8 can hold."""
+NOTICED = ("started", "data", "finished")
+"""The events with notices, in their order."""
+LONGEST_NOTICE = 2_000
+"""Characters of a notice."""
 LARGEST_METRIC = 1e40
 """Beyond 32-bit floating point, but squares and sums of such numbers are still finite in 64 bits."""
 
@@ -190,6 +194,12 @@ def text_in(event: dict[str, Any], key: str) -> str | None:
     """A text of an event; None when it is none."""
     value = event.get(key)
     return value if isinstance(value, str) else None
+
+
+def notices_in(event: dict[str, Any]) -> list[str]:
+    """What somebody should know of a run, as an event tells it: at most twenty sentences."""
+    told = event.get("notices")
+    return [text[:LONGEST_NOTICE] for text in told if isinstance(text, str)][:20] if isinstance(told, list) else []
 
 
 def number(value: Any) -> float | None:

@@ -19,7 +19,17 @@ from mole.config.yaml_loader import MAX_YAML_LENGTH
 from mole.core import checkpoint, files, locks
 from mole.core.errors import BusyError, InputError, RunError
 from mole.runs import job, origin
-from mole.runs.event_reader import EventReader, events_backwards, lines_of, number, numbers, parse_event, text_in
+from mole.runs.event_reader import (
+    NOTICED,
+    EventReader,
+    events_backwards,
+    lines_of,
+    notices_in,
+    number,
+    numbers,
+    parse_event,
+    text_in,
+)
 
 STATES = ("queued", "running", "finished", "stopped", "interrupted", "failed", "imported", "unreadable")
 """`imported`: its events say that it waits, but it was not queued in this home, so the user has to start it;
@@ -273,7 +283,7 @@ class Run:
     def details(self) -> dict[str, Any]:
         """`status()` with `config`, `metrics` (the finished run's, and the last `loss` and `eval_loss`) and `error`.
 
-        `error` is what went wrong, null when nothing did; `advice` what to do about it.
+        `error` is what went wrong, null when nothing did; `advice` what to do about it; `notices` what else to know.
         """
         status, _, last = self.summary()
         if status["state"] == "unreadable":
@@ -300,7 +310,15 @@ class Run:
         elif pid := locks.suspended_holder(self.lock_path):
             error = f"Its process {pid} is suspended (SIGSTOP or Ctrl-Z): it does not advance, and keeps what it holds."
             advice = f"Let it go on: kill -CONT {pid}"
-        return {**status, "config": self.config.to_dict(), "metrics": metrics, "error": error, "advice": advice}
+        told = {"metrics": metrics, "error": error, "advice": advice, "notices": self.notices()}
+        return {**status, "config": self.config.to_dict(), **told}
+
+    def notices(self) -> list[str]:
+        """What somebody should know of the run, in sentences, as its last start, its data and its end told."""
+        told: dict[str, list[str]] = {}
+        for event in islice(events_backwards(self.events_path, LOOK_BACK_BYTES, b'"notices"'), LOOK_BACK_EVENTS):
+            told.setdefault(event["type"], notices_in(event))
+        return [notice for kind in NOTICED for notice in told.get(kind, [])]
 
     def exit_reason(self) -> str:
         """Why a process exited without writing its last event, as far as it can be told."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mole.config import RunConfig
+from mole.data import DataReport
 from mole.models.context import positions_notice
 from mole.training.steps import warmup_notice
 
@@ -32,6 +33,22 @@ def start_notices(config: RunConfig, hf_config: Any, total_steps: int, longest: 
         unreached_notice(config.adapter),
     )
     return [notice for notice in notices if notice]
+
+
+def data_notices(report: DataReport, max_length: int) -> list[str]:
+    """What to tell of a run's data, in sentences: what was guessed, and the rows left out or cut."""
+    found = [*report.notices]
+    if report.rejected:
+        rows = "row cannot" if report.rejected == 1 else "rows cannot"
+        found.append(f"{report.rejected} {rows} be used and {_is(report.rejected)} left out: {report.rejections[0]}.")
+    if report.truncated:
+        rows = f"{'row' if report.truncated == 1 else 'rows'} {_is(report.truncated)}"
+        found.append(f"{report.truncated} {rows} longer than data.max_length, {max_length} tokens, and cut.")
+    return found
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def signs_of_nothing_learnt(model: nn.Module, log: EventLog) -> list[str]:

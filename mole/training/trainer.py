@@ -30,7 +30,7 @@ from mole.models.logits import summed_loss_at
 from mole.models.moved import check_base
 from mole.runs.run import Run
 from mole.training.callbacks import DIVERGENCE_ADVICE, EventLog
-from mole.training.notices import signs_of_nothing_learnt, start_notices
+from mole.training.notices import data_notices, signs_of_nothing_learnt, start_notices
 from mole.training.resume import as_begun, check_resumable, first_date, run_identity
 from mole.training.schedule import restarting_schedule, set_rate
 from mole.training.state import restore_optimizer, restore_random, save_training_state
@@ -215,7 +215,8 @@ class MoleTrainer(Trainer):
             resumed_from=None if source is None else source.name,
             notices=self.tell(start_notices(self.run.config, self.base.model.config, self.total_steps())),
         )
-        self.run.append_event("data", step, **report.to_dict())
+        notices = self.tell(data_notices(report, self.run_config.data.max_length))
+        self.run.append_event("data", step, **{**report.to_dict(), "notices": notices})
 
     def tell(self, notices: list[str]) -> list[str]:
         """Print what somebody should know of the run, and write it to its log → the same."""

@@ -1,6 +1,6 @@
 // The live view of a run. Value: what `app.services.live_updates.run_update` returns: `status`, the new rows of the curves,
 // and what changed in the newest step. After a lost update everything is fetched again.
-const NOTHING = { generation: 0, rows: [], columns: [], evals: [], marks: [], last: null, newest: null, alarms: [], watched: false };
+const NOTHING = { generation: 0, rows: [], columns: [], evals: [], marks: [], notices: [], last: null, newest: null, alarms: [], watched: false };
 const view = { status: null, trouble: null, reading: null, mark: null, asking: false, ...NOTHING };
 const repaint = painter(element, paint);
 const STATES = { queued: "queued", running: "training", finished: "finished", stopped: "stopped", interrupted: "interrupted", failed: "failed", imported: "imported", unreadable: "cannot be read" };
@@ -30,6 +30,7 @@ function take(value) {
   view.evals.length = value.evals.at;
   view.evals.push(...value.evals.rows);
   view.marks = value.marks || view.marks;
+  view.notices = value.notices || view.notices;
   if ("trouble" in value) view.trouble = value.trouble;
   if (!("last" in value)) return;
   Object.assign(view, { last: value.last, newest: value.routing, alarms: value.alarms, watched: value.watched });
@@ -90,8 +91,16 @@ function write() {
   put('[data-tile="eval"]', number(held, 3));
   put('[data-tile="best"]', best ? number(best[1], 3) : "–");
   put(".best-at", best ? `Best held-out, step ${best[0]}` : "Best held-out");
+  writeNotices();
   writeAlarms();
   announce();
+}
+
+function writeNotices() {
+  const key = JSON.stringify(view.notices);
+  if (view.noticed === key) return;
+  view.noticed = key;
+  $(".notices").replaceChildren(...view.notices.map((text) => make("li", {}, text)));
 }
 
 function progressText(status, last) {

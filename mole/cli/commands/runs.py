@@ -36,6 +36,8 @@ def show_run_command(options: argparse.Namespace) -> None:
     print(f"{details['name']}: {details['state']}, step {steps_text(details)}, created {created_text(details)}")
     if details["error"]:
         print(f"Error:   {details['error']} {details['advice'] or ''}".rstrip())
+    for notice in details["notices"]:
+        print(f"Note:    {notice}")
     for key, value in details["metrics"].items():
         print(f"{key}: {metric_text(value)}")
     print(f"Folder:  {run.path}\n")

@@ -136,3 +136,15 @@ def test_alarms_travel_with_the_newest_step(run: Run) -> None:
     assert value["watched"] and [alarm["kind"] for alarm in value["alarms"]][:1] == ["collapse"]
     assert value["alarms"][0]["where"] == "Layer 2 expert 1"
     json.dumps(value)
+
+
+def test_notices_travel_with_what_they_are_told_by(run: Run) -> None:
+    run.append_event("data", 0, notices=["One row is left out.", 7, None])
+    first, cursor = live_updates.run_update(run, LiveCursor())
+    assert first["notices"] == ["One row is left out."]
+    assert live_updates.run_update(run, cursor)[0]["notices"] is None
+    run.append_event("finished", 9, notices=["The loss never moved from 1."])
+    run.append_event("started", 0, notices=["A resumed start says it anew."])
+    run.append_event("data", 0, notices="no list")
+    told, _ = live_updates.run_update(run, cursor)
+    assert told["notices"] == ["A resumed start says it anew.", "The loss never moved from 1."] == run.notices()

@@ -163,6 +163,18 @@ def test_a_run_that_learnt_nothing_says_so_at_its_end(
 ONE_EXPERT = {"adapter.router": "topk", "adapter.top_k": 1, "adapter.balance_loss_coef": 0.0}
 
 
+def test_what_a_training_has_to_say_is_told_with_the_run(make_run: Any, tmp_path: Path) -> None:
+    rows = [*ROWS[:6], {"prompt": "What?", "completion": None}, {"prompt": "long " * 99, "completion": "x", "id": 7}]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"data.path": str(tmp_path / "other.jsonl"), "data.max_length": 64, "data.eval_fraction": 0}
+    run = make_run("told", **settings, **{"training.warmup_steps": 9, "training.max_steps": 2})
+    train(run)
+    warmup, unused, left_out, cut = run.details()["notices"]
+    assert warmup.startswith("training.warmup_steps is 9") and "not used: id." in unused
+    assert left_out.startswith("1 row cannot be used and is left out: row 7: ")
+    assert cut == "1 row is longer than data.max_length, 64 tokens, and cut."
+
+
 def gates(run: runs.Run) -> list[torch.Tensor]:
     return [
         w
