@@ -307,7 +307,7 @@ def add_data(parts: Any) -> None:
         "files",
         metavar="FILE",
         nargs="+",
-        help="JSON, JSONL, CSV or Parquet file, or a hub id, or '{path: FILE, columns: {…}, …}' as in data.path.",
+        help="JSON, JSONL, CSV, Parquet or text file, or a hub id, or '{path: FILE, columns: {…}, …}' as in data.path.",
     )
     command.add_argument("--name", metavar="NAME", help="Configuration of a hub data set.")
     command.add_argument("--split", metavar="NAME", help="Split of a hub data set (default train).")

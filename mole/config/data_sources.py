@@ -22,7 +22,7 @@ ALLOWED = "a path, a hub id, or a list of these and of {path, weight, columns, n
 class DataSource:
     """One file or hub data set of the training data."""
 
-    path: str = setting("", "JSON, JSONL, CSV or Parquet file, or a hub id.")
+    path: str = setting("", "JSON, JSONL, CSV, Parquet or text file, or a hub id.")
     weight: float = setting(
         1.0,
         "How often each of its rows is seen per epoch: 2 is twice; 0.5 a random half of them, the same in each epoch.",

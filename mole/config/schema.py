@@ -65,8 +65,8 @@ class DataConfig:
 
     path: str | list[Any] = setting(
         "",
-        "JSON, JSONL, CSV or Parquet file, or a hub id; or a list of several, as paths or {path, weight, columns, "
-        "name, split}. A weight of 2 shows each row of a file twice per epoch, 0.5 a random half of them.",
+        "JSON, JSONL, CSV, Parquet or text file, or a hub id; or a list of several, as paths or {path, weight, "
+        "columns, name, split}. A weight of 2 shows each row of a file twice per epoch, 0.5 a random half of them.",
         label="Training data",
         flag="--data",
         parse=parse_sources,

@@ -162,7 +162,7 @@ def encode_rows(
         if isinstance(item, DataError):
             rejected.append(RejectedRow(example.row, str(item)))
         else:
-            rows.append({"input_ids": item.input_ids, "labels": item.labels})
+            rows += [{"input_ids": piece.input_ids, "labels": piece.labels} for piece in (item, *item.more)]
             truncated += item.truncated
     rejected.sort(key=lambda item: item.row)
     if not rows:

@@ -20,6 +20,8 @@ from mole.data.rendering import RenderedExample, removable_spans, render_example
 
 IGNORE_INDEX = -100
 """Label of tokens without loss, as in `torch.nn.functional.cross_entropy`."""
+LONG_TEXT = 1_000_000
+"""Characters that are tokenized at a time: the tokenizer needs a hundred bytes for each."""
 
 
 class EncodedExample(NamedTuple):
@@ -31,6 +33,7 @@ class EncodedExample(NamedTuple):
         dropped: tokens left out of the prompt.
         cut: tokens removed at the end of the answer.
         lost_thoughts: thoughts in its answers that the chat template leaves out.
+        more: what follows of a text that is longer than an example may be, in pieces that are examples too.
     """
 
     input_ids: list[int]
@@ -38,6 +41,7 @@ class EncodedExample(NamedTuple):
     dropped: int = 0
     cut: int = 0
     lost_thoughts: int = 0
+    more: tuple[EncodedExample, ...] = ()
 
     @property
     def truncated(self) -> bool:
@@ -52,8 +56,9 @@ def encode_example(
 
     Loss is taken on every answer of the assistant and its end-of-turn token; on all tokens of a text row. From a prompt
     that is too long the oldest contents are left out, but not the system message and what the template writes around
-    them; the answer is truncated at its end only if it leaves no room for one token of the prompt. `enable_thinking` is
-    that of `render_example`. Raises `DataError` when the template rejects the example or no token has loss.
+    them; the answer is truncated at its end only if it leaves no room for one token of the prompt. A text that is too
+    long is cut into pieces. `enable_thinking` is that of `render_example`. Raises `DataError` when the template rejects
+    the example or no token has loss.
     """
     (result,) = encode_examples([example], tokenizer, max_length, enable_thinking)
     if isinstance(result, DataError):
@@ -84,6 +89,8 @@ def encode_examples(
     answers = tokenize([item.answer for item in good], tokenizer)
 
     def join(item: RenderedExample, prompt: list[int], answer: list[int]) -> EncodedExample | DataError:
+        if item.template is None:
+            return pieces_of_text(answer, max_length)
         learnt = in_spans(item.answer_spans, item.prompt, prompt, tokenizer)
         removable = [False] * len(prompt)
         if len(prompt) + len(answer) > max_length:
@@ -105,11 +112,11 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
 
 def tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """Token ids of each rendered text: in one call, but for those with text that looks like a special token."""
-    usual = [text for text in texts if PLAIN not in text]
+    usual = [text for text in texts if not divided(text)]
     ids = iter(tokenizer(usual, add_special_tokens=False, verbose=False)["input_ids"] if usual else [])
     return [
         [token for piece in pieces_of(text) for token in piece.tokenize(tokenizer)["input_ids"]]
-        if PLAIN in text
+        if divided(text)
         else next(ids)
         for text in texts
     ]
@@ -127,12 +134,22 @@ class Piece(NamedTuple):
         return tokenizer(self.text, add_special_tokens=False, split_special_tokens=self.plain, verbose=False, **options)
 
 
+def divided(text: str) -> bool:
+    """Whether a text is tokenized in several parts: what looks like a special token is text, or it is very long."""
+    return PLAIN in text or len(text) > LONG_TEXT
+
+
 def pieces_of(text: str) -> list[Piece]:
-    """A rendered text, divided where what looks like a special token is text."""
+    """A rendered text, divided where what looks like a special token is text, and within a very long text at lines."""
     pieces, at = [], 0
     for part in re.split(f"({PLAIN}.*?{END_PLAIN})", text, flags=re.DOTALL):
         plain = part.startswith(PLAIN)
-        pieces.append(Piece(part.strip(PLAIN + END_PLAIN), at + plain, plain))
+        rest, begin = part.strip(PLAIN + END_PLAIN), at + plain
+        while len(rest) > LONG_TEXT:
+            end = rest.rfind("\n", 0, LONG_TEXT) + 1 or LONG_TEXT
+            pieces.append(Piece(rest[:end], begin, plain))
+            rest, begin = rest[end:], begin + end
+        pieces.append(Piece(rest, begin, plain))
         at += len(part)
     return pieces
 
@@ -154,6 +171,19 @@ def in_spans(
     if whole:
         return [start < end <= ends[bisect_right(starts, start)] for start, end in offsets]
     return [ends[bisect_left(starts, end)] > start for start, end in offsets]
+
+
+def pieces_of_text(ids: list[int], max_length: int) -> EncodedExample | DataError:
+    """A text as one example or several; a `DataError` when no token has loss.
+
+    Each piece begins with the last token of the piece before, without loss, so that every token but the first of the
+    text is predicted once.
+    """
+    first = join_and_truncate([], [], [], ids[:max_length], max_length)
+    if isinstance(first, DataError):
+        return first
+    pieces = [ids[start : start + max_length] for start in range(max_length - 1, len(ids) - 1, max_length - 1)]
+    return first._replace(more=tuple(EncodedExample(piece, [IGNORE_INDEX, *piece[1:]]) for piece in pieces))
 
 
 def join_and_truncate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from codecs import BOM_UTF8
@@ -15,15 +16,19 @@ from mole.data.encodings import guess_encoding
 
 CHUNK = 1 << 16
 OBJECT_BYTES = 64 << 20
-"""Bytes of a file whose rows are all in one JSON object, which has to be read whole."""
+"""Bytes of a file whose rows are all in one JSON object or that is one text, which has to be read whole."""
+TEXT_HEAD = 1 << 20
+"""Bytes of a text that are read for a glance."""
 
 
 def read_head(opened: IO[bytes], rows: int, kind: str, file: Path) -> bytes:
     """The part of an open file that contains its first `rows` rows.
 
-    Some lines, the first elements of a JSON array (as an array), or the start of a Parquet file. Raises `DataError` for
-    a row that is too long.
+    Some lines, the first elements of a JSON array (as an array), or the start of a Parquet file or of a text, which is
+    one row. Raises `DataError` for a row that is too long.
     """
+    if kind == "text":
+        return read_text_head(opened)
     start = opened.read(CHUNK)
     if kind == "parquet":
         return start
@@ -49,6 +54,17 @@ def read_head(opened: IO[bytes], rows: int, kind: str, file: Path) -> bytes:
         raise DataError(f"{file}: not valid {name} text; save the file as UTF-8.") from None
     finally:
         text.detach()
+
+
+def read_text_head(opened: IO[bytes]) -> bytes:
+    """The beginning of a text, up to the end of a line: in most encodings a character has several bytes."""
+    head = opened.read(TEXT_HEAD)
+    if len(head) == TEXT_HEAD:
+        head += opened.readline(TEXT_HEAD)
+    encoding = guess_encoding(head)
+    if encoding.startswith("utf-16"):
+        return codecs.getincrementaldecoder(encoding)().decode(head).encode()
+    return head
 
 
 def is_object_over_lines(first_line: str) -> bool:

@@ -1,4 +1,4 @@
-"""Reading JSON, JSONL, CSV and Parquet files and hub data sets into records. No torch.
+"""Reading JSON, JSONL, CSV, Parquet and text files and hub data sets into records. No torch.
 
 What stops the reading as a whole (no such file, malformed JSON, an unreachable hub) is a `DataError` of one line;
 single rows are checked in `mole.data.examples`.
@@ -25,16 +25,17 @@ from mole.data.encodings import decode_text
 from mole.data.heads import read_head
 from mole.data.parquet import parse_parquet
 from mole.data.shapes import join_names
-from mole.data.text_formats import parse_csv, parse_json
+from mole.data.text_formats import parse_csv, parse_json, parse_text
 
 FILE_FORMATS = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
     **dict.fromkeys((".csv", ".tsv"), "csv"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
+    ".txt": "text",
 }
 FILE_SUFFIXES = (*FILE_FORMATS, *SUFFIXES)
 """Suffixes of data files, with those of compressed ones."""
-FORMAT_NAMES = "JSON, JSONL, CSV or Parquet"
+FORMAT_NAMES = "JSON, JSONL, CSV, Parquet or text"
 DATASET_ID = re.compile(
     r"(?P<id>[\w-][\w.-]*(/[\w-][\w.-]*)?)(:(?P<config>[\w.-]*))?(:(?P<split>[\w.-]+(\[[\w:%]*\])?))?"
 )
@@ -138,22 +139,25 @@ def read_file(file: Path, limit: int | None, peek: bool = False) -> Records:
                     known = ", ".join(name for name in FILE_FORMATS if FILE_FORMATS[name] != "parquet")
                     raise DataError(f"{file} has a file in it without one of the suffixes {known}.")
                 content = read_head(inside, part, kind, file) if part else read_whole(inside, size, file)
+                more = kind == "text" and bool(inside.read(1))
         else:
             kind = FILE_FORMATS[suffix]
             content = read_head(opened, part, kind, file) if part else opened.read()
+            more = kind == "text" and bool(opened.read(1))
         if not content.strip():
             raise DataError(f"{file} is empty.")
         if kind == "parquet":
             rows = parse_parquet(opened if part else content, file, size, part)
         else:
             text = decode_text(content, file, notices)
-            rows = (
-                parse_json(text, file, notices, suffix != ".json") if kind == "json" else parse_csv(text, file, notices)
-            )
+            if kind == "json":
+                rows = parse_json(text, file, notices, suffix != ".json")
+            else:
+                rows = (parse_csv if kind == "csv" else parse_text)(text, file, notices)
     if not rows:
         raise DataError(f"{file} contains no rows.")
     check_row_count(len(rows), file)
-    complete = limit is None or len(rows) <= limit
+    complete = (limit is None or len(rows) <= limit) and not more
     rows = rows[:limit]
     return Records(rows, hashlib.sha256(content).hexdigest(), columns_of(rows, file), complete, notices)
 

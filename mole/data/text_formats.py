@@ -1,4 +1,4 @@
-"""The rows of JSON, JSONL and CSV text. No torch."""
+"""The rows of JSON, JSONL, CSV and plain text. No torch."""
 
 from __future__ import annotations
 
@@ -113,6 +113,14 @@ def load_json(text: str, file: Path, first_line: int) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
         raise DataError(f"{file}: malformed JSON on line {first_line}: {reason}.") from None
+
+
+def parse_text(text: str, file: Path, notices: list[str]) -> list[tuple[int, Any]]:
+    """A plain text as one row, whatever its paragraphs. Raises `DataError` for one that is too long."""
+    if len(text) > OBJECT_BYTES:
+        raise DataError(f"{file} has more than {OBJECT_BYTES >> 20} million characters. Split the file.")
+    notices.append("The file is read as one text, whose pieces of data.max_length tokens are the examples.")
+    return [(1, {"text": text.replace("\r\n", "\n").strip("\n")})]
 
 
 def parse_csv(text: str, file: Path, notices: list[str]) -> list[tuple[int, Any]]:

@@ -252,9 +252,10 @@ def encoded_lengths(examples: Sequence[Example], tokenizer: Any, config: DataCon
     """`(tokens, labelled tokens)` of the examples that can be encoded."""
     encoded = encode_examples(examples, tokenizer, config.max_length, config.enable_thinking)
     return [
-        (len(item.input_ids), sum(label != IGNORE_INDEX for label in item.labels[1:]))
+        (len(piece.input_ids), sum(label != IGNORE_INDEX for label in piece.labels[1:]))
         for item in encoded
         if not isinstance(item, DataError)
+        for piece in (item, *item.more)
     ]
 
 

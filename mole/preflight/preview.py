@@ -163,7 +163,7 @@ def preview(config: RunConfig, rows: int = 8) -> Preview:
     data, seed = config.data, config.training.seed
     sources = data.sources
     if not sources:
-        raise ConfigError("data.path", "", "a JSON, JSONL, CSV or Parquet file, or a hub id")
+        raise ConfigError("data.path", "", "a JSON, JSONL, CSV, Parquet or text file, or a hub id")
     # before loading the tokenizer: a bad file fails at once
     begun = [read_source(source, MAX_ROWS // len(sources), peek=True) for source in sources]
     folder = local_folder(resolve(config.model.name), weights=False)
@@ -222,8 +222,9 @@ def encode_file(source: ExampleSet, tokenizer: Any, data: DataConfig, setting: s
         if isinstance(item, DataError):
             rejected.append(RejectedRow(example.row, str(item)))
         else:
-            good.append(example)
-            encoded.append(item)
+            pieces = [item, *item.more]
+            good += [example] * len(pieces)
+            encoded += pieces
     rejected.sort(key=lambda item: item.row)
     if not encoded:
         raise no_usable_rows(source.source, rejected, setting)
@@ -351,6 +352,9 @@ def find_notices(file: EncodedFile, tokenizer: Any) -> list[str]:
     """Likely mistakes in valid data, in sentences."""
     found = [*file.source.notices]
     count = len(file.examples)
+    if pieces := [item.more for item in file.encoded if item.more]:
+        of = "One text is" if len(pieces) == 1 else f"{len(pieces)} texts are"
+        found.append(f"{of} longer than data.max_length and cut into {sum(map(len, pieces)) + len(pieces)} examples.")
     if file.source.shape != "text":
         if tokenizer.chat_template is None:
             found.append(

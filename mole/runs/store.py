@@ -31,7 +31,9 @@ def check_inputs(config: RunConfig, read: Callable[..., str] | None = None) -> N
 
     read = read or fingerprint_of
     if not config.data.path:
-        raise ConfigError("data.path", "", "a JSON, JSONL, CSV or Parquet file, or a hub id", "Give one with --data.")
+        raise ConfigError(
+            "data.path", "", "a JSON, JSONL, CSV, Parquet or text file, or a hub id", "Give one with --data."
+        )
     models.resolve(config.model.name)
     sources = config.data.sources
     check_different(sources, [read(item.path, item.columns, name=item.name, split=item.split) for item in sources])

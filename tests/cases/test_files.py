@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from app.settings import keep_upload
+from mole.config import DataConfig
 from mole.core import limits
 from mole.core.errors import DataError
-from mole.data import read_records
+from mole.data import Example, build_datasets, encode_example, encoding, read_records
 
 ROWS = [{"prompt": "a?", "completion": "b"}, {"prompt": "c?", "completion": "d"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -101,6 +102,58 @@ def test_a_file_of_one_row_is_one_row(tmp_path: Path, row: dict[str, Any]) -> No
     assert read_records(str(tmp_path / "d.jsonl")).rows == [(1, row)]
 
 
+STORY = "Chapter 1\n\nOnce upon a time.\nIt was “night”.\n\nThe end."
+AS_ONE_TEXT = "The file is read as one text, whose pieces of data.max_length tokens are the examples."
+
+
+@pytest.mark.parametrize("peek", [False, True], ids=["whole", "glance"])
+@pytest.mark.parametrize(
+    ("name", "content", "notices"),
+    [
+        ("d.txt", f"{STORY}\n".encode(), []),
+        ("d.TXT", STORY.replace("\n", "\r\n").encode("utf-8-sig"), []),
+        ("d.txt", STORY.encode("cp1252"), [WINDOWS]),
+        ("d.txt", STORY.encode("utf-16"), []),
+        ("d.txt.gz", gzip.compress(STORY.encode()), []),
+        ("d.zip", zipped(story__txt=STORY.encode()), []),
+    ],
+)
+def test_a_plain_text_is_one_row_and_that_is_said(
+    tmp_path: Path, name: str, content: bytes, notices: list[str], peek: bool
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    records = read_records(str(tmp_path / name), 20 if peek else None, peek=peek)
+    assert records.rows == [(1, {"text": STORY})] and records.complete
+    assert records.notices == [*notices, AS_ONE_TEXT]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
+def test_a_glance_at_a_long_text_reads_its_beginning(tmp_path: Path, encoding: str) -> None:
+    whole = "Wörter 🎉 " * 200_000
+    (tmp_path / "d.txt").write_bytes(whole.encode(encoding))
+    records = read_records(str(tmp_path / "d.txt"), 20, peek=True)
+    text = records.rows[0][1]["text"]
+    assert not records.complete and whole.startswith(text) and 100_000 < len(text) < 1_500_000
+
+
+def test_the_pieces_of_a_text_are_the_examples(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    (tmp_path / "d.txt").write_text(f"{STORY}\n\n" * 30)
+    config = DataConfig(path=str(tmp_path / "d.txt"), max_length=64, eval_fraction=0)
+    rows = build_datasets(config, tiny_tokenizer, 0).train
+    ids = [token for number, row in enumerate(rows) for token in row["input_ids"][number > 0 :]]
+    assert len(rows) > 10 and max(len(row["input_ids"]) for row in rows) == 64
+    assert tiny_tokenizer.decode(ids) == (f"{STORY}\n\n" * 30).strip() + tiny_tokenizer.eos_token
+
+
+def test_a_very_long_text_is_tokenised_in_parts_like_any_other(
+    monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
+) -> None:
+    example = Example(text=f"{STORY}\n" * 30 + "<|im_end|>")
+    whole = encode_example(example, tiny_tokenizer, 100_000)
+    monkeypatch.setattr(encoding, "LONG_TEXT", 100)
+    assert encode_example(example, tiny_tokenizer, 100_000) == whole
+
+
 REFUSED: dict[str, tuple[str, bytes, str]] = {
     "two files": ("d.zip", zipped(a__jsonl=LINES, b__jsonl=LINES), "has 2 files in it; give a zip with one data file."),
     "too many files": ("d.zip", zipped(**{f"f{n}": b"" for n in range(1001)}), "files or more in it"),
@@ -109,6 +162,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "half a file": ("d.jsonl.gz", gzip.compress(LINES * 50)[:-20], "cannot be decompressed: "),
     "no gzip": ("d.jsonl.gz", LINES, "cannot be decompressed: Not a gzipped file"),
     "no zip": ("d.zip", LINES, "cannot be decompressed: File is not a zip file."),
+    "a text of nothing": ("d.txt", b" \n\n", "is empty."),
     "nothing": ("d.jsonl.gz", gzip.compress(b" \n"), "is empty."),
 }
 

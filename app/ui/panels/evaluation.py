@@ -49,7 +49,7 @@ def build_evaluation(name: gr.State, target: gr.Dropdown) -> EvaluationPanel:
                 value=choices[0][1] if choices else "",
                 allow_custom_value=True,
                 label="Evaluation data",
-                info="A JSON, JSONL, CSV or Parquet file, or a hub id.",
+                info="A JSON, JSONL, CSV, Parquet or text file, or a hub id.",
                 elem_id="evaluate-data",
                 scale=3,
             )

@@ -96,6 +96,7 @@ def encoded_report(source: ExampleSet, tokenizer: Any, show: int) -> dict[str, A
         show: how many rows are shown.
     """
     from mole.data import EncodedExample, Example, RejectedRow, encode_examples
+    from mole.data.encoding import pieces_of_text
     from mole.preflight.preview import EncodedFile, TokenLabeller, find_notices
 
     good, encoded, rejected = list[Example](), list[EncodedExample](), list(source.rejected)
@@ -107,7 +108,11 @@ def encoded_report(source: ExampleSet, tokenizer: Any, show: int) -> dict[str, A
         encoded.append(item)
     rejected.sort(key=lambda item: item.row)
     labeller = TokenLabeller(tokenizer)
-    rows = [labeller.tokens(item) for item in encoded[:show]]
+    shown = encoded[:show]
+    if source.shape == "text":  # long texts are learnt in pieces
+        texts = (pieces_of_text(item.input_ids, DataConfig().max_length) for item in shown)
+        shown = [piece for text in texts if isinstance(text, EncodedExample) for piece in (text, *text.more)][:show]
+    rows = [labeller.tokens(item) for item in shown]
     return {
         "rows": len(good),
         "rejected": len(rejected),

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -401,9 +401,18 @@ def test_truncation_never_drops_the_whole_answer(tiny_tokenizer: Any, limit: int
     assert len(answer) >= min(len(whole) - 1, limit - 1)
 
 
-def test_a_long_text_keeps_its_beginning(tiny_tokenizer: Any) -> None:
-    whole, cut = (encode_example(Example(text="0123456789" * 9), tiny_tokenizer, limit) for limit in (512, 16))
-    assert cut.truncated and cut.input_ids == cut.labels == whole.input_ids[:16]
+@pytest.mark.parametrize("digits", [*range(14, 20), 90])
+def test_a_long_text_is_cut_into_pieces_and_every_token_is_learnt_once(tiny_tokenizer: Any, digits: int) -> None:
+    text = Example(text=("0123456789" * 9)[:digits])
+    whole, cut = (encode_example(text, tiny_tokenizer, limit) for limit in (512, 16))
+    assert not whole.more and not cut.truncated
+    assert cut.input_ids == cut.labels == whole.input_ids[:16]
+    pieces = [cut, *cut.more]
+    assert all(2 <= len(piece.input_ids) == len(piece.labels) <= 16 for piece in pieces)
+    learnt = [label for piece in pieces for label in piece.labels[1:]]
+    assert learnt == whole.input_ids[1:]
+    assert all(later.input_ids[0] == one.input_ids[-1] for one, later in pairwise(pieces))
+    assert sum(token == tiny_tokenizer.eos_token_id for token in learnt) == 1, "the text ends once"
 
 
 # Data sets

@@ -119,7 +119,7 @@ def test_json_that_python_refuses_is_malformed_too(tmp_path: Path, value: str) -
         ("d.csv", b'text\n"a\n', "malformed CSV on line 2"),
         ("d.csv", b"text,text\na,b\n", "two columns have the name 'text'"),
         ("d.parquet", b"not parquet at all", "cannot be read as Parquet"),
-        ("d.txt", b"hello", "has none of the known suffixes: .json, .jsonl"),
+        ("d.doc", b"hello", "has none of the known suffixes: .json, .jsonl"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:
