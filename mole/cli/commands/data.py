@@ -25,7 +25,7 @@ def check_data_command(options: argparse.Namespace) -> None:
 
     columns = coerce(dict[str, str], options.columns, "--columns") if options.columns else {}
     given = options.files[0] if len(options.files) == 1 else options.files
-    sources = DataConfig(path=given, columns=columns, name=options.name, split=options.split).sources
+    sources = DataConfig(path=given, columns=columns, name=options.name, split=options.split).sources or [DataSource()]
     found = [read_source(source, field="FILE") for source in sources]
     check_different(sources, [one.fingerprint for one in found])
     tokenizer = None
