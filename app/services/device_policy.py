@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from mole import runs
 from mole.config import RunConfig
 from mole.core import locks
-from mole.core.devices import HEADROOM, free_on_gpu
+from mole.core.devices import HEADROOM
 from mole.core.errors import MoleError
+from mole.core.gpus import free_on_gpu
 from mole.core.text import bytes_text
 from mole.models import sizes
 
@@ -98,7 +99,7 @@ def device_status(target: str) -> DeviceStatus:
         need = sizes.parameters(sizes.files_of(locate(target)[0])) * BYTES_PER_WEIGHT
     except MoleError:
         need = 0
-    return DeviceStatus(device, training, need, free_on_gpu(device.partition(":")[2]))
+    return DeviceStatus(device, training, need, free_on_gpu(device))
 
 
 def reply_device(choice: str, training: str) -> str:

@@ -5,11 +5,9 @@ Only the functions that take or return `torch.device` import torch.
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -17,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import psutil
 
 from mole.core.errors import ConfigError
+from mole.core.gpu_check import check_gpus, why_unusable
+from mole.core.gpus import is_restricted, lock_name, restrict_to_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -26,21 +26,13 @@ HEADROOM = 1.25
 """Free memory required to load a model, as a multiple of its weights: attention caches and buffers need room too."""
 
 # ---------------------------------------------------------------------------------------------------------
-# Names: `model.device` as configured, the system's index of a GPU, and torch's index
+# Which device a setting means
 
 
 def physical_device(device: str) -> str:
-    """The name under which a device is locked: `cpu`, `mps` or `cuda:N` with N the system's index. No torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if device == "auto":
-        has_nvidia = Path("/dev/nvidia0").exists() or Path("/proc/driver/nvidia/gpus").is_dir()
-        if has_nvidia and visible not in ("", "-1"):
-            device = "cuda"
-        else:
-            device = "mps" if sys.platform == "darwin" and os.uname().machine == "arm64" else "cpu"
-    if device == "cuda":
-        return f"cuda:{(visible or '0').split(',')[0].strip()}"
-    return device
+    """The name under which all processes lock a device: `cpu`, `mps`, or `cuda:N` with the system's N. No torch."""
+    found = found_device(device)
+    return lock_name(found) if found.startswith("cuda") else found
 
 
 def is_physical_device(name: Any) -> TypeGuard[str]:
@@ -48,31 +40,44 @@ def is_physical_device(name: Any) -> TypeGuard[str]:
     return isinstance(name, str) and re.fullmatch(r"cpu|mps|cuda:[\w-]{1,64}", name) is not None
 
 
-def restrict_to_gpu(device: str) -> str:
-    """Make `cuda:N` the only GPU visible to this process, and return torch's name for it, `cuda`.
+def found_device(device: str) -> str:
+    """What `auto` means on this machine: the first GPU that works, else `cpu`; other names stay. No torch."""
+    if device != "auto":
+        return device
+    places = check_gpus().places
+    if places:
+        return f"cuda:{places[0]}"
+    return "mps" if sys.platform == "darwin" and os.uname().machine == "arm64" else "cpu"
 
-    Must be called before CUDA is initialised. Other names are returned unchanged.
+
+def restrict_to(device: str) -> str:
+    """Let this process see no GPU but the one that `device` means, if it is one → torch's name for the device.
+
+    It must come before anything that may start CUDA: importing PEFT imports bitsandbytes, which does. Raises
+    `ConfigError` if there is no such GPU.
     """
-    kind, _, number = device.partition(":")
-    if number:
-        os.environ["CUDA_VISIBLE_DEVICES"] = number
-    return kind
+    found = found_device(device)
+    return restrict_to_gpu(found) if found.startswith("cuda") else found
+
+
+def unused_gpu_notice(device: str) -> str | None:
+    """What to tell where `auto` finds a GPU that cannot be used, in a sentence; None where there is nothing to tell."""
+    why = why_unusable() if device == "auto" else None
+    return why and f"This machine has a GPU, but PyTorch cannot use it: {why}. The CPU is used."
 
 
 def pick_device(device: str = "auto") -> torch.device:
     """The torch device for a name; `auto` prefers a GPU. Raises `ConfigError` if the device does not exist."""
     import torch
 
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    chosen = torch.device(device)
+    found = found_device(device)
+    chosen = torch.device(restrict_to_gpu(found) if found.startswith("cuda") and is_restricted() else found)
     missing_gpu = chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()
     if missing_gpu or (chosen.type == "mps" and not torch.backends.mps.is_available()):
-        raise ConfigError(
-            "model.device", device, f"auto or a device of this machine ({', '.join(available_devices())})"
-        )
+        why = why_unusable() if missing_gpu else None
+        advice = f"PyTorch cannot use the GPU: {why}." if why else ""
+        known = ", ".join(available_devices())
+        raise ConfigError("model.device", device, f"auto or a device of this machine ({known})", advice)
     return chosen
 
 
@@ -89,9 +94,15 @@ def available_devices() -> list[str]:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype for a name; `auto` is bfloat16 where the device supports it in hardware, float16 on other CUDA GPUs."""
+    """The dtype for a name; `auto` is bfloat16 where the device supports it in hardware, float16 on other CUDA GPUs.
+
+    Raises `ConfigError` for bfloat16 on a GPU that cannot compute with it.
+    """
     import torch
 
+    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError("model.dtype", dtype, f"auto, float16 or float32 on this GPU ({name})")
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if device.type == "cuda":
@@ -127,6 +138,7 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         import torch
 
+        torch.cuda.empty_cache()  # what the allocator keeps for later is free too
         return int(torch.cuda.mem_get_info(device)[0])
     return free_on_cpu() if device.type == "cpu" else None
 
@@ -148,18 +160,6 @@ def _free_in_container(cgroup: Path) -> int | None:
         return None
 
 
-def free_on_gpu(number: str) -> int | None:
-    """Free bytes on the GPU with the system's index `number`; does not import torch."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None:
-        return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else None
-    query = ["nvidia-smi", f"--id={number}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        return int(subprocess.run(query, capture_output=True, timeout=5, check=True).stdout) << 20
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
-
-
 def total_on_cpu() -> int:
     """Bytes of RAM, within the container's limit."""
     total = int(psutil.virtual_memory().total)
@@ -167,25 +167,3 @@ def total_on_cpu() -> int:
         return min(total, int((CGROUP / "memory.max").read_text()))
     except (OSError, ValueError):
         return total
-
-
-def gpu_named(device: str) -> tuple[str, int] | None:
-    """Product name and bytes of the NVIDIA GPU that `model.device` selects; None for other devices."""
-    if device in ("cpu", "mps") or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
-        return None
-    found = visible_gpus()
-    number = int(device.partition(":")[2] or 0)
-    return found[number] if number < len(found) else None
-
-
-@functools.cache
-def visible_gpus() -> list[tuple[str, int]]:
-    """Product name and bytes of each NVIDIA GPU visible to this process, in order."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
-    only = [f"--id={visible}"] if visible else []
-    query = ["nvidia-smi", *only, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
-        return [(name.strip(), int(size) << 20) for name, _, size in (line.rpartition(",") for line in lines)]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return []

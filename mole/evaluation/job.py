@@ -18,6 +18,7 @@ from typing import Any
 
 from mole import runs
 from mole.core import files, locks, processes
+from mole.core.devices import restrict_to
 from mole.core.errors import ConfigError, DataError, RunError
 from mole.core.paths import local_path, make_folder
 from mole.core.text import explain
@@ -229,6 +230,7 @@ def perform(evaluation: Evaluation) -> None:
     with job.hold(evaluation.file("lock"), f"The evaluation {evaluation.number} of {evaluation.run.name}"):
         try:
             device = runs.device_of(evaluation.run.config)
+            restrict_to(evaluation.run.config.model.device)  # before anything that may start CUDA is imported
             with job.device_turn(
                 device,
                 evaluation.stop_requested,

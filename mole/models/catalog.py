@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mole.config import ModelConfig
-from mole.core.devices import cpu_is_fast_at_bfloat16, gpu_named, total_on_cpu
+from mole.core.devices import cpu_is_fast_at_bfloat16, found_device, total_on_cpu
 from mole.core.errors import ModelError
+from mole.core.gpus import gpu_of
 from mole.core.paths import local_path, models_dir
 from mole.core.text import bytes_text, count_text
 from mole.models import sizes
@@ -176,9 +177,10 @@ def fits(entry: Entry, config: ModelConfig | None = None) -> Fit:
 
 def training_device(config: ModelConfig) -> Device:
     """The device a run would train on, as `mole.models.loading` picks it, without torch."""
-    gpu = gpu_named(config.device)
+    device = found_device(config.device)
+    gpu = gpu_of(device) if device.startswith("cuda") else None
     if gpu:
-        return Device(gpu[0], gpu[1], 4 if config.dtype == "float32" else 2)
+        return Device(gpu.name, gpu.memory, 4 if config.dtype == "float32" else 2)
     half = config.dtype in ("bfloat16", "float16") or (config.dtype == "auto" and cpu_is_fast_at_bfloat16())
     return Device("this machine's CPU", total_on_cpu(), 2 if half else 4)
 

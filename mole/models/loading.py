@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mole.config import ModelConfig
 from mole.core import files
-from mole.core.devices import pick_device, pick_dtype, restrict_to_gpu
+from mole.core.devices import pick_device, pick_dtype, restrict_to
 from mole.core.errors import ConfigError, ModelError
 from mole.core.text import one_line
 from mole.models.adapter_files import AdapterFiles, our_type
@@ -77,8 +77,8 @@ class Loaded:
 
 
 def on_its_gpu(config: ModelConfig) -> ModelConfig:
-    """The config for a process restricted to the GPU `cuda:N`; must be called before CUDA is initialised."""
-    return dataclasses.replace(config, device=restrict_to_gpu(config.device))
+    """The config for this process, which sees no GPU but the one that the config names from now on."""
+    return dataclasses.replace(config, device=restrict_to(config.device))
 
 
 def load_base(config: ModelConfig) -> Base:
@@ -97,7 +97,7 @@ def load_base(config: ModelConfig) -> Base:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     source = resolve(config.name)
-    quantised = quantisation(config, device, dtype)
+    placed = placement(config, device, dtype)
     folder = local_folder(source, progress=True)
     check_continues_text(read_config(folder), config.name)
     tokenizer = load_tokenizer(config.name, folder)
@@ -110,11 +110,11 @@ def load_base(config: ModelConfig) -> Base:
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
-                **quantised,
+                **placed,
             )
         model, report = loaded
-        model = (model if quantised else model.to(device)).eval()
-        if quantised:
+        model = (model if placed else model.to(device)).eval()
+        if config.quantization != "none":
             limit_packing(model)
     except Exception as error:
         raise ModelError(f"The model {config.name} cannot be loaded: {reason(error)}.") from error
@@ -156,13 +156,16 @@ def check_continues_text(config: Any, name: str) -> None:
         )
 
 
-def quantisation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for 8- or 4-bit weights; empty for none.
+def placement(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say where the weights go, and that they have 8 or 4 bits.
 
     Raises `ConfigError` if bitsandbytes is not installed or does not support the device.
     """
+    # Trainer compares this name with its own, which has a number, to see whether the model is on several devices.
+    place = f"cuda:{device.index or 0}" if device.type == "cuda" else str(device)
     if config.quantization == "none":
-        return {}
+        # On a GPU each weight goes there as it is read: the whole model need not fit into RAM.
+        return {"device_map": {"": place}} if device.type == "cuda" else {}
     if importlib.util.find_spec("bitsandbytes") is None:
         allowed = "none while the package bitsandbytes is not installed"
         raise ConfigError("model.quantization", config.quantization, allowed, "pip install 'mole-studio[gpu]' adds it.")
@@ -180,7 +183,7 @@ def quantisation(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    return {"quantization_config": settings, "device_map": {"": str(device)}}
+    return {"quantization_config": settings, "device_map": {"": place}}
 
 
 def reason(error: Exception) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mole.config import RunConfig
+from mole.core.devices import unused_gpu_notice
 from mole.data import DataReport
 from mole.models.context import positions_notice
 from mole.training.steps import warmup_notice
@@ -28,6 +29,7 @@ def start_notices(config: RunConfig, hf_config: Any, total_steps: int, longest: 
     from mole.mixture.routers.reach import unreached_notice
 
     notices = (
+        unused_gpu_notice(config.model.device),
         warmup_notice(config.training, total_steps),
         positions_notice(config, hf_config, longest),
         unreached_notice(config.adapter),

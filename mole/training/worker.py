@@ -17,6 +17,7 @@ from typing import Any
 
 from mole import runs
 from mole.core import files, processes
+from mole.core.devices import restrict_to
 from mole.core.errors import MoleError, RunError, TrainingError
 from mole.core.redaction import redacted
 from mole.core.text import explain, print_error
@@ -48,6 +49,7 @@ def perform(run: Run, *, resume: bool = False, progress: bool = False) -> None:
                     return
                 log.info("%s on %s, process %d", "resuming" if resume else "starting", device, os.getpid())
                 run.append_event("starting", run.step, pid=os.getpid(), device=device)
+                restrict_to(run.config.model.device)  # before PEFT is imported
                 from mole.training.trainer import train
 
                 train(run, resume=resume, progress=progress)

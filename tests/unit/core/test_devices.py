@@ -46,6 +46,22 @@ def test_the_environment_says_which_dtype_auto_is_on_a_cpu(dtype: str, auto_dtyp
     assert devices.pick_dtype("auto", torch.device("cpu")) == getattr(torch, dtype)
 
 
+def test_bfloat16_on_a_gpu_that_has_none_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla K80")
+    cuda = torch.device("cuda")
+    with pytest.raises(ConfigError, match="model.dtype is 'bfloat16'; it must be auto, float16 or float32 on this GPU"):
+        devices.pick_dtype("bfloat16", cuda)
+    assert devices.pick_dtype("auto", cuda) == torch.float16
+
+
+def test_what_the_allocator_keeps_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [3 << 30]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((8 << 30) - sum(kept), 16 << 30))
+    assert devices.free_memory(torch.device("cuda")) == 8 << 30
+
+
 @pytest.mark.parametrize(
     ("device", "visible", "expected"),
     [

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from mole.config import ModelConfig
-from mole.core import devices
 from mole.core.errors import ModelError
 from mole.models import catalog, sizes
 from mole.models.catalog import Device, Entry
@@ -96,13 +95,6 @@ def test_a_model_of_unknown_size_gets_no_verdict(monkeypatch: pytest.MonkeyPatch
 
 
 def test_full_precision_takes_twice_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "visible_gpus", lambda: [])
+    monkeypatch.setattr(catalog, "gpu_of", lambda device: None)
     half, full = (catalog.training_device(ModelConfig(dtype=dtype)) for dtype in ("bfloat16", "float32"))
     assert (half.bytes_per_weight, full.bytes_per_weight) == (2, 4) and half.memory > 0
-
-
-def test_the_gpu_is_the_one_that_the_setting_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "visible_gpus", lambda: [("A", 24 << 30), ("B", 80 << 30)])
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    named = {device: catalog.training_device(ModelConfig(device=device)).name for device in ("auto", "cuda:1", "cpu")}
-    assert named == {"auto": "A", "cuda:1": "B", "cpu": "this machine's CPU"}
