@@ -11,9 +11,15 @@ from mole.core.errors import MoleError, MoleNotice
 from mole.core.paths import HOME_GONE, home, is_home_gone
 from mole.core.redaction import redacted
 
+NO_MEMORY = (
+    r"out of memory|(can ?not|can't) allocate memory|MemoryError|bad_alloc|cudaErrorMemoryAllocation"
+    r"|CU(BLAS|DNN|SOLVER)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
+)
+"""Pattern for the type and text of an error when memory ran out. CUDA's libraries say it in their own ways: they fail
+to start when nothing is left for their workspace."""
 FAILURES = (
     (
-        r"out of memory|(can ?not|can't) allocate memory|MemoryError",
+        NO_MEMORY,
         "Out of memory.",
         "Use a smaller training.per_device_train_batch_size or data.max_length, or set "
         "training.gradient_checkpointing=true.",
@@ -40,6 +46,11 @@ FAILURES = (
     ),
 )
 """Pattern for an error's type and text, cause, and advice."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out."""
+    return re.search(NO_MEMORY, f"{type(error).__name__}: {error}", re.IGNORECASE) is not None
 
 
 def one_line(error: Exception, longest: int = 200) -> str:

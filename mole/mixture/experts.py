@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -104,6 +106,21 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+REHEARSED = ""
+"""The kind of device whose dropout is taken, where a GPU's step is rehearsed on tensors without data: empty for x's."""
+
+
+@contextmanager
+def rehearsing(kind: str) -> Iterator[None]:
+    """A block in which dropout on tensors without data is that of a kind of device, `cpu` or `cuda`."""
+    global REHEARSED
+    before, REHEARSED = REHEARSED, kind
+    try:
+        yield
+    finally:
+        REHEARSED = before
+
+
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout: in training, zero each element of `x` with probability `p` and divide the others by `1 − p`.
 
@@ -115,6 +132,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p, training=True)
+    if REHEARSED == "cuda":
+        return torch.native_dropout(x, p, True)[0]  # what `F.dropout` is on a GPU: it keeps a mask of one byte
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= drop - 32768  # int16 is uniform over −32768 … 32767
     return x * kept.to(x.dtype).mul_(65536 / (65536 - drop))

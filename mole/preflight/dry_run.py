@@ -23,6 +23,7 @@ from mole.config import RunConfig
 from mole.data import Datasets, build_datasets
 from mole.models.context import within_positions
 from mole.models.loading import load_base, on_its_gpu
+from mole.preflight.plan import GPU_RUNTIME
 from mole.runs.run import Run
 from mole.training.steps import count_steps
 from mole.training.trainer import MoleTrainer, build_trainer
@@ -36,7 +37,7 @@ class Measurement:
     """What real steps took.
 
     Attributes:
-        peak: peak memory in bytes, of the GPU's tensors or, on a CPU, of this process.
+        peak: peak memory in bytes of this process, on a GPU or in RAM.
         longest_seconds, typical_seconds: time of an optimizer step on the longest rows, and on random rows.
         tokens_per_second: speed on random rows, without padding.
         total_steps, seconds: optimizer steps of the whole run, and their time without evaluation and checkpoints.
@@ -148,9 +149,9 @@ class StepTimer(TrainerCallback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of tensors on a GPU, of this process on a CPU."""
+    """Peak memory in bytes: on a GPU of tensors and CUDA itself, on a CPU of this process."""
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        return int(torch.cuda.max_memory_allocated(device) + GPU_RUNTIME)
     try:  # ru_maxrss would include the peak of the process that started this one
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) << 10

@@ -27,10 +27,10 @@ from typing import Any
 from mole import runs
 from mole.config import RunConfig
 from mole.core import locks, processes
-from mole.core.devices import free_on_cpu
+from mole.core.devices import free_on_cpu, restrict_to
 from mole.core.errors import InputError, RunError
 from mole.core.paths import home, local_path, make_folder
-from mole.core.text import explain
+from mole.core.text import explain, is_out_of_memory
 from mole.runs import job
 
 FINAL = ("done", "busy", "cancelled", "no_memory", "failed")
@@ -38,7 +38,8 @@ KEPT = 50
 """Folders of jobs that are kept."""
 STATE: dict[str, Any] = {"kind": str, "phase": str, "text": str, "share": (int, float), "time": (int, float)}
 """The fields `state.json` must have, and their types."""
-NO_MEMORY = r"out of memory|allocate memory|MemoryError|bad_alloc|failed to map segment|can't start new thread"
+NO_MEMORY = r"failed to map segment|can't start new thread"
+"""What else an error says where a process may have no more memory."""
 KILLED = "The system ended the process, most likely because the memory ran out, or else after hours of work."
 CPU_MINUTES: dict[str, float] = {"estimate": 30, "measurement": 120, "both": 150}
 """Minutes of processor time of a job; of a measurement, which uses all cores, for each of them."""
@@ -182,6 +183,7 @@ def perform(check: PreflightJob) -> None:
         kind = str(request["kind"])
         try:
             config = RunConfig.from_dict(request["config"])
+            restrict_to(config.model.device)  # before anything that may start CUDA is imported
             runs.check_inputs(config)
             if kind in ("estimate", "both"):
                 run_estimate(check, config, last=kind == "estimate")
@@ -238,7 +240,7 @@ def memory_limited(device: str, limit: int | None) -> Iterator[None]:
 def record_failure(check: PreflightJob, kind: str, error: Exception) -> None:
     """Record why it failed; out of memory is a result of a measurement, not a failure."""
     text = " ".join(str(error).split())
-    if kind == "measurement" and re.search(NO_MEMORY, f"{type(error).__name__}: {text}", re.IGNORECASE):
+    if kind == "measurement" and (is_out_of_memory(error) or re.search(NO_MEMORY, text)):
         check.tell(kind, "no_memory", f"The memory ran out: {text[:200] or 'no more could be had'}.")
         return
     message = " ".join(filter(None, explain(error)))

@@ -158,6 +158,7 @@ class Planner:
 
     def step_cost(self, config: RunConfig, shape: BatchShape, checkpointing: bool | None = None) -> StepCost:
         """The profiled cost of a micro-batch, cached; `checkpointing` None takes the run's own setting."""
+        from mole.mixture.experts import rehearsing
         from mole.preflight import layer_costs
 
         if checkpointing is None:
@@ -165,7 +166,8 @@ class Planner:
         key = shape, config.model.dtype, checkpointing
         if key not in self._costs:
             dtype = self.dtype(config)
-            self._costs[key] = layer_costs.step_cost(self.hf_config, config.adapter, dtype, shape, checkpointing)
+            with rehearsing(self.device.type):
+                self._costs[key] = layer_costs.step_cost(self.hf_config, config.adapter, dtype, shape, checkpointing)
         return self._costs[key]
 
     def seconds_per_step(self, config: RunConfig) -> float:
@@ -182,9 +184,11 @@ class Planner:
 
 
 def free_on(device: torch.device) -> int | None:
-    """Bytes free on a device, None if unknown."""
+    """Bytes free on a device for the process of a run, None if unknown."""
     try:
-        return free_memory(device)
+        free = free_memory(device)
+        # Asking has started CUDA in this process. What that takes is free again when the run starts.
+        return free + round(GPU_RUNTIME) if free is not None and device.type == "cuda" else free
     except RuntimeError:  # CUDA cannot start, because the GPU is full or broken
         return 0
 

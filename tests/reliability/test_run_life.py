@@ -258,6 +258,12 @@ def test_a_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 GB"), "Out of memory", "batch_size"),
         (MemoryError(), "Out of memory", "gradient_checkpointing"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "Out of memory", "max_length"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            "Out of memory",
+            "batch_size",
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), "Out of memory", "batch_size"),
         (OSError(28, "No space left on device"), "disk is full", "resume"),
         (ValueError("Input contains NaN"), "not finite", "learning_rate"),
         (KeyError("strange"), "KeyError: 'strange'", "train.log"),
