@@ -108,8 +108,8 @@ class ModelCache:
 
     def clear(self, kind: str = "") -> None:
         """Unload everything on a kind of device (`cuda`, `cpu`), or on all devices."""
-        for key, (base_key, _) in list(self._targets.items()):
-            if self._bases[base_key].base.device.type.startswith(kind):
+        for key in list(self._targets):  # no name may refer to a model when its memory is released
+            if self._bases[self._targets[key][0]].base.device.type.startswith(kind):
                 self._unload(key)
         release_memory()
 

@@ -20,6 +20,7 @@ from mole.chat.settings import ChatSettings
 from mole.config import AdapterConfig, ModelConfig
 from mole.core.child import memory_limit, serve
 from mole.core.errors import ModelError
+from mole.core.text import is_out_of_memory
 from mole.mixture.aot_compile import prepare_kernels
 from mole.mixture.steering import Steering
 from mole.models.adapter_files import read_adapter_config
@@ -45,14 +46,16 @@ class ReplyGenerator:
         """
         try:
             self._generate(job, connection)
+            return
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "out of memory" not in str(error).lower():
+            if not is_out_of_memory(error):
                 raise
-            self.cache.clear()
-            raise ModelError(
-                "There is not enough memory for this reply. Shorten the conversation, compare fewer models, or wait "
-                "until a run that trains has ended."
-            ) from None
+        # Only now: while it is handled, the error's traceback holds the model and what it has computed.
+        self.cache.clear()
+        raise ModelError(
+            "There is not enough memory for this reply. Shorten the conversation, compare fewer models, or wait until "
+            "a run that trains has ended."
+        )
 
     def _generate(self, job: ReplyJob, connection: Connection) -> None:
         config, steering = ModelConfig(device=job.device), Steering.from_dict(job.steering)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Pipe
 from pathlib import Path
@@ -229,6 +230,32 @@ def test_too_little_memory_is_said_in_one_line(home: Path, tiny_adapter: Path, m
     with ours, theirs, pytest.raises(ModelError, match="not enough memory for this reply"):
         generator.answer(job, theirs)
     assert len(generator.cache) == 0, "what was there is given back"
+
+
+def test_when_memory_runs_out_nothing_keeps_what_took_it(
+    home: Path, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error's traceback refers to the frames that it came through, and so to the model and what it has computed."""
+    import torch
+
+    import mole.chat.model_cache as cache
+
+    kept: list[weakref.ref[Any]] = []
+
+    def full(model: Any, *args: Any, **kwargs: Any) -> Any:
+        computed = torch.ones(8)
+        kept.extend([weakref.ref(model), weakref.ref(computed)])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    left: list[list[Any]] = []
+    release = cache.release_memory
+    monkeypatch.setattr(cache, "release_memory", lambda: (release(), left.append([each() for each in kept])))
+    monkeypatch.setattr("mole.chat.generate.generate", full)
+    generator, job = ReplyGenerator(), ReplyJob(str(tiny_adapter), HELLO, SHORT, {}, "cpu", with_trace=False)
+    ours, theirs = Pipe()
+    with ours, theirs, pytest.raises(ModelError):
+        generator.answer(job, theirs)
+    assert left[-1] == [None, None], "before the memory is given back to the GPU"
 
 
 def test_asking_stops_a_sessions_reply_and_so_does_its_next_one() -> None:
