@@ -31,7 +31,7 @@ def save_training_state(folder: Path, optimizer: Any, scheduler: Any, scaler: An
             target = tensors if isinstance(value, Tensor) else scalars
             target[f"optimizer.{index}.{name}"] = value
     tensors["random.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking would start CUDA in a run on the CPU
         for device, generator in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"random.cuda.{device}"] = generator
     kind, keys, *position = np.random.get_state()
@@ -77,7 +77,7 @@ def restore_random(folder: Path) -> None:
     kind, *position = values["random"]["numpy"]
     np.random.set_state((kind, tensors["random.numpy"].numpy().astype(np.uint32), *position))
     torch.set_rng_state(tensors["random.torch"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             if f"random.cuda.{device}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"random.cuda.{device}"], device)

@@ -22,6 +22,7 @@ from mole.core.errors import CheckpointError, TrainingError
 from mole.models.logits import only_positions
 from mole.runs.targets import load_target
 from mole.training.resume import run_identity
+from mole.training.state import restore_random, save_training_state
 from mole.training.trainer import train
 
 ROWS = [{"prompt": f"Sort {a} {b}", "completion": f"{min(a, b)} {max(a, b)}"} for a in range(6) for b in range(6)]
@@ -343,3 +344,13 @@ def test_gradient_checkpointing_changes_the_memory_not_the_weights(make_run: Any
     for run in (plain, saving):
         train(run)
     assert weights(plain) == weights(saving)
+
+
+def test_a_checkpoint_of_a_run_on_the_cpu_does_not_start_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a machine with a GPU, which another process uses
+    for name in ("get_rng_state_all", "get_rng_state", "set_rng_state", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was started"))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    save_training_state(tmp_path, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    torch.manual_seed(3)
+    restore_random(tmp_path)
