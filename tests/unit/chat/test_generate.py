@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
 from mole.chat.generate import Step, cut_at, generate, held_back, stream
 from mole.chat.settings import ChatSettings
@@ -109,14 +111,25 @@ def test_what_a_models_own_generation_config_samples_has_no_part_in_a_reply(
     assert capfd.readouterr() == ("", ""), "transformers says nothing on the side"
 
 
-def test_a_static_cache_as_a_model_may_ask_for_changes_neither_reply_nor_routing(routed: Loaded) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_static_cache_as_a_model_may_ask_for_changes_neither_reply_nor_routing(
+    routed: Loaded, compiled: bool
+) -> None:
+    """On a GPU transformers compiles the forward pass of such a model: one graph must do for all tokens."""
     plain = list(stream(routed, HELLO, ChatSettings(12)))
     config = routed.model.generation_config
     config.cache_implementation = "static"
+    if compiled:
+        config.compile_config = CompileConfig(backend="eager", mode=None)
+        config.compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    counters.clear()
     try:
         other = list(stream(routed, HELLO, ChatSettings(12)))
     finally:
-        config.cache_implementation = None
+        config.cache_implementation = config.compile_config = None
+        torch._dynamo.reset()
+    assert counters["stats"]["unique_graphs"] == int(compiled) and not counters["graph_break"]
     assert [step.tokens for step in other] == [step.tokens for step in plain]
     assert plain[-1].trace is not None and other[-1].trace is not None
     torch.testing.assert_close(other[-1].trace.weights, plain[-1].trace.weights, rtol=0, atol=1e-5)
