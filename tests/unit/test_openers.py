@@ -18,6 +18,7 @@ ALLOWED = {
     "mole/core/files.py": "the openers themselves",
     "mole/core/child.py": "/proc",
     "mole/core/devices.py": "/proc and /sys",
+    "mole/core/gpu_check.py": "/proc",
     "mole/core/checkpoint.py": "fsync of a folder; the manifest is written into a folder that was just made",
     "mole/core/processes.py": "a record is written to a temporary file that was just made; /proc",
     "mole/runs/origin.py": "the home's own key is written to a temporary file that was just made",
