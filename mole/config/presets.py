@@ -10,7 +10,8 @@ from typing import Any
 from mole.config.schema import SECTIONS, RunConfig, apply_overrides, check_sections, read_yaml
 from mole.core import checkpoint, limits
 from mole.core.errors import InputError, RunError, writing
-from mole.core.paths import check_name, home, make_folder
+from mole.core.names import check_name
+from mole.core.paths import home, make_folder
 
 KEPT_SETTINGS = (
     "model.name", "model.dtype", "model.quantization", "model.device",
@@ -253,7 +254,7 @@ def delete_preset(name: str) -> None:
 
 def preset_path(name: str) -> Path:
     """The file of a saved preset. Raises `RunError` when the name is not allowed or is that of a built-in preset."""
-    check_name(name, "preset", "preset")
+    name = check_name(name, "preset", "preset")
     if any(preset.name == name for preset in BUILT_IN_PRESETS):
         raise RunError(f"{name!r} is a built-in preset; choose another name.", field="preset")
     return presets_dir() / f"{name}.yaml"

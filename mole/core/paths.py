@@ -1,4 +1,4 @@
-"""`$MOLE_HOME` and its folders, valid names of folders, and paths as typed by the user."""
+"""`$MOLE_HOME` and its folders, and paths as typed by the user."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from mole.core.errors import InputError, RunError, StorageError, brief
-
-WINDOWS_DEVICES = r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?"
-
+from mole.core.errors import InputError, StorageError, brief
 
 HOME_ADVICE = "Set MOLE_HOME to a folder, or to one that can be created."
 HOME_GONE = "{home}, the folder of $MOLE_HOME, was moved, renamed or deleted. Set MOLE_HOME to where it is now."
@@ -93,16 +90,3 @@ def restrict(path: Path) -> None:
 def local_path(text: str) -> Path:
     """A path as typed by the user, with `~` expanded; `~user` of an unknown user is left unchanged."""
     return Path(os.path.expanduser(text))
-
-
-def check_name(name: str, what: str = "run", field: str = "name") -> str:
-    """Return `name` if it is valid for a run (or `what`); else raise `RunError` for `field`."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name) or name.endswith("."):
-        raise RunError(
-            f"The {what} name {brief(name)} is not allowed: use up to 64 letters, digits, '.', '_' and '-', "
-            "starting with a letter, digit or '_'.",
-            field=field,
-        )
-    if re.fullmatch(WINDOWS_DEVICES, name):
-        raise RunError(f"The {what} name {brief(name)} is not allowed: Windows reserves it for a device.", field=field)
-    return name

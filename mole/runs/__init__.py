@@ -3,7 +3,8 @@
 A run is a folder and nothing else knows about it: no database, no server. No torch.
 """
 
-from mole.core.paths import check_name, device_lock_path, home, runs_dir
+from mole.core.names import check_name
+from mole.core.paths import device_lock_path, home, runs_dir
 from mole.runs.queue import (
     QUEUE_LIMIT,
     acquire_device,

@@ -13,7 +13,8 @@ import yaml
 
 from mole.config import DataConfig, RunConfig, TextLoader, apply_overrides, check_sections, parse_yaml
 from mole.core.errors import InputError, RunError
-from mole.core.paths import check_name, runs_dir
+from mole.core.names import check_name
+from mole.core.paths import runs_dir
 from mole.runs import queue, store
 from mole.runs.run import Run
 
@@ -41,7 +42,7 @@ def expand(values: Mapping[str, Any] | RunConfig, axes: Axes, group: str) -> lis
     Raises:
         InputError: a combination is no possible run (the message names it), an axis is empty, or they are too many.
     """
-    check_name(group, "group", "group")
+    group = check_name(group, "group", "group")
     nested = values.to_dict() if isinstance(values, RunConfig) else values
     check_sections(nested)
     nested = {**nested, "adapter": {"router": "dynmole", **nested.get("adapter", {})}, "group": group}

@@ -16,7 +16,8 @@ from typing import Any
 from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint, files
 from mole.core.errors import BusyError, ConfigError, RunError, writing
-from mole.core.paths import check_name, home, local_path, make_folder, restrict, runs_dir
+from mole.core.names import MAX_BYTES, check_name
+from mole.core.paths import home, local_path, make_folder, restrict, runs_dir
 from mole.core.text import one_line
 from mole.runs.run import Run, creation_facts
 
@@ -57,9 +58,9 @@ def create(config: RunConfig, *, number: bool = False, fill: Callable[[Run], Non
     config = absolute(config)
     make_folder(runs_dir())
     if config.name is not None:
-        check_name(config.name)
+        config = dataclasses.replace(config, name=check_name(config.name))
     if config.group is not None:
-        check_name(config.group, "group", "group")
+        config = dataclasses.replace(config, group=check_name(config.group, "group", "group"))
     for name in _names(config, number):
         if not (runs_dir() / name).exists() and (run := _claim(name, config, fill, facts)):
             return run
@@ -72,7 +73,7 @@ def _names(config: RunConfig, number: bool) -> Iterator[str]:
         yield config.name
         if not number:
             return
-        stem, first = config.name[:58], 2
+        stem, first = config.name[:58].encode()[: MAX_BYTES - 6].decode(errors="ignore"), 2
     else:
         model = Path(config.model.name.rstrip("/")).name.removesuffix(".gguf").lower()
         stem, first = f"{config.adapter.router}-{re.sub(r'[^a-z0-9._-]+', '-', model)[:40] or 'model'}", 1
@@ -124,8 +125,11 @@ def absolute(config: RunConfig) -> RunConfig:
 
 def get(name: str) -> Run:
     """The run of that name. Raises `RunError` when there is none, or the name is not allowed."""
-    path = runs_dir() / check_name(name)
+    path = runs_dir() / (name := check_name(name))
     found = is_run(path)
+    if not found and not name.isascii():  # a folder from a system that decomposes letters (macOS)
+        path = next((run.path for run in list_runs() if run.name == name), path)
+        found = is_run(path)
     if found and name != name.swapcase() and os.path.lexists(runs_dir() / name.swapcase()):
         # A file system that ignores case also finds it by names it does not have, or there are two such runs.
         found = name in os.listdir(runs_dir())

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from mole.chat.generate import sampling
 from mole.chat.settings import ChatSettings
 from mole.config import ROUTERS, RunConfig, preset_path
 from mole.core.errors import InputError, MoleError
+from mole.core.names import check_name
 from mole.mixture.steering import Steering, check_steering, describe_steering, override_params
 from mole.models import catalog, sizes
 from mole.models.sources import resolve
 from mole.runs import grid
-from mole.runs.store import check_name
 
 ROOT = Path(runs.__file__).parents[2]
 NAMES = [
@@ -61,11 +62,13 @@ def no_hub(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_name_is_allowed_only_if_it_is_one_plain_folder(no_hub: Path, given_name: str) -> None:
     given_name = str(real(given_name))
     for check in (check_name, preset_path, lambda value: check_name(value, "group", "group")):
-        if not isinstance(answer(lambda check=check: check(given_name)), InputError):
-            assert given_name.isascii()
-            path = (runs.runs_dir() / given_name).resolve()
+        given = answer(lambda check=check: check(given_name))
+        if not isinstance(given, InputError):
+            allowed = given.stem if isinstance(given, Path) else given
+            assert allowed == unicodedata.normalize("NFC", given_name) and allowed.isprintable()
+            path = (runs.runs_dir() / allowed).resolve()
             assert path.parent == runs.runs_dir().resolve()
-            assert path.name == given_name
+            assert path.name == allowed
 
 
 @attack(150)

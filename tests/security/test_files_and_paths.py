@@ -16,7 +16,7 @@ from app import settings
 from mole import runs
 from mole.config import RunConfig, delete_preset, save_preset
 from mole.core.errors import CheckpointError, DataError, ModelError, RunError
-from mole.core.paths import check_name
+from mole.core.names import check_name
 from mole.models import sources
 from mole.preflight import job as preflight_job
 from mole.runs.targets import locate
@@ -28,7 +28,7 @@ NAMES = [
     "\\\\?\\C:\\x", "~", "~root", "$HOME", "${HOME}", "`id`", "$(id)", "a;b", "a|b", "a&b", "-rf", "--help", "x\0",
     "x\n", "\nx", "x\r", "x\t", "x y", "x.", "x ", "con", "CON", "Con.txt", "nul", "aux.json", "com1", "LPT9.log",
     "prn", "x:stream", "x*", "x?", "<x>", '"x"', "x%2e%2e%2fy", "%2e%2e", "．．", "．．／x", "a／b", "a∕b", "a⁄b", "‥",
-    "…", "x\u202etxt", "x\u200b", "x\ufeff", "é", "ｘ", "x\u0301", "\u0000", "𝒙", "x" * 65, "x" * 100_000,
+    "…", "x\u202etxt", "x\u200b", "x\ufeff", "x\u0435", "ｘ", "\u0301x", "\u0000", "𝒙", "x" * 65, "x" * 100_000,
     ".hidden", "..x",
 ]  # fmt: skip
 

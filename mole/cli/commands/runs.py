@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import unicodedata
 
 from mole import runs
 from mole.cli.commands.train import run_in_foreground
@@ -89,7 +90,8 @@ def compare_runs_command(options: argparse.Namespace) -> None:
 
 def names_of_run_or_group(name: str) -> list[str]:
     """Names of the runs in group `name`, or the run of that name. Raises `RunError` when there is neither."""
-    return [run.name for run in runs.list_runs() if run.group == name] or [runs.get(name).name]
+    group = unicodedata.normalize("NFC", name)
+    return [run.name for run in runs.list_runs() if run.group == group] or [runs.get(name).name]
 
 
 def stop_run_command(options: argparse.Namespace) -> None:

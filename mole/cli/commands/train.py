@@ -21,8 +21,8 @@ def train_command(options: argparse.Namespace) -> None:
         return
     config = RunConfig.from_dict(train_settings(options))
     if config.name is not None:
-        runs.check_name(config.name)
-    if options.name is not None and (runs.runs_dir() / options.name).exists():
+        config.name = runs.check_name(config.name)
+    if options.name is not None and (runs.runs_dir() / str(config.name)).exists():
         raise RunError(f"There is already a run {options.name!r}; choose another name or delete it.", field="name")
     runs.check_inputs(config)
     runs.check_room()

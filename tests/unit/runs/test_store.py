@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,10 +47,11 @@ def test_good_names(name: str) -> None:
     "name",
     [
         *("", ".", "..", ".hidden", "../x", "a/b", "a\\b", "/etc", "a b", "a\n", "x.", "-x", "~", "a" * 65),
-        *("ä", "a\u2024b", "a\0", "CON", "nul", "com1", "LPT9.txt", "aux.tar.gz"),
-        # Twins of `demo` and `café`: composed and decomposed, of other alphabets, wide, with marks that are not seen.
-        *("caf\u00e9", "cafe\u0301", "d\u0435mo", "\uff44emo", "de\u200bmo", "demo\u200d", "\u202edemo", "demo\u200f"),
-        *("\u212a", "\u0131", "demo\ufe0f", "de\u00admo", "\ufeffdemo", "demo\u00a0", "\U0001d41d\U0001d41e", "\u0660"),
+        *("a\u2024b", "a\uff0fb", "a\0", "CON", "nul", "com1", "LPT9.txt", "aux.tar.gz", "com\u00b9", "名" * 65, "a😀"),
+        # Twins of `demo`: with a letter of another alphabet, wide, bold, with marks and letters that are not seen.
+        *("d\u0435mo", "dem\u03bf", "\uff44emo", "de\u200bmo", "demo\u200d", "\u202edemo", "demo\u200f", "demo\u3164"),
+        *("demo\ufe0f", "de\u00admo", "\ufeffdemo", "demo\u00a0", "\U0001d41d\U0001d41e", "demo\u034f", "\u0301demo"),
+        *("de\u0301\u0302\u0303\u0304\u0305mo", "demo\U000e0101", "\ud800"),
     ],
 )
 def test_names_that_could_leave_the_folder_or_break_a_system_are_refused(home: Path, name: str) -> None:
@@ -57,6 +59,21 @@ def test_names_that_could_leave_the_folder_or_break_a_system_are_refused(home: P
         with pytest.raises(RunError, match="is not allowed"):
             use(name)
     assert not list(home.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "name", ["名前", "Übung-1", "обучение", "обучение-lora", "σειρά_2", "प्रशिक्षण", "훈련", "تدريب.٣", "ışık"]
+)
+def test_names_are_in_letters_of_any_language_and_have_one_spelling(home: Path, name: str) -> None:
+    decomposed = unicodedata.normalize("NFD", name)
+    run = runs.create(config(name=decomposed, group=decomposed))
+    assert run.name == run.config.name == run.group == runs.get(decomposed).name == unicodedata.normalize("NFC", name)
+    assert [each.name for each in runs.list_runs()] == [run.name] and run.state == "queued"
+    with pytest.raises(RunError, match="already"):
+        runs.create(config(name=name))
+    assert runs.create(config(name=name), number=True).name == f"{run.name}-2"
+    run.path.rename(home / "runs" / unicodedata.normalize("NFD", name))  # as on a system that decomposes letters
+    assert runs.get(name).config.name == run.name
 
 
 def test_names_that_differ_in_case_are_two_runs(home: Path) -> None:
