@@ -17,6 +17,7 @@ import gradio as gr
 import yaml
 from gradio.components import Component
 
+from app.ui.further_files import FurtherFiles, flow_text
 from app.views.problem import problem_value
 from mole.config import ROUTERS, SECTIONS, AdapterConfig, RunConfig, spec_of, union_members
 from mole.core.errors import DataError, ModelError, MoleError
@@ -118,6 +119,7 @@ class RunForm:
     shared: dict[str, Component] = field(default_factory=dict)
     own: dict[str, dict[str, Component]] = field(default_factory=dict)
     groups: dict[str, gr.Column] = field(default_factory=dict)
+    further: FurtherFiles | None = None
     accordions: dict[str, list[str]] = field(default_factory=dict)
     """The accordions around a field, outermost first, by element id; noted here, because a served page loses them."""
 
@@ -166,7 +168,8 @@ class RunForm:
     @property
     def inputs(self) -> list[Any]:
         """All components, in the order of `values`."""
-        return [*self.shared.values(), *(made for group in self.own.values() for made in group.values())]
+        own = (made for group in self.own.values() for made in group.values())
+        return [*self.shared.values(), *own, *(self.further.inputs if self.further else [])]
 
     def nested(self, values: Sequence[Any]) -> dict[str, Any]:
         """The values of `inputs` in the form of `run.yaml`, with the chosen router's own settings only."""
@@ -185,6 +188,8 @@ class RunForm:
             if dotted in ("name", "data.eval_path", "data.name", "data.split"):
                 value = value or None
             (nested[section] if section else nested)[name] = value
+        if self.further:
+            nested["data"] = self.further.join(nested["data"], [by_component[made] for made in self.further.inputs])
         return nested
 
     def config(self, values: Sequence[Any]) -> RunConfig:
@@ -194,17 +199,25 @@ class RunForm:
     def fill(self, config: RunConfig) -> list[Any]:
         """The values of `inputs` that show a config; the settings of other routers go back to their defaults."""
         values = config.to_dict()
+        first, further = self.further.split(config) if self.further else ({}, [])
+        values["data"] |= first
         filled = [component_value(made, dotted, value_at(values, dotted)) for dotted, made in self.shared.items()]
         for router, group in self.own.items():
             chosen = config.adapter if router == config.adapter.router else AdapterConfig.from_flat({"router": router})
             filled += [component_value(made, name, chosen.to_flat()[name]) for name, made in group.items()]
-        return filled
+        return [*filled, *further]
 
     def problem_of(self, values: Sequence[Any], error: MoleError, reveal: bool = False) -> dict[str, Any]:
         """An error as `problem_value`, at the field it is about; `values` are those of `inputs`."""
         dotted = error.field
         if dotted is None and isinstance(error, (DataError, ModelError)):
             dotted = "data.path" if isinstance(error, DataError) else "model.name"
+        if dotted and self.further and dotted.startswith("data.path."):
+            if dotted.startswith("data.path.1.columns"):
+                dotted = "data.columns"
+            element = self.further.element_of(dotted, values[-len(self.further.inputs) :])
+            if element:
+                return problem_value(str(error), element, reveal, self.accordions.get(element, []))
         element = self.element_of(dotted, self.nested(values)["adapter"]["router"])
         return problem_value(str(error), element, reveal, self.accordions.get(element, []))
 
@@ -291,7 +304,4 @@ def command_text(value: Any) -> str:
 
 def setting_text(dotted: str, value: Any) -> str:
     """`command_text` of the setting `dotted`: a list of paths, whose names may have commas, is YAML."""
-    if dotted == "data.path" and isinstance(value, list):
-        flow: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10_000)
-        return flow.strip()
-    return command_text(value)
+    return flow_text(value) if dotted == "data.path" and isinstance(value, list) else command_text(value)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mole.config.fields import build_settings, check_settings, setting
+from mole.config.fields import build_settings, check_settings, setting, unknown_setting
 from mole.config.yaml_loader import parse_yaml
 from mole.core import limits
 from mole.core.errors import ConfigError
@@ -32,6 +32,8 @@ class DataSource:
     columns: dict[str, str] = setting({}, "Its column names where they differ, e.g. {prompt: question}.")
     name: str | None = setting(None, "Configuration of a hub data set.")
     split: str | None = setting(None, "Split of a hub data set; train if empty.")
+    field: str = dataclasses.field(default=SETTING, compare=False)
+    """The setting that errors name: in a list with its place, e.g. `data.path.2`."""
 
     @property
     def label(self) -> str:
@@ -79,6 +81,10 @@ def shortest(entry: Any, field: str) -> str | dict[str, Any]:
     if not isinstance(entry, (str, Mapping)):
         raise ConfigError(field, entry, "a path, a hub id, or {path, weight, columns, name, split}")
     given = {"path": entry} if isinstance(entry, str) else dict(entry)
+    known = [item.name for item in dataclasses.fields(DataSource) if item.name != "field"]
+    for name in given:
+        if name not in known:
+            raise unknown_setting(field, name, {*known})
     source = build_settings(DataSource, given, field)
     check_settings(source, field)
     if not source.path.strip():

@@ -113,7 +113,10 @@ class DataConfig:
         if isinstance(self.path, str):
             return [DataSource(self.path, 1.0, self.columns, self.name, self.split)] if self.path else []
         given = [{"path": entry} if isinstance(entry, str) else entry for entry in self.path]
-        return [DataSource(**{"columns": self.columns, **entry}) for entry in given]
+        return [
+            DataSource(**{"columns": self.columns, **entry}, field=f"{SETTING}.{number}")
+            for number, entry in enumerate(given, start=1)
+        ]
 
 
 @dataclass

@@ -21,7 +21,15 @@ from mole.data.datasets import DataReport, Datasets, build_datasets, split_rows
 from mole.data.encoding import IGNORE_INDEX, EncodedExample, encode_example, encode_examples
 from mole.data.examples import Example, ExampleSet, RejectedRow, no_usable_rows, read_examples
 from mole.data.messages import Message
-from mole.data.mixing import check_different, fingerprint_of, read_source, read_sources, short_labels, weighted
+from mole.data.mixing import (
+    check_different,
+    errors_of,
+    fingerprint_of,
+    read_source,
+    read_sources,
+    short_labels,
+    weighted,
+)
 from mole.data.readers import FILE_SUFFIXES, Records, read_hub_dataset, read_records
 from mole.data.shapes import FIELDS, SHAPES
 
@@ -29,7 +37,7 @@ __all__ = [
     "DEFAULT_CHAT_TEMPLATE", "FIELDS", "FILE_SUFFIXES", "IGNORE_INDEX", "SHAPES", "Collator", "DataReport",
     "Datasets", "DetectedColumns", "EncodedExample", "Example", "ExampleSet", "Message", "Records", "RejectedRow",
     "build_datasets", "chat_template", "check_different", "describe_columns", "detect_columns", "encode_example",
-    "encode_examples", "fingerprint_of", "guess_mapping", "mapping_for_shape", "no_usable_rows", "read_columns",
-    "read_examples", "read_hub_dataset", "read_records", "read_source", "read_sources", "render_prompt",
-    "short_labels", "split_by_length", "split_rows", "weighted",
+    "encode_examples", "errors_of", "fingerprint_of", "guess_mapping", "mapping_for_shape", "no_usable_rows",
+    "read_columns", "read_examples", "read_hub_dataset", "read_records", "read_source", "read_sources",
+    "render_prompt", "short_labels", "split_by_length", "split_rows", "weighted",
 ]  # fmt: skip

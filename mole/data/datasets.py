@@ -87,7 +87,8 @@ def build_datasets(config: DataConfig, tokenizer: Any, seed: int, date: datetime
     """
     sources = config.sources
     parts = [
-        EncodedPart(item, *encode_rows(item, tokenizer, config, "data.path", date)) for item in read_sources(config)
+        EncodedPart(item, *encode_rows(item, tokenizer, config, source.field, date))
+        for item, source in zip(read_sources(config), sources, strict=True)
     ]
     labels = short_labels(sources) if len(parts) > 1 else [""]
     reasons = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mole.config import DataConfig, DataSource
+from mole.config.data_sources import SETTING
 from mole.core import limits
 from mole.core.errors import DataError
 from mole.data.examples import ExampleSet, read_examples
@@ -22,12 +24,25 @@ def fingerprint_of(path: str, *columns: Any, **named: Any) -> str:
 
 
 def read_source(
-    source: DataSource, limit: int | None = None, *, field: str = "data.path", peek: bool = False
+    source: DataSource, limit: int | None = None, *, field: str | None = None, peek: bool = False
 ) -> ExampleSet:
-    """`read_examples` of one of `DataConfig.sources`."""
-    return read_examples(
-        source.path, source.columns, limit, field=field, peek=peek, name=source.name, split=source.split
-    )
+    """`read_examples` of one of `DataConfig.sources`; errors name its place in `data.path`, or `field`."""
+    with errors_of(source):
+        return read_examples(
+            source.path, source.columns, limit, field=field or source.field, peek=peek, name=source.name,
+            split=source.split,
+        )  # fmt: skip
+
+
+@contextmanager
+def errors_of(source: DataSource) -> Iterator[None]:
+    """Let errors about `data.columns` name the columns of this source, if it is one of several."""
+    try:
+        yield
+    except DataError as error:
+        if source.field != SETTING and (error.field or "").startswith("data.columns"):
+            error.field = f"{source.field}.columns"
+        raise
 
 
 def read_sources(config: DataConfig) -> list[ExampleSet]:

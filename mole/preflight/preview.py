@@ -169,7 +169,10 @@ def preview(config: RunConfig, rows: int = 8) -> Preview:
     folder = local_folder(resolve(config.model.name), weights=False)
     tokenizer = load_tokenizer(config.model.name, folder)
     data = within_positions(config, hf_config := read_config(folder)).data
-    files = [encode_file(item, tokenizer, data, "data.path", MAX_CHARACTERS // len(sources)) for item in begun]
+    files = [
+        encode_file(item, tokenizer, data, source.field, MAX_CHARACTERS // len(sources))
+        for item, source in zip(begun, sources, strict=True)
+    ]
     if len(files) > 1:
         for file, label in zip(files, short_labels(sources), strict=True):
             file.label = label

@@ -28,7 +28,7 @@ def check_inputs(config: RunConfig, read: Callable[..., str] | None = None) -> N
     All of the data is read by `read`, by default `mole.data.fingerprint_of`.
     """
     from mole import models
-    from mole.data import check_different, fingerprint_of
+    from mole.data import check_different, errors_of, fingerprint_of
 
     read = read or fingerprint_of
     if not config.data.path:
@@ -36,8 +36,11 @@ def check_inputs(config: RunConfig, read: Callable[..., str] | None = None) -> N
             "data.path", "", "a JSON, JSONL, CSV, Parquet or text file, or a hub id", "Give one with --data."
         )
     models.resolve(config.model.name)
-    sources = config.data.sources
-    check_different(sources, [read(item.path, item.columns, name=item.name, split=item.split) for item in sources])
+    found = []
+    for item in (sources := config.data.sources):
+        with errors_of(item):
+            found.append(read(item.path, item.columns, field=item.field, name=item.name, split=item.split))
+    check_different(sources, found)
     if config.data.eval_path:
         read(config.data.eval_path, config.data.columns, field="data.eval_path")
 

@@ -96,6 +96,36 @@ def test_columns_are_mapped_by_hand(shared_studio: Studio, page: Page, tiny_fold
     expect(page.locator("#field-data-columns textarea")).to_have_value("{completion: reply, prompt: question}")
 
 
+def test_several_files_are_seen_together(shared_studio: Studio, page: Page, tiny_folder: Path, tmp_path: Path) -> None:
+    shared_studio.open(page)
+    choose(page, "model-name", tiny_folder)
+    choose(
+        page, "data-path", write(tmp_path / "odd.jsonl", [{"prompt": f"Say {n}", "completion": n} for n in range(9)])
+    )
+    expect(page.locator("#field-data-path-2")).to_be_hidden()
+    for number, name, rows in ((2, "one", [{"text": "x"}, {"text": None}]), (3, "two", [{"what": "y"}] * 4)):
+        page.click("#add-file")
+        choose(page, f"data-path-{number}", write(tmp_path / f"{name}.jsonl", rows))
+    expect(page.locator("#file-2-about")).to_contain_text("Read as text.")
+    expect(page.locator("#file-3-about")).to_contain_text("map them under Columns")
+    page.click("#preview")
+    expect(page.locator("#field-data-path-3-columns .field-message")).to_contain_text("two.jsonl: its columns (what)")
+    page.fill("#field-data-path-3-columns textarea", "{text: what}")
+    page.fill("#field-data-path-3-weight input", "0.5")
+    page.keyboard.press("Tab")
+    expect(page.locator("#file-3-about")).to_contain_text("what as text")
+    look(page)
+    expect(page.locator(f"{VIEW} .sources tbody tr")).to_have_text(
+        [re.compile("odd.jsonl.*× 1"), re.compile("one.jsonl.*× 1"), re.compile("two.jsonlas text.*× 0.5")]
+    )
+    expect(page.locator(f"{VIEW} .refused tbody tr")).to_have_text([re.compile("one.jsonl, 2.*text is null")])
+    page.click(f"{VIEW} .next")
+    expect(page.locator(f"{VIEW} .which")).to_contain_text("one.jsonl, row 1")
+    page.click("#file-2-remove")
+    expect(page.locator("#field-data-path-2 input")).to_have_value(str(tmp_path / "two.jsonl"))
+    expect(page.locator("#file-3")).to_be_hidden()
+
+
 def test_a_model_that_is_not_there_is_said_at_once(shared_studio: Studio, page: Page) -> None:
     shared_studio.open(page)
     choose(page, "model-name", Path("/nowhere/model"))

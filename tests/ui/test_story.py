@@ -23,12 +23,18 @@ def own_data(path: Path, rows: int = 50) -> Path:
     return path
 
 
-def start_training(studio: Studio, page: Page, data: Path) -> None:
+def start_training(studio: Studio, page: Page, data: Path, more: Path) -> None:
     studio.open(page)
     with page.expect_file_chooser() as chooser:
         page.click("#upload")
     chooser.value.set_files(data)
     expect(page.locator("#field-data-path input")).to_have_value(re.compile("^mine-"))
+    page.click("#add-file")
+    with page.expect_file_chooser() as chooser:
+        page.click("#file-2-upload")
+    chooser.value.set_files(more)
+    expect(page.locator("#field-data-path-2 input")).to_have_value(re.compile("^more-"))
+    page.fill("#field-data-path-2-weight input", "0.5")
     # So gently trained, the model still tells stories afterwards: a reply of one word would have no routing to watch.
     for field, value in (("max_steps", "6"), ("per_device_train_batch_size", "4"), ("learning_rate", "0.0001")):
         page.fill(f"#field-training-{field} input", value)
@@ -43,7 +49,8 @@ def start_training(studio: Studio, page: Page, data: Path) -> None:
 
 def test_train_come_back_chat_and_see_the_routing_move(studio_with_model: Studio, page: Page, tmp_path: Path) -> None:
     studio = studio_with_model
-    start_training(studio, page, own_data(tmp_path / "mine.jsonl"))
+    (tmp_path / "more.csv").write_text("question,answer\nWhat is it?,A dog.\nWhere is it?,At home.\n")
+    start_training(studio, page, own_data(tmp_path / "mine.jsonl"), tmp_path / "more.csv")
     assert "run=story" in page.url
 
     studio.open(page)  # anew, without the run in the address: the page finds the run that is going on

@@ -52,4 +52,5 @@ def wire_preview(panel: PreviewPanel, form: RunForm, note: gr.HTML) -> None:
         api_visibility="private",
     )
     previewed = [made for name, made in form.shared.items() if name.startswith(("model.name", "data."))]
+    previewed += form.further.inputs if form.further else []
     on_change(previewed, lambda: STALE, None, panel.view, queue=False)

@@ -11,6 +11,7 @@ import gradio as gr
 
 from app import settings
 from app.ui.forms import RunForm, command_text
+from app.ui.panels.more_files import build_more_files, wire_more_files
 from app.ui.wiring import QUIET, on_change, run_or_warn
 from app.views.status_line import status_line, status_value
 from mole.config import coerce
@@ -29,6 +30,7 @@ from mole.data import (
 from mole.models import catalog
 from mole.preflight.data_process import columns_of
 
+PATH_HELP = "JSON, JSONL, CSV or Parquet file, or a hub id, as owner/name or owner/name:configuration:split."
 MAX_FIELDS = 3
 """The most fields a shape of data has; each gets a dropdown."""
 NO_COLUMNS = DetectedColumns((), None, {})
@@ -95,7 +97,7 @@ def build_data(form: RunForm) -> None:
     sample = settings.sample("skills_train.jsonl")
     samples = [("Sample: four short skills", str(sample))] if sample else []
     first = samples[0][1] if samples else ""
-    path: Any = form.add("data", "path", choices=samples, value=first, allow_custom_value=True)
+    path: Any = form.add("data", "path", choices=samples, value=first, allow_custom_value=True, info=PATH_HELP)
     upload = gr.UploadButton("Upload a file", size="sm", file_types=list(FILE_SUFFIXES), elem_id="upload")
 
     def keep(uploaded: str) -> Any:
@@ -107,6 +109,9 @@ def build_data(form: RunForm) -> None:
     upload.upload(keep, upload, path, **QUIET)
     detected = detect_columns(read_columns(first), {}, first) if first else NO_COLUMNS  # our own file: read here
     wire_columns(build_columns(form, path, detected))
+    more = build_more_files(samples)
+    form.further = more.further
+    wire_more_files(more, columns_of_further_file, samples)
     with gr.Accordion("Held-out rows and length", open=False, elem_classes="accordion-card", elem_id="data-more"):
         with gr.Row():
             form.add("data", "eval_path", min_width=180)
@@ -160,10 +165,18 @@ def detected_in(path: str, mapping: dict[str, str], shape: str | None) -> Detect
     return detect_columns(columns_of(path), mapping, path, shape)
 
 
+def columns_of_further_file(path: str | None, text: str | None) -> list[Any]:
+    """The text of a further file's columns, guessed again if they do not fit it, and the line about them."""
+    text, about = columns_for_file(path, text)[:2]
+    return [text, {**about, "text": about["text"].replace("to fields below", "under Columns")}]
+
+
 def column_updates(path: str | None, text: str | None, shape: str | None) -> list[Any]:
     """The file's columns and how they are read, for `ColumnPanel.outputs`."""
     if not path or not is_local_file(path):
         words = f"{path} is not a local file; it is loaded from the hub when the run starts." if path else ""
+        if (path or "").startswith(("[", "{")):
+            words = "Several files or data sets; the preview shows what is read of each."
         return [status_value(words), gr.skip(), gr.Dropdown(list(SHAPES), value=None), *slot_updates(NO_COLUMNS)]
     try:
         detected = detected_in(path, parse_mapping(text), shape)

@@ -1,5 +1,5 @@
 // Rows of data as tokens. Value: counts, lengths, rejected rows, and some rows:
-// {number, texts: [str], ids: [int], flags: "0…3" (1: carries loss, 2: special), dropped, cut, held_out}.
+// {number, texts: [str], ids: [int], flags: "0…3" (1: carries loss, 2: special), dropped, cut, held_out, source}.
 const FIRST = 200; // of a long row only the beginning and the end are drawn, the middle on request
 const LAST = 500;
 const view = { data: null, at: 0 };
@@ -25,20 +25,33 @@ function receive(value) {
 
 function write() {
   const { data } = view;
+  const weighted = data.sources.some((one) => one.weight !== 1);
   const share = Math.round((100 * data.learnt_tokens) / Math.max(data.tokens, 1));
-  $(".about").textContent = `${data.complete ? "" : `The first ${plural(data.looked_at, "row")} of a larger file. `}${data.source} as ${data.shape}, tokenised for ${data.model}: ${plural(data.tokens, "token")}, ${share} % of them carry loss.`;
+  $(".about").textContent = `${data.complete ? "" : `The first ${plural(data.looked_at, "row")} of ${data.sources.length ? "larger files" : "a larger file"}. `}${data.source} as ${data.shape}, tokenised for ${data.model}: ${plural(data.tokens, "token")}${weighted ? " an epoch" : ""}, ${share} % of them carry loss.`;
   const tiles = { used: data.used, held: data.held_out, truncated: data.truncated, rejected: data.rejected };
   for (const [name, count] of Object.entries(tiles)) $(`[data-tile="${name}"]`).textContent = grouped(count);
   for (const kind of ["truncated", "rejected"]) $(`[data-kind="${kind}"]`).classList.toggle("warn", data[kind] > 0);
+  $('[data-kind="used"] dt').textContent = weighted ? "Per epoch" : "Used";
+  writeSources();
   $(".notices").replaceChildren(...data.notices.map((text) => make("li", {}, text)));
+}
+
+function writeSources() {
+  const { sources } = view.data;
+  $(".sources").hidden = !sources.length;
+  $(".sources tbody").replaceChildren(...sources.map(({ name, shape, weight, used, held_out: held, rejected }) => {
+    const cells = [`× ${weight}`, grouped(used), grouped(held), grouped(rejected)].map((text) => make("td", {}, text));
+    return make("tr", {}, make("th", { scope: "row" }, name, make("span", {}, `as ${shape}`)), ...cells);
+  }));
 }
 
 function writeRefused() {
   const { data } = view;
+  $(".refused").classList.toggle("several", data.rejections.some((item) => item.source));
   $(".refused").hidden = !data.rejected;
   $(".refused-title").textContent = data.rejected > data.rejections.length ? `The first ${data.rejections.length} of ${plural(data.rejected, "rejected row")}` : plural(data.rejected, "rejected row");
-  $("tbody").replaceChildren(...data.rejections.map(({ row, reason }) => {
-    return make("tr", {}, make("th", { scope: "row" }, grouped(row)), make("td", {}, reason));
+  $(".refused tbody").replaceChildren(...data.rejections.map(({ row, reason, source }) => {
+    return make("tr", {}, make("th", { scope: "row" }, source ? `${source}, ${grouped(row)}` : grouped(row)), make("td", {}, reason));
   }));
 }
 
@@ -47,7 +60,7 @@ function turn(step) {
   view.at = Math.max(0, Math.min(data.rows.length - 1, view.at + step));
   const row = data.rows[view.at];
   const learnt = [...row.flags].filter((flag) => flag & 1).length;
-  $(".which").textContent = `Row ${grouped(row.number)}${row.held_out ? ", held out" : ""} · ${plural(row.texts.length, "token")}, ${grouped(learnt)} carry loss · ${view.at + 1} of ${data.rows.length} shown`;
+  $(".which").textContent = `${row.source ? `${row.source}, row` : "Row"} ${grouped(row.number)}${row.held_out ? ", held out" : ""} · ${plural(row.texts.length, "token")}, ${grouped(learnt)} carry loss · ${view.at + 1} of ${data.rows.length} shown`;
   $(".previous").disabled = view.at === 0;
   $(".next").disabled = view.at === data.rows.length - 1;
   $(".tokens").scrollTop = 0;

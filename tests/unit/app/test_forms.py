@@ -10,6 +10,7 @@ import gradio as gr
 import pytest
 
 from app.ui import forms
+from app.ui.panels import more_files
 from app.ui.tabs import train
 from mole.cli import parser
 from mole.cli.commands.train import train_settings
@@ -81,6 +82,9 @@ def test_the_command_starts_the_same_run(form: forms.RunForm, changed: dict[str,
         ({"adapter_dynmole_top_p": 1.5}, "field-adapter-dynmole-top_p"),
         ({"training_learning_rate": None}, "field-training-learning_rate"),
         ({"data_columns": "no mapping"}, "field-data-columns"),
+        ({"data_path_3": "b.csv", "data_path_3_weight": 0}, "field-data-path-3-weight"),
+        ({"data_path_2": "a.csv", "data_path_3": "b.csv", "data_path_3_columns": "x"}, "field-data-path-3-columns"),
+        ({"data_path_2": "a.csv", "data_path_1_weight": -1}, "field-data-path-1-weight"),
     ],
 )
 def test_an_error_finds_its_field(form: forms.RunForm, changed: dict[str, Any], field: str) -> None:
@@ -104,6 +108,39 @@ def test_a_config_put_into_the_form_comes_out_again(form: forms.RunForm, adapter
     assert form.config(form.fill(config)) == config
     words = shlex.split(forms.command_line(config).replace("\\\n", " "))
     assert RunConfig.from_dict(train_settings(parser.build_parser().parse_args(words[1:]))) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "rows"),
+    [
+        ({"path": ["a.jsonl", {"path": "b, c.csv", "weight": 0.5}, "o/n:easy:test"]}, 2),
+        ({"path": [{"path": "a", "weight": 2}, {"path": "b", "columns": {"text": "t"}}]}, 1),
+        ({"path": ["a", {"path": "b", "columns": {}}], "columns": {"text": "t"}, "eval_path": "c"}, 1),
+        ({"path": [{"path": "o/n", "split": "test"}, "b"]}, 1),
+        ({"path": ["a", {"path": "o/n", "split": "test"}]}, 0),  # no row shows that: the list stays text
+        ({"path": ["a", "b"], "columns": {"text": "t"}}, 0),
+        ({"path": [{"path": "a", "weight": 2}]}, 0),
+        ({"path": list("abcdefg")}, 0),
+    ],
+)
+def test_several_files_put_into_the_form_come_out_again(form: forms.RunForm, data: dict[str, Any], rows: int) -> None:
+    config = RunConfig.from_dict({"data": data})
+    values = form.fill(config)
+    assert form.config(values) == config
+    assert form.further is not None
+    assert sum(bool(path) for path in values[-len(form.further.inputs) + 1 :: 3]) == rows
+    words = shlex.split(forms.command_line(config).replace("\\\n", " "))
+    assert RunConfig.from_dict(train_settings(parser.build_parser().parse_args(words[1:]))) == config
+
+
+def test_rows_move_up_when_a_file_is_removed() -> None:
+    values = ["a", 1, "", "b", 2, "{text: t}", "c", 0.5, ""] + ["", 1.0, ""] * 2
+    kept = more_files.remover(1)(3, *values)
+    assert kept[:15] == ["a", 1, "", "c", 0.5, "", *["", 1.0, ""] * 3]
+    shown, *_ = kept[15:]
+    assert shown == 2
+    assert more_files.visibility(0, "", "", "x", "", "")[0] == 3
+    assert more_files.visibility(9, *[""] * 5)[0] == 5
 
 
 def test_a_form_filled_anew_keeps_nothing_of_another_router(form: forms.RunForm) -> None:
