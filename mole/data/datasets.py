@@ -36,7 +36,7 @@ class DataReport:
         answer_tokens: tokens of the training rows with loss.
         rejections: the first ten reasons, e.g. `row 7: completion is null`; those of a held-out file say so.
         sources: of several training files, for each its `source`, `shape` and `weight`, and the numbers of its `rows`
-            (without those held out, each counted once), `eval_rows` and `rejected` rows.
+            (without those held out, each counted once), `eval_rows` and `rejected` rows, and the `ignored_columns`.
         notices: what was guessed about the files, what the chat template changes, and the columns that are not used.
     """
 
@@ -148,6 +148,7 @@ def describe_parts(
             "rows": len(part.rows) - held[number],
             "eval_rows": held[number],
             "rejected": len(part.rejected),
+            "ignored_columns": part.source.ignored_columns,
         }
         for number, (source, part) in enumerate(zip(sources, parts, strict=True))
     ]
