@@ -118,17 +118,18 @@ def build_datasets(config: DataConfig, tokenizer: Any, seed: int, date: datetime
         answer_tokens=sum(label != IGNORE_INDEX for row in train for label in row["labels"]),
         rejections=reasons[:10],
         sources=describe_parts(sources, parts, Counter(of for of, _ in held)) if len(parts) > 1 else [],
-        notices=source_notices([part.source for part in parts], tokenizer),
+        notices=source_notices([part.source for part in parts], labels, tokenizer),
     )
     return Datasets(train, evaluation, report)
 
 
-def source_notices(sources: Sequence[ExampleSet], tokenizer: Any) -> list[str]:
-    """What to tell of the files that a run learns from, in sentences."""
-    found = [notice for source in sources for notice in source.notices]
-    unused = dict.fromkeys(column for source in sources for column in source.ignored_columns)
-    if unused:
-        found.append(f"Columns that are not used: {join_names(list(unused))}.")
+def source_notices(sources: Sequence[ExampleSet], labels: Sequence[str], tokenizer: Any) -> list[str]:
+    """What to tell of the files that a run learns from, in sentences; of several files each begins with its label."""
+    found: list[str] = []
+    for source, label in zip(sources, labels, strict=True):
+        unused = source.ignored_columns
+        texts = [*source.notices, *([f"Columns that are not used: {join_names(unused)}."] if unused else [])]
+        found += [f"{label}: {text}" if label else text for text in texts]
     examples = [example for source in sources if source.shape != "text" for example in source.examples]
     with_system = sum(example.messages[0]["role"] == "system" for example in examples)
     if with_system and not ChatTemplate(tokenizer).takes_system:

@@ -59,6 +59,7 @@ def test_two_shapes_are_one_training_set(files: Path, tiny_tokenizer: Any) -> No
     assert [(part["source"], part["rows"], part["rejected"]) for part in made.report.sources] == [
         ("talks.jsonl", 20, 0), ("tasks.jsonl", 10, 1), ("terms.csv", 7, 0), ("texts.json", 4, 0),
     ]  # fmt: skip
+    assert made.report.notices == ["tasks.jsonl: Columns that are not used: note."]
     assert [part["ignored_columns"] for part in made.report.sources] == [[], ["note"], [], []]
 
 
