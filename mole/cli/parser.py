@@ -11,7 +11,9 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from mole import __version__
@@ -19,10 +21,10 @@ from mole.chat.settings import ChatSettings
 from mole.cli.commands import chat, data, models, runs, studio, train
 from mole.cli.console import prepare_streams
 from mole.config import ROUTERS, SECTIONS, spec_of
-from mole.core.errors import MoleError
+from mole.core.errors import MoleError, MoleNotice
 from mole.core.paths import check_home
 from mole.core.redaction import redacted
-from mole.core.text import print_error
+from mole.core.text import notices_in_one_line, print_error
 
 TARGET_HELP = "Name of a run, RUN@STEP for one of its checkpoints, an adapter folder, or base:MODEL."
 
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = getattr(options, "debug", False)
     try:
         check_home()
-        options.command(options)
+        with only_our_warnings(debug):
+            options.command(options)
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # the reader of a pipe has closed it, as in `mole runs list | head`
@@ -59,6 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print_error(f"mole: {error_line(error)}")
         return error.exit_code if isinstance(error, MoleError) else MoleError.exit_code
+
+
+@contextmanager
+def only_our_warnings(debug: bool) -> Iterator[None]:
+    """Print notices of this package in one line, and no warnings of libraries unless `--debug` or Python's -W ask."""
+    with warnings.catch_warnings():
+        if not debug and not sys.warnoptions:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", MoleNotice)
+        warnings.showwarning = notices_in_one_line(warnings.showwarning)
+        yield
 
 
 def error_line(error: Exception) -> str:

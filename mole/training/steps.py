@@ -37,6 +37,6 @@ def warmup_notice(settings: TrainingConfig, steps: int) -> str | None:
     used = warmup_steps(settings, shortest)
     if used == settings.warmup_steps or settings.lr_scheduler_type == "constant":
         return None
-    where = "the run has" if shortest == steps else "between restarts there are"
+    where = "the run has" if shortest == steps else "the shortest stretch between restarts has"
     length = f"{where} only {shortest} step{'s' if shortest > 1 else ''}"
     return f"training.warmup_steps is {settings.warmup_steps}, and {length}: {used or 'none'} will warm up."

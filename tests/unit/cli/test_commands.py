@@ -424,7 +424,12 @@ def test_a_reader_that_has_seen_enough_is_no_error(home: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_train_chat_eval_and_export_in_a_row(
-    mole: Mole, base: list[str], home: Path, auto_dtype: Callable[[str], None], dtype: str
+    mole: Mole,
+    base: list[str],
+    home: Path,
+    auto_dtype: Callable[[str], None],
+    dtype: str,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     auto_dtype(dtype)
     flags = (
@@ -442,7 +447,7 @@ def test_train_chat_eval_and_export_in_a_row(
     chat = ["chat", "demo", "--prompt", "say yes", "--max-new-tokens", "4"]
     plain, traced = mole(*chat), mole(*chat, "--trace", "trace.json")
     assert plain.code == traced.code == 0, plain
-    assert plain.out == traced.out
+    assert plain.out == traced.out and plain.err == ""
     assert mole(*chat, "--stop-string", plain.out[1:3]).out == plain.out[0] + "\n"
     refused(mole(*chat, "--enable-thinking"), "enable_thinking", "its chat template has no such choice")
     refused(mole(*chat, "--repetition-penalty", "0"), "repetition_penalty is 0", "greater than 0")
@@ -461,6 +466,8 @@ def test_train_chat_eval_and_export_in_a_row(
 
     answer = mole("runs", "continue", "demo", "--steps", "2", "--name", "longer")
     assert (answer.code, runs.get("longer").step) == (0, 5) and "Finished at step 5" in answer.out, answer
+
+    assert not recwarn.list, "warnings of libraries are not shown around our commands"
 
     assert mole("runs", "export", "demo", "out").code == 0
     assert mole("chat", "out/adapter", "--prompt", "say yes", "--max-new-tokens", "4").out == plain.out
