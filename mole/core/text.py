@@ -65,12 +65,17 @@ def print_error(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def notices_in_one_line(show: Any) -> Any:
-    """A `warnings.showwarning` that prints each `MoleNotice` as one line, and leaves other warnings to `show`."""
+def notices_in_one_line(show: Any, kept: list[str] | None = None) -> Any:
+    """A `warnings.showwarning` that prints each `MoleNotice` as one line, and leaves other warnings to `show`.
+
+    The notices are also added to `kept`.
+    """
 
     def shown(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if issubclass(category, MoleNotice):
             print_error(f"Note: {message}")
+            if kept is not None:
+                kept.append(str(message))
         else:
             show(message, category, *rest)
 

@@ -30,7 +30,7 @@ def resolve_targets(
     """The names to give to PEFT in place of `target_modules`, for the same modules of `model`.
 
     A pattern, which must match a module's full name, becomes the full names it matches; of a list, names that no module
-    has are dropped; `all-linear` stays.
+    has are dropped, with a `MoleNotice` that names them; `all-linear` stays.
 
     Args:
         targets: as in the config.
@@ -59,6 +59,9 @@ def resolve_targets(
             raise ConfigError(FIELD, targets, allowed, "all-linear leaves it out, and exclude_modules can.")
     if isinstance(targets, str):
         check_ends(names, modules)
+    elif unknown := sorted(set(targets) - set(names)):
+        told = f"{FIELD}: this model has no module {', '.join(unknown)}; only the other names are adapted"
+        warnings.warn(f"{told}. It has: {linear_names(modules)}.", MoleNotice, stacklevel=2)
     return sorted(names)
 
 

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from mole.config import RunConfig
 from mole.core import checkpoint
-from mole.core.errors import CheckpointError, TrainingError
+from mole.core.errors import CheckpointError, MoleNotice, TrainingError
 from mole.core.text import notices_in_one_line, print_error
 from mole.data import Collator, Datasets, build_datasets, chat_template, split_by_length
 from mole.mixture.model import mole_config
@@ -95,13 +95,17 @@ def build_trainer(
 ) -> AnyTrainer:
     """Put a new adapter on the base model and make a trainer of that class for it."""
     set_seed(config.training.seed)
+    kept: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of transformers rename gradient checkpointing
-        warnings.showwarning = notices_in_one_line(warnings.showwarning)
+        warnings.simplefilter("always", MoleNotice)
+        warnings.showwarning = notices_in_one_line(warnings.showwarning, kept)
         model = get_peft_model(base.model, mole_config(config.adapter, task_type="CAUSAL_LM"))
         if config.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return trainer_class(run, config, base, model, datasets, identity, progress)
+    trainer = trainer_class(run, config, base, model, datasets, identity, progress)
+    trainer.adapter_notices = kept
+    return trainer
 
 
 def training_arguments(run: Run, config: RunConfig, base: Base, steps: int) -> TrainingArguments:
@@ -182,6 +186,8 @@ class MoleTrainer(Trainer):
         self.peft_model = model
         self.losses: dict[str, Tensor] = {}
         self.batch_tokens: Tensor | int = 1
+        self.adapter_notices: list[str] = []
+        """What was said when the adapter was put on the model."""
         self.last_eval: tuple[int, dict[str, float]] | None = None
         """The step and the metrics of the last evaluation."""
         self.log_callback = EventLog(self, progress)
@@ -213,7 +219,8 @@ class MoleTrainer(Trainer):
             total_parameters=sum(p.numel() for p in self.peft_model.parameters()),
             total_steps=self.total_steps(),
             resumed_from=None if source is None else source.name,
-            notices=self.tell(start_notices(self.run.config, self.base.model.config, self.total_steps())),
+            notices=self.adapter_notices
+            + self.tell(start_notices(self.run.config, self.base.model.config, self.total_steps())),
         )
         notices = self.tell(data_notices(report, self.run_config.data.max_length))
         self.run.append_event("data", step, **{**report.to_dict(), "notices": notices})

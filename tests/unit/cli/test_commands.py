@@ -517,3 +517,11 @@ def test_a_wrong_target_is_refused_with_the_names_that_exist(mole: Mole, base: l
     answer = mole(*base, "--set", "model.device=cpu", "--set", f"adapter.target_modules={targets}")
     assert answer.code == 2 and "Traceback" not in answer.err
     assert "adapter.target_modules" in answer.err and "q_proj" in answer.err and "down_proj" in answer.err
+
+
+def test_the_wrong_name_in_a_list_of_targets_is_named_and_the_others_are_adapted(mole: Mole, base: list[str]) -> None:
+    flags = "--steps 1 --batch-size 2 --name partly --set model.device=cpu --set adapter.num_experts=2"
+    answer = mole(*base, *flags.split(), "--set", "adapter.target_modules=[q_proj, nonsense]")
+    (notice,) = [line for line in answer.err.splitlines() if "nonsense" in line]
+    assert answer.code == 0 and notice.startswith("Note: adapter.target_modules: this model has no module nonsense; ")
+    assert "q_proj" in notice and notice == f"Note: {runs.get('partly').details()['notices'][0]}"
