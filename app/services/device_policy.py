@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mole import runs
-from mole.config import RunConfig
+from mole.config import ModelConfig, RunConfig
 from mole.core import locks
 from mole.core.devices import HEADROOM
 from mole.core.errors import MoleError
@@ -20,7 +20,7 @@ from mole.models import sizes
 WAIT, CPU, GPU = "wait", "cpu", "gpu"
 DEVICE_CHOICES = [("On the CPU, slower", CPU), ("Wait until the run has ended", WAIT), ("On the GPU anyway", GPU)]
 BYTES_PER_WEIGHT = 2
-"""Models are loaded in 16 bits on a GPU."""
+"""Models are loaded in 16 bits on a GPU, those trained in 8 or 4 bits in as many."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,11 @@ def device_status(target: str) -> DeviceStatus:
     if not training or not device.startswith("cuda"):
         return DeviceStatus(device, training)
     try:
-        from mole.runs.targets import locate
+        from mole.runs.targets import as_trained, locate
 
-        need = sizes.parameters(sizes.files_of(locate(target)[0])) * BYTES_PER_WEIGHT
+        name, folder = locate(target)
+        bits = as_trained(ModelConfig(), folder)[0].quantization
+        need = round(sizes.parameters(sizes.files_of(name)) * sizes.QUANTISED_BYTES.get(bits, BYTES_PER_WEIGHT))
     except MoleError:
         need = 0
     return DeviceStatus(device, training, need, free_on_gpu(device))

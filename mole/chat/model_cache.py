@@ -25,7 +25,7 @@ from mole.models import sizes
 from mole.models.adapter_files import WEIGHTS, our_type, read_adapter_config
 from mole.models.loading import Base, Loaded, attach, load_base
 from mole.models.moved import check_base
-from mole.runs.targets import locate
+from mole.runs.targets import as_trained, locate
 
 Key = tuple[Any, ...]
 
@@ -86,7 +86,8 @@ class ModelCache:
 
     def holds(self, target: str, config: ModelConfig | None = None) -> bool:
         """Whether the target is in memory in its current version. Raises `MoleError` if it does not exist."""
-        return cache_keys(target, config or ModelConfig())[0] in self._targets
+        config, _ = as_trained(config or ModelConfig(), locate(target)[1])
+        return cache_keys(target, config)[0] in self._targets
 
     def uses_device(self, kind: str) -> bool:
         """Whether a model is on this kind of device (`cuda`, `cpu`)."""
@@ -96,12 +97,14 @@ class ModelCache:
     def use(self, target: str, config: ModelConfig | None = None) -> Iterator[Loaded]:
         """Load the target if needed and make its adapter the active one inside the `with` block.
 
-        `config` sets dtype and device; its name is ignored. Raises what `load_target` raises.
+        `config` sets dtype and device; its name is ignored. The base model is quantised as in training. Raises what
+        `load_target` raises.
         """
-        config = config or ModelConfig()
+        config, notice = as_trained(config or ModelConfig(), locate(target)[1])
         key, base_key = cache_keys(target, config)
         if key not in self._targets:
             self._targets[key] = (base_key, self._load(target, config, key, base_key))
+            self._targets[key][1].add_notice(notice)
         self._targets.move_to_end(key)
         with self._bases[base_key].activate(key):
             yield self._targets[key][1]
@@ -154,7 +157,7 @@ def cache_keys(target: str, config: ModelConfig) -> tuple[Key, Key]:
     """The keys of a target and of its base model; a run that was trained again gets another key."""
     base, folder = locate(target)
     device = pick_device(config.device)
-    base_key: Key = (base, str(pick_dtype(config.dtype, device)), str(device))
+    base_key: Key = (base, str(pick_dtype(config.dtype, device)), str(device), config.quantization)
     if folder is None:
         return base_key, base_key
     version = (str(folder), (folder / "adapter_config.json").stat().st_mtime_ns)
@@ -165,8 +168,9 @@ def cache_keys(target: str, config: ModelConfig) -> tuple[Key, Key]:
 
 def weight_bytes(config: ModelConfig, folder: Path | None, with_base: bool) -> int:
     """Bytes of the weights of a base model and an adapter; 0 for a model that is not on this machine yet."""
-    dtype = pick_dtype(config.dtype, pick_device(config.device))
-    weights = sizes.parameters(sizes.files_of(config.name)) * dtype.itemsize if with_base else 0
+    itemsize = pick_dtype(config.dtype, pick_device(config.device)).itemsize
+    each = sizes.QUANTISED_BYTES.get(config.quantization, itemsize)
+    weights = round(sizes.parameters(sizes.files_of(config.name)) * each) if with_base else 0
     return weights + (sizes.parameters([folder / WEIGHTS]) * 4 if folder else 0)
 
 

@@ -205,6 +205,7 @@ def add_chat(parts: Any) -> None:
     command = add_command(parts, "chat", chat.chat_command, "Chat with a trained adapter or a base model.")
     command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     add_base(command)
+    add_device(command)
     command.add_argument("--prompt", help="Reply to this prompt and exit; without it, the chat is interactive.")
     command.add_argument("--system", help="System prompt.")
     add_chat_settings(command)
@@ -216,6 +217,13 @@ def add_chat(parts: Any) -> None:
 def add_base(command: Parser) -> None:
     """Add the flag for a base model that has moved."""
     command.add_argument("--base", metavar="MODEL", help="Where the adapter's base model is, if it has moved.")
+
+
+def add_device(command: Parser) -> None:
+    """Add the flag that says where a target is used."""
+    command.add_argument(
+        "--device", help="Where to compute: auto, cpu, mps, cuda or cuda:N; by default where it trained."
+    )
 
 
 def add_chat_settings(command: Parser) -> None:
@@ -243,6 +251,7 @@ def add_eval(parts: Any) -> None:
     command = add_command(parts, "eval", chat.evaluate_command, "Evaluate accuracy or exact match, and perplexity.")
     command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     add_base(command)
+    add_device(command)
     command.add_argument("--data", required=True, metavar="FILE", help="Evaluation rows: a data file or a hub id.")
     command.add_argument("--limit", type=in_range(int, 1), metavar="N", help="Use only the first N rows.")
     command.add_argument("--json", metavar="FILE", help="Also write the result to a JSON file.")

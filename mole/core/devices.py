@@ -16,7 +16,7 @@ import psutil
 
 from mole.core.errors import ConfigError
 from mole.core.gpu_check import check_gpus, why_unusable
-from mole.core.gpus import is_restricted, lock_name, restrict_to_gpu
+from mole.core.gpus import is_restricted, lock_name, place_of, restrict_to_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,13 @@ def restrict_to(device: str) -> str:
     """
     found = found_device(device)
     return restrict_to_gpu(found) if found.startswith("cuda") else found
+
+
+def has_device(device: str) -> bool:
+    """Whether this machine has the device that a setting names, and PyTorch can compute on it. No torch."""
+    if device.startswith("cuda"):
+        return place_of(device) in check_gpus().places
+    return device != "mps" or found_device("auto") == "mps"
 
 
 def unused_gpu_notice(device: str) -> str | None:

@@ -71,6 +71,10 @@ class Loaded:
     adapter_dir: Path | None = None
     notice: str | None = None
 
+    def add_notice(self, notice: str | None) -> None:
+        """Put a further message for the user before those that there are."""
+        self.notice = " ".join(filter(None, [notice, self.notice])) or None
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Base models
@@ -166,12 +170,8 @@ def placement(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     if config.quantization == "none":
         # On a GPU each weight goes there as it is read: the whole model need not fit into RAM.
         return {"device_map": {"": place}} if device.type == "cuda" else {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        allowed = "none while the package bitsandbytes is not installed"
-        raise ConfigError("model.quantization", config.quantization, allowed, "pip install 'mole-studio[gpu]' adds it.")
-    if device.type not in ("cpu", "cuda"):
-        advice = "bitsandbytes needs an NVIDIA GPU or a CPU."
-        raise ConfigError("model.quantization", config.quantization, f"none on {device.type}", advice)
+    if problem := why_not_quantised(device.type):
+        raise ConfigError("model.quantization", config.quantization, *problem)
     from transformers import BitsAndBytesConfig
 
     if config.quantization == "8bit":
@@ -184,6 +184,14 @@ def placement(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
             bnb_4bit_compute_dtype=dtype,
         )
     return {"quantization_config": settings, "device_map": {"": place}}
+
+
+def why_not_quantised(kind: str) -> tuple[str, str] | None:
+    """What is allowed instead of 8- or 4-bit weights on a kind of device, and the advice; None where they are."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        advice = "pip install 'mole-studio[gpu]' adds it."
+        return "none while the package bitsandbytes is not installed", advice
+    return None if kind in ("cpu", "cuda") else (f"none on {kind}", "bitsandbytes needs an NVIDIA GPU or a CPU.")
 
 
 def reason(error: Exception) -> str:

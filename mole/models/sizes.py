@@ -13,6 +13,9 @@ from mole.core.paths import local_path
 from mole.models.sources import EMBEDDED, cached_from_hub, resolve
 from mole.models.weights import shapes_in
 
+QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.53}
+"""Bytes per weight of a quantised projection in bitsandbytes, scales included."""
+
 
 def files_of(model: str) -> list[Path]:
     """The weight files of a base model on this machine; empty for one that must be downloaded first."""

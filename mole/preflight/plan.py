@@ -20,6 +20,7 @@ from mole.core.devices import free_memory, pick_device, pick_dtype
 from mole.core.errors import DataError, InputError, ModelError
 from mole.data import IGNORE_INDEX, Example, encode_examples, read_sources, weighted
 from mole.models.context import within_positions
+from mole.models.sizes import QUANTISED_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +38,6 @@ MATMUL_SHARE = 0.6
 """Approximate share of matrix products in a step's time; the rest is norms, routing, dropout and the optimizer."""
 CALL_SECONDS = 1.5e-5
 """Minimum time of an operation, however small it is."""
-QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.53}
-"""Bytes per weight of a quantised projection in bitsandbytes, scales included."""
 LENGTH_SAMPLE = 4000
 """Rows that are tokenised to estimate lengths; larger data are sampled."""
 

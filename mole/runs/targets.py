@@ -8,11 +8,12 @@ from pathlib import Path
 
 from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint, files
+from mole.core.devices import found_device, has_device
 from mole.core.errors import ModelError, RunError
 from mole.core.paths import local_path
 from mole.models.adapter_files import read_adapter_config
 from mole.models.gguf import EMBEDDED
-from mole.models.loading import Loaded, attach, load_base
+from mole.models.loading import Loaded, attach, load_base, why_not_quantised
 from mole.models.moved import check_base, different_files, noted_base
 from mole.runs import store
 from mole.runs.run import Run
@@ -40,12 +41,34 @@ def load_target(target: str, model: ModelConfig | None = None, base_name: str | 
     if base_name is None:
         check_base(noted_name, MOVED.format(target=target))
     others = different_files(noted_base(adapter_dir), base_name) if base_name is not None else []
-    base = load_base(dataclasses.replace(model or ModelConfig(), name=base_name or noted_name))
+    config, notice = as_trained(model or ModelConfig(), adapter_dir)
+    base = load_base(dataclasses.replace(config, name=base_name or noted_name))
     loaded = attach(base, adapter_dir, target)
+    loaded.add_notice(notice)
     if others:
-        notice = f"{base_name} is not the base model that {target} was trained on: other {', '.join(others)}."
-        loaded.notice = f"{notice} {loaded.notice or ''}".strip()
+        loaded.add_notice(f"{base_name} is not the base model that {target} was trained on: other {', '.join(others)}.")
     return loaded
+
+
+def as_trained(model: ModelConfig, adapter_dir: Path | None) -> tuple[ModelConfig, str | None]:
+    """The settings with the 8 or 4 bits that the base model had when its adapter was trained.
+
+    Experts trained beside quantised weights make up for their rounding; and in 16 bits the model may not fit.
+
+    Args:
+        model: the settings otherwise.
+        adapter_dir: the adapter's folder; None for a base model alone.
+
+    Returns:
+        The settings, and a notice where this machine has no such weights; None otherwise.
+    """
+    config = None if adapter_dir is None else run_config_of(adapter_dir)
+    if config is None or config.model.quantization in ("none", model.quantization):
+        return model, None
+    bits = config.model.quantization
+    if problem := why_not_quantised(found_device(model.device).partition(":")[0]):
+        return model, f"The adapter was trained on a {bits} base model; here its weights are whole ({problem[0]})."
+    return dataclasses.replace(model, quantization=bits), None
 
 
 def locate(target: str) -> tuple[str, Path | None]:
@@ -96,11 +119,27 @@ def checkpoint_of(run: Run, step: str) -> Path:
     return kept[step]
 
 
+def device_of_target(target: str) -> str:
+    """`model.device` of the run that a target is of, if this machine has that device; else `auto`.
+
+    Raises `RunError` or `ModelError` as `locate` does.
+    """
+    folder = locate(target)[1]
+    config = None if folder is None else run_config_of(folder)
+    return config.model.device if config is not None and has_device(config.model.device) else "auto"
+
+
+def run_config_of(folder: Path) -> RunConfig | None:
+    """The settings of the run that an adapter's folder lies in; None for an adapter elsewhere. Raises `InputError`."""
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    return RunConfig.load(run / "run.yaml") if (run / "run.yaml").is_file() else None
+
+
 def base_of(folder: Path) -> str:
     """The base model of an adapter folder: its run's when it lies in one, else PEFT's note. Raises `ModelError`."""
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-    if (run / "run.yaml").is_file():
-        return RunConfig.load(run / "run.yaml").model.name
+    config = run_config_of(folder)
+    if config is not None:
+        return config.model.name
     name = read_adapter_config(folder).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ModelError(f"{folder}/adapter_config.json does not say its base model (base_model_name_or_path).")

@@ -8,11 +8,16 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from mole import runs
 from mole.chat.settings import ChatSettings
 from mole.cli.console import check_writable, metric_text, write_json
 from mole.config import ModelConfig
+from mole.core.devices import physical_device, restrict_to
 from mole.core.errors import InputError
+from mole.core.text import print_error
 from mole.core.thoughts import split_thought
+from mole.runs.job import device_turn
+from mole.runs.targets import device_of_target
 
 if TYPE_CHECKING:
     from mole.models.loading import Loaded
@@ -25,11 +30,11 @@ def chat_command(options: argparse.Namespace) -> None:
     if options.trace and options.prompt is None:
         raise InputError("--trace needs --prompt: it writes the routing of one reply.", field="trace")
     check_writable(options.trace, "--trace")
+    settings = ChatSettings(**{item.name: getattr(options, item.name) for item in dataclasses.fields(ChatSettings)})
+    loaded = load_with_notice(options, chat_device(options))
     from mole.data.chat_templates import ChatTemplate
     from mole.mixture.aot_compile import prepare_kernels
 
-    settings = ChatSettings(**{item.name: getattr(options, item.name) for item in dataclasses.fields(ChatSettings)})
-    loaded = load_with_notice(options.target, options.base)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     if messages and not ChatTemplate(loaded.tokenizer).takes_system:
         print("Note: The chat template takes no system message; it begins the first question.", file=sys.stderr)
@@ -70,18 +75,39 @@ def print_reply(loaded: Loaded, messages: list[dict[str, str]], settings: Any, t
     return text
 
 
+def chat_device(options: argparse.Namespace) -> str:
+    """Where to chat: `--device`, else the device of the target's run; beside a run that trains on that GPU, the CPU."""
+    device = given_device(options)
+    if options.device:
+        return device
+    user = runs.device_user(name) if (name := physical_device(device)).startswith("cuda") else ""
+    if not user:
+        return device
+    print(
+        f"Note: {user} is using {name}: replies are computed on the CPU. --device {device} shares it.", file=sys.stderr
+    )
+    return "cpu"
+
+
+def given_device(options: argparse.Namespace) -> str:
+    """`--device`, else the device of the target's run. Raises `ConfigError` for what is no device."""
+    return ModelConfig(device=options.device).device if options.device else device_of_target(options.target)
+
+
 def evaluate_command(options: argparse.Namespace) -> None:
-    """Evaluate a target on a file and record the result with the run, if the target is one."""
+    """Evaluate a target on a file once its device is free, and record the result with the run, if the target is one."""
     check_writable(options.json, "--json")
     from mole.data import read_examples
 
     rows = read_examples(options.data, limit=options.limit, field="--data")
-    loaded = load_with_notice(options.target, options.base)
-    from mole.evaluation import job as evaluation_job
-    from mole.evaluation.evaluate import evaluate_file
+    device = given_device(options)
+    with device_turn(physical_device(device), lambda: False, print_error, run="an evaluation"):
+        loaded = load_with_notice(options, device)
+        from mole.evaluation import job as evaluation_job
+        from mole.evaluation.evaluate import evaluate_file
 
-    begun = time.monotonic()
-    result = evaluate_file(loaded, options.data, limit=options.limit, progress=True)
+        begun = time.monotonic()
+        result = evaluate_file(loaded, options.data, limit=options.limit, progress=True)
     evaluation_job.record_evaluation(options.target, result, options.limit, rows.fingerprint, time.monotonic() - begun)
     print(f"{result['target']} on {result['data']}, {result['rows']} rows:")
     for key, value in result["metrics"].items():
@@ -91,11 +117,12 @@ def evaluate_command(options: argparse.Namespace) -> None:
         write_json(options.json, result)
 
 
-def load_with_notice(target: str, base: str | None) -> Loaded:
-    """Load a target, with its base model from `base` if given, and print its notice, if any, to stderr."""
+def load_with_notice(options: argparse.Namespace, device: str) -> Loaded:
+    """Load the target on a device, with its base model from `--base` if given; its notice, if any, goes to stderr."""
+    device = restrict_to(device)  # before anything that may start CUDA is imported
     from mole.runs.targets import load_target
 
-    loaded = load_target(target, ModelConfig(), base)
+    loaded = load_target(options.target, ModelConfig(device=device), options.base)
     if loaded.notice:
         print(f"Note: {loaded.notice}", file=sys.stderr)
     return loaded

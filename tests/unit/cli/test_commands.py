@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
 from typing import NamedTuple
 
 import pytest
@@ -15,7 +16,7 @@ from mole import __version__, runs
 from mole.cli import parser
 from mole.cli.commands.train import train_settings
 from mole.config import SECTIONS, RunConfig, spec_of
-from mole.core import checkpoint
+from mole.core import checkpoint, locks
 from mole.runs import queue
 
 ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("yes", "no", "maybe", "never", "often", "once")]
@@ -420,6 +421,30 @@ def test_a_reader_that_has_seen_enough_is_no_error(home: Path) -> None:
     command = f"{sys.executable} -m mole.cli runs list | true; echo ${{PIPESTATUS[0]}}"
     answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert (answer.stdout, answer.stderr) == ("0\n", "")
+
+
+def test_an_evaluation_waits_for_its_device_and_chat_goes_beside_a_training_on_the_gpu(
+    mole: Mole, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held(device: str) -> locks.Lock:
+        path = runs.device_lock_path(device)
+        path.parent.mkdir(exist_ok=True)
+        lock = locks.acquire(path, run="training")
+        assert lock is not None
+        return lock
+
+    device = held("cpu")
+    Timer(1.0, device.release).start()
+    waited = mole("eval", str(tiny_adapter), "--data", "rows.jsonl", "--limit", "1", "--device", "cpu")
+    assert waited.code == 0 and waited.err.startswith("Waiting for cpu: run training"), waited
+    monkeypatch.setattr("mole.cli.commands.chat.physical_device", lambda device: "cuda:0")
+    chat = ["chat", str(tiny_adapter), "--prompt", "say yes", "--max-new-tokens", "2"]
+    with held("cuda:0"):
+        answer = mole(*chat)
+    told = "Note: training is using cuda:0: replies are computed on the CPU. --device auto shares it.\n"
+    assert (answer.code, answer.err) == (0, told)
+    assert mole(*chat).err == mole(*chat, "--device", "cpu").err == ""
+    refused(mole(*chat, "--device", "gpu"), "model.device is 'gpu'; it must be auto, cpu, mps, cuda or cuda:N")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from mole import models, runs
+from mole.chat.model_cache import ModelCache
 from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint
 from mole.core.errors import CheckpointError, ModelError, RunError
+from mole.runs.targets import as_trained, device_of_target
 
 CPU = ModelConfig(device="cpu", dtype="float32")
 
@@ -107,6 +110,34 @@ def test_a_run_is_found_by_name_with_its_base(home: Path, tiny_adapter: Path, ti
     shutil.copytree(tiny_adapter, run.adapter_dir)
     loaded = runs.load_target("mine", CPU)
     assert (loaded.name, loaded.base, loaded.adapter_dir) == ("mine", str(tiny_folder), run.adapter_dir)
+
+
+def test_a_target_is_loaded_in_as_many_bits_as_it_was_trained_in(
+    home: Path, tiny_adapter: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chat, the studio and evaluation go this way; a run on a 4-bit base may not fit in 16."""
+    run = runs.create(RunConfig(name="mine", model=dataclasses.replace(on_cpu(tiny_folder), quantization="4bit")))
+    shutil.copytree(tiny_adapter, run.adapter_dir)
+    wanted = ModelConfig(device="cpu", dtype="float32")
+    assert as_trained(wanted, run.adapter_dir) == (dataclasses.replace(wanted, quantization="4bit"), None)
+    assert as_trained(wanted, None) == as_trained(wanted, tiny_adapter) == (wanted, None)
+    loaded = runs.load_target("mine", CPU)
+    cache = ModelCache()
+    with cache.use("mine", CPU) as cached, cache.use(f"base:{tiny_folder}", CPU) as whole:
+        footprints = [each.model.get_memory_footprint() for each in (loaded, cached, whole)]
+        assert footprints[0] == footprints[1] < footprints[2]
+    monkeypatch.setattr("mole.models.loading.importlib.util.find_spec", lambda name: None)
+    loaded = runs.load_target("mine", CPU)
+    assert loaded.model.get_memory_footprint() > footprints[0]
+    assert loaded.notice is not None and loaded.notice.startswith("The adapter was trained on a 4bit base model; here")
+
+
+def test_a_target_is_used_where_its_run_trained_if_that_is_here(home: Path, tiny_adapter: Path) -> None:
+    for name, device in (("on-cpu", "cpu"), ("elsewhere", "cuda:7")):
+        run = runs.create(RunConfig(name=name, model=ModelConfig(device=device)))
+        shutil.copytree(tiny_adapter, run.adapter_dir)
+    found = [device_of_target(target) for target in ("on-cpu", "elsewhere", str(tiny_adapter), "base:x")]
+    assert found == ["cpu", "auto", "auto", "auto"]
 
 
 @pytest.mark.parametrize(
