@@ -24,7 +24,7 @@ from mole.config import ROUTERS, SECTIONS, spec_of
 from mole.core.errors import MoleError, MoleNotice
 from mole.core.paths import check_home
 from mole.core.redaction import redacted
-from mole.core.text import notices_in_one_line, print_error
+from mole.core.text import full_stop, notices_in_one_line, print_error
 
 TARGET_HELP = "Name of a run, RUN@STEP for one of its checkpoints, an adapter folder, or base:MODEL."
 
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="Show tracebacks of errors.")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help).\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print_error(f"mole: {error_line(error)}")
+        print_error(f"mole: {full_stop(error_line(error))}")
         return error.exit_code if isinstance(error, MoleError) else MoleError.exit_code
 
 

@@ -59,6 +59,11 @@ def one_line(error: Exception, longest: int = 200) -> str:
     return (text if len(text) <= longest else text[: longest - 1] + "…").rstrip(".")
 
 
+def full_stop(line: str) -> str:
+    """A line that ends as a sentence does: with a full stop, if it ends with none of `.!?…`."""
+    return line if not line or line.endswith((".", "!", "?", "…")) else f"{line}."
+
+
 def print_error(message: str) -> None:
     """Print a line to stderr; does nothing if the terminal is gone or the disk behind it full."""
     with suppress(OSError):
@@ -86,7 +91,7 @@ def explain(error: Exception) -> tuple[str, str]:
     """An error's cause and advice, one line each; the advice is empty if the cause says it all."""
     text = redacted(" ".join(str(error).split()))
     if isinstance(error, MoleError):
-        return text, ""
+        return full_stop(text), ""
     if isinstance(error, FileNotFoundError) and is_home_gone():
         return HOME_GONE.format(home=home()), ""
     kind = type(error).__name__

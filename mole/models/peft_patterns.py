@@ -70,7 +70,7 @@ def resolve_patterns(config: Any, model: Any) -> None:
 
     kind = getattr(config.peft_type, "value", str(config.peft_type))
     if kind == "XLORA":
-        raise ModelError("X-LoRA loads further adapters from wherever its settings say; load those one by one instead")
+        raise ModelError("X-LoRA loads further adapters from wherever its settings say; load those one by one instead.")
     for field in PARTS_OF_PATTERNS:
         check_parts(getattr(config, field, None), field)
     for field in COMPARED:

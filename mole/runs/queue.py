@@ -48,7 +48,7 @@ def enqueue(run: Run, *, resume: bool = False) -> None:
                 f"The run {run.name} has finished. Train it for longer: mole runs continue {run.name} --steps N."
             )
         if state != "queued" and not resume:
-            raise RunError(f"The run {run.name} is {state}; continue it with: mole runs resume {run.name}")
+            raise RunError(f"The run {run.name} is {state}; continue it with: mole runs resume {run.name}.")
         run.clear_stop()
         device = device_of(run.config)
         # larger than all others, also after the clock was set back
@@ -91,7 +91,7 @@ def stop(run: Run) -> None:
         raise BusyError(
             f"The run {run.name} was asked to stop {duration_text(waited)} ago and still works: a step can take long. "
             f"If it hangs, end its process: kill -9 {locks.holder(run.lock_path).get('pid', 'PID')}; its checkpoints "
-            f"stay. Continue it then: mole runs resume {run.name}"
+            f"stay. Continue it then: mole runs resume {run.name}."
         ) from None
     with lock:
         if run.last_event["type"] in WAITING:

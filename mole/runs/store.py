@@ -169,7 +169,7 @@ def delete(run: Run) -> None:
         odd = os.path.lexists(run.lock_path) and not files.is_file(run.lock_path)
         lock = nullcontext() if odd else run.lock()
     except BusyError:
-        raise RunError(f"The run {run.name} is {run.state}; stop it first: mole runs stop {run.name}") from None
+        raise RunError(f"The run {run.name} is {run.state}; stop it first: mole runs stop {run.name}.") from None
     with lock:
         run.path.rename(runs_dir() / f".deleted-{run.name}-{secrets.token_hex(4)}")
     for leftover in runs_dir().glob(".deleted-*"):

@@ -91,7 +91,7 @@ def locate(target: str) -> tuple[str, Path | None]:
             raise ModelError(f"The folder {target} holds no adapter: it has no adapter_config.json.") from None
         known = ", ".join(run.name for run in store.list_runs()[-5:]) or "none yet"
         raise ModelError(
-            f"There is no run and no adapter folder {target!r}; runs: {known}. For a base model: base:{target}"
+            f"There is no run and no adapter folder {target!r}; runs: {known}. For a base model: base:{target}."
             if "/" not in target and "\\" not in target
             else f"There is no adapter folder {target}."
         ) from error

@@ -61,7 +61,7 @@ def refused(answer: Answer, *words: str) -> None:
     """Bad input: exit code 2, nothing on stdout, one line on stderr with these words, no traceback."""
     assert answer.code == 2, answer
     assert answer.out == ""
-    assert len(answer.err.splitlines()) == 1
+    assert len(answer.err.splitlines()) == 1 and answer.err.endswith(".\n")
     assert "Traceback" not in answer.err
     for word in words:
         assert word in answer.err
@@ -283,7 +283,7 @@ def test_a_full_disk_is_a_failure_not_a_traceback(mole: Mole, monkeypatch: pytes
         raise OSError(28, "No space left on device", "/somewhere")
 
     monkeypatch.setattr(runs, "list_runs", full)
-    assert mole("runs", "list") == (1, "", "mole: No space left on device: /somewhere\n")
+    assert mole("runs", "list") == (1, "", "mole: No space left on device: /somewhere.\n")
 
 
 @pytest.mark.parametrize("arguments", ["--debug runs show nope", "runs --debug show nope", "runs show nope --debug"])
