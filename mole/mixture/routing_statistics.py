@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mole.core.limits import DEAD_SHARE
-from mole.mixture.losses import token_means
+from mole.mixture.losses import column_widths, token_means
 from mole.mixture.routing_log import RoutingSums, find_log, layer_index
 
 
@@ -25,37 +26,54 @@ def layer_statistics(model: nn.Module) -> dict[str, Any] | None:
     log = find_log(model)
     if log is None or not log.sums:
         return None
+    names = [layer_index(sums.name) for sums in log.sums]
+    layers = sorted({*names})
     experts = max(sums.router.num_experts for sums in log.sums)
-    layers = sorted({layer_index(sums.name) for sums in log.sums})
-    rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     with torch.no_grad():
-        for name, router, values in log.sums:
-            mean = token_means(router, values)
-            load = F.pad(mean["weights"], (0, experts - router.num_experts))
-            rows[layer_index(name)].append(torch.cat([load, mean["entropy"], mean["active"]]))
-        # (layers, E + 2), means over the projections; the one copy from the device
-        table = torch.stack([torch.stack(rows[layer]).mean(0) for layer in layers]).float().cpu()
+        order, rows = projection_means(log.sums, experts)
+    # (layers, E + 2), means over the projections
+    index = torch.tensor([layers.index(names[place]) for place in order])
+    table = torch.zeros(len(layers), experts + 2).index_add_(0, index, rows)
+    table /= index.bincount()[:, None]
     total = table[:, :-2].sum(-1, keepdim=True)
-    load = table[:, :-2] / torch.where(total > 0, total, torch.ones_like(total))
-    counts = experts_by_layer(log.sums)
-    dead = [
-        int((load[place, : counts[layer]] < DEAD_SHARE / counts[layer]).sum()) for place, layer in enumerate(layers)
-    ]
-    one = torch.ones(2)
-    certain = [
-        place
-        for place, layer in enumerate(layers)
-        if counts[layer] > 1 and torch.allclose(torch.stack([total[place, 0], table[place, -1]]), one, atol=1e-6)
-    ]
+    load = (table[:, :-2] / torch.where(total > 0, total, torch.ones_like(total))).tolist()
+    used_once = ((total[:, 0] - 1).abs() <= 1e-6) & ((table[:, -1] - 1).abs() <= 1e-6)
+    by_layer = experts_by_layer(log.sums)
+    counts = [by_layer[layer] for layer in layers]
     return {
         "layers": len(layers),
         "experts": experts,
-        "load": rounded(load.tolist()),
+        "load": rounded(load),
         "entropy": rounded(table[:, -2].tolist()),
         "active": rounded(table[:, -1].tolist()),
-        "dead": dead,
-        "certain": certain,
+        "dead": [
+            sum(share < DEAD_SHARE / count for share in row[:count]) for row, count in zip(load, counts, strict=True)
+        ],
+        "certain": [place for place, once in enumerate(used_once.tolist()) if once and counts[place] > 1],
     }
+
+
+def projection_means(projections: list[RoutingSums], experts: int) -> tuple[list[int], Tensor]:
+    """Means over tokens of the load (`experts` columns), the entropy and the active experts of each projection.
+
+    Projections whose sums have the same columns are computed together, and each device is copied from once.
+
+    Returns:
+        The places of the projections in the order of the rows, and `(projections, experts + 2)` on the CPU.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for place, (_, router, values) in enumerate(projections):
+        groups[(values.device, values.dtype, *column_widths(router).items())].append(place)
+    tables: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for places in groups.values():
+        router = projections[places[0]].router
+        means = token_means(router, torch.stack([projections[place].values for place in places]))
+        load = F.pad(means["weights"], (0, experts - router.num_experts))
+        tables[load.device].append(torch.cat([load, means["entropy"], means["active"]], -1).float())
+    # groups of one device follow one another, as they do in `order`
+    found = sorted(groups, key=lambda key: list(tables).index(key[0]))
+    order = [place for key in found for place in groups[key]]
+    return order, torch.cat([torch.cat(parts).cpu() for parts in tables.values()])
 
 
 def experts_by_layer(projections: list[RoutingSums]) -> dict[int, int]:

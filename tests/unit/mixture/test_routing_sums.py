@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapting import TOKENS, adapt, layers_of, padded
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mole import auxiliary_loss, record_routing
 from mole.config import ROUTERS
@@ -137,6 +138,26 @@ def test_statistics_are_means_over_all_tokens(router: str, tiny_model: Make) -> 
         assert found["load"][place] == pytest.approx((load / load.sum()).tolist(), abs=1e-4)
         assert found["entropy"][place] == pytest.approx(entropy.item(), abs=1e-4)
         assert found["active"][place] == pytest.approx(active.item(), abs=1e-4)
+
+
+def test_the_statistics_of_many_layers_take_no_more_operations_than_those_of_two(tiny_model: Make) -> None:
+    """On a GPU each operation is a launch: thousands of small ones took as long as a step of a small model."""
+
+    class Counter(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (2, 7):
+        model = trained(tiny_model(layers=layers), "dynmole")
+        loss_of(model, batches())
+        with Counter() as counter:
+            layer_statistics(model)
+        counts.append(counter.calls)
+    assert counts[0] == counts[1] <= 50
 
 
 @pytest.mark.parametrize(("settings", "certain"), [({"renormalize": True}, [1]), ({}, [])])
