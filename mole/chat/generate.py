@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from mole.chat.settings import DEFAULTS, ChatSettings
-from mole.chat.tokens import TokenTexts, prompt_text, stop_ids, stop_text
+from mole.chat.tokens import TokenTexts, answer_ends, prompt_text
 from mole.core.errors import InputError
 from mole.core.thoughts import THINK, opened_thought
 from mole.core.threads import iterate
@@ -85,7 +85,7 @@ def stream(
     tokenizer, model = loaded.tokenizer, loaded.model
     with encoding or contextlib.nullcontext():
         rendered = prompt_text(messages, tokenizer, settings.enable_thinking)
-        prompt, stop, ending = encode_text(rendered, tokenizer), stop_ids(model, tokenizer), stop_text(tokenizer)
+        prompt, ends = encode_text(rendered, tokenizer), answer_ends(tokenizer, model)
     limit = context_length(model.config)
     context_left = limit - len(prompt)
     if context_left < 1:
@@ -96,14 +96,14 @@ def stream(
 
     def give_steps(give: Callable[[Step], None]) -> None:
         with steer(model, steering), record_routing(model) if record else contextlib.nullcontext() as trace:
-            stop_strings = [*settings.stop_strings, *filter(None, [ending])]
+            stop_strings = [*settings.stop_strings, *filter(None, [ends.text])]
             reply = Reply(tokenizer, len(prompt), stop_strings, f"{THINK}\n" if opened_thought(rendered) else "", trace)
 
             def go_on(read: list[int]) -> bool:
                 give(reply.step(read))
                 return not reply.stopped and not (should_stop is not None and should_stop())
 
-            generate(model, prompt, settings, stop, context_left, go_on, read_last=record)
+            generate(model, prompt, settings, ends.ids, context_left, go_on, read_last=record)
             give(reply.step([], finished=True))
 
     yield from iterate(give_steps, "generate")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mole.core.errors import ConfigError
 from mole.data import Message, render_prompt
@@ -27,21 +27,29 @@ def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
     return encode_text(prompt_text(messages, tokenizer), tokenizer)
 
 
-def stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The ids that end an answer: the model's and tokenizer's end tokens, and the one training appends to answers."""
-    given = model.generation_config.eos_token_id
-    stop = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
-    return stop | ({*encode_text(answer_ending(tokenizer), tokenizer)[-1:]} & special_ids(tokenizer))
+class AnswerEnds(NamedTuple):
+    """What ends an answer.
 
-
-def stop_text(tokenizer: Any) -> str:
-    """The text that ends an answer, where the chat template ends it with one that is no single special token.
-
-    Empty for most templates: `stop_ids` has what ends their answers.
+    Attributes:
+        ids: the model's and the tokenizer's end tokens, and the one that training appends to answers.
+        text: the text that ends it where the chat template ends answers with one that is no single special token; empty
+            for most templates, whose end is one of `ids`.
+        special: ids of the tokenizer's special tokens.
     """
-    ending = answer_ending(tokenizer).strip()
-    ids = encode_text(ending, tokenizer)
-    return "" if not ids or ids[-1] in special_ids(tokenizer) else ending
+
+    ids: set[int]
+    text: str
+    special: set[int]
+
+
+def answer_ends(tokenizer: Any, model: Any = None) -> AnswerEnds:
+    """What ends an answer with this tokenizer's chat template, and of this model if one is given."""
+    given = None if model is None else model.generation_config.eos_token_id
+    stop = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
+    special = special_ids(tokenizer)
+    written = answer_ending(tokenizer).strip()
+    last = {*encode_text(written, tokenizer)[-1:]}
+    return AnswerEnds(stop | (last & special), "" if last <= special else written, special)
 
 
 def special_ids(tokenizer: Any) -> set[int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 from mole.chat.generate import generate
 from mole.chat.settings import ChatSettings
-from mole.chat.tokens import special_ids, stop_ids, stop_text
+from mole.chat.tokens import AnswerEnds, answer_ends
 from mole.core.errors import DataError
 from mole.data import Example, read_examples
 from mole.data.chat_templates import ChatTemplate
@@ -72,28 +72,12 @@ def evaluate_examples(
         for example in examples
     ]
     results: list[RowResult | None] = [None] * len(examples)
-    ends = AnswerEnds(
-        special_ids(loaded.tokenizer), stop_ids(loaded.model, loaded.tokenizer), stop_text(loaded.tokenizer)
-    )
+    ends = answer_ends(loaded.tokenizer, loaded.model)
     for done, (index, scores) in enumerate(score_families(loaded, families), start=1):
         results[index] = row_result(loaded, examples[index], scores, ends)
         if report:
             report(done, len(examples))
     return aggregate([result for result in results if result is not None])
-
-
-class AnswerEnds(NamedTuple):
-    """What ends an answer.
-
-    Attributes:
-        special: ids of the special tokens.
-        ids: those of `stop_ids`.
-        text: that of `stop_text`.
-    """
-
-    special: set[int]
-    ids: set[int]
-    text: str = ""
 
 
 @dataclass(frozen=True)

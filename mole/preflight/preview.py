@@ -367,14 +367,14 @@ def find_notices(file: EncodedFile, tokenizer: Any) -> list[str]:
             found.append(f"All {count} rows have the same answer; is the right column mapped?")
         if count > 2 and len({example.prompt[-1]["content"] for example in file.examples}) == 1:
             found.append(f"All {count} rows have the same question; is the right column mapped?")
-        from mole.chat.tokens import stop_text
+        from mole.chat.tokens import answer_ends
 
         with_system = sum(example.messages[0]["role"] == "system" for example in file.examples)
         if with_system and not ChatTemplate(tokenizer).takes_system:
             found.append(
                 f"The chat template takes no system message: in {with_system} rows it begins the first question."
             )
-        if ending := stop_text(tokenizer):
+        if ending := answer_ends(tokenizer).text:
             found.append(
                 f"The chat template ends answers with the text {brief(ending)}, which is no special token. Chat stops "
                 "where it is written."

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from templates import marked, with_template
 
-from mole.chat.tokens import prompt_ids, stop_ids, stop_text
+from mole.chat.tokens import answer_ends, prompt_ids
 from mole.config import DataConfig, RunConfig
 from mole.core.errors import DataError
 from mole.data import Example, build_datasets, encode_example
@@ -179,8 +179,9 @@ def test_a_text_that_has_the_templates_tokens_gets_none_twice(tiny_tokenizer: An
 
 def test_where_an_answer_ends_with_text_chat_knows_it(tiny_model: Any, tiny_tokenizer: Any) -> None:
     model, tokenizer = tiny_model("llama"), with_template(tiny_tokenizer, "end_text")
-    assert stop_text(tokenizer) == "<|end|>" and stop_ids(model, tokenizer) == {tokenizer.eos_token_id}
-    assert stop_text(tiny_tokenizer) == stop_text(with_template(tiny_tokenizer, "mistral")) == ""
+    ends = answer_ends(tokenizer, model)
+    assert (ends.text, ends.ids) == ("<|end|>", {tokenizer.eos_token_id})
+    assert answer_ends(tiny_tokenizer).text == answer_ends(with_template(tiny_tokenizer, "mistral")).text == ""
 
 
 def test_a_template_that_writes_the_date_writes_that_of_the_run(tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import CompileConfig
 
 from mole.chat.generate import Step, cut_at, generate, held_back, stream
 from mole.chat.settings import ChatSettings
-from mole.chat.tokens import TokenTexts, prompt_ids, stop_ids
+from mole.chat.tokens import TokenTexts, answer_ends, prompt_ids
 from mole.config import ModelConfig
 from mole.core.errors import ConfigError, InputError
 from mole.models.loading import Loaded
@@ -42,7 +42,7 @@ def routed(tiny_adapter: Path) -> Loaded:
 def transformers_reply(loaded: Loaded, tokens: int, **settings: Any) -> list[int]:
     """What transformers' own `generate` answers to HELLO, without the end token; greedy unless set."""
     prompt = prompt_ids(HELLO, loaded.tokenizer)
-    stop = stop_ids(loaded.model, loaded.tokenizer)
+    stop = answer_ends(loaded.tokenizer, loaded.model).ids
     with torch.no_grad():
         output = loaded.model.generate(
             input_ids=torch.tensor([prompt]),
@@ -250,7 +250,10 @@ def test_the_end_of_turn_the_template_writes_ends_the_reply_too(tiny_model: Any,
     tokenizer.eos_token = "<|endoftext|>"  # as in base models whose template ends turns with another token
     model = tiny_model("llama")
     model.generation_config.eos_token_id = None
-    assert stop_ids(model, tokenizer) == {tokenizer.eos_token_id, tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert answer_ends(tokenizer, model).ids == {
+        tokenizer.eos_token_id,
+        tiny_tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    }
 
 
 def test_sampling_is_a_function_of_its_seed_and_leaves_the_global_generator_alone(base: Loaded) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from mole.chat.tokens import prompt_ids, stop_ids
+from mole.chat.tokens import answer_ends, prompt_ids
 from mole.config import ModelConfig
 from mole.core.errors import DataError
 from mole.data import encode_example, read_examples
 from mole.evaluation import scoring
-from mole.evaluation.evaluate import AnswerEnds, evaluate_file, generates_reference
+from mole.evaluation.evaluate import evaluate_file, generates_reference
 from mole.evaluation.scoring import AnswerScore, score_families
 from mole.models.loading import Loaded
 from mole.runs.targets import load_target
@@ -106,7 +106,7 @@ def test_the_same_text_in_other_tokens_matches(learned: Loaded) -> None:
     spelled = [tokenizer(char, add_special_tokens=False)["input_ids"][0] for char in answer]
     assert spelled != scored.tokens[:-1], "the reference must have tokens of several characters"
     other = AnswerScore([*spelled, tokenizer.eos_token_id], [], [scored.greedy[0], *spelled[1:], 0], 0)
-    assert generates_reference(learned, example, other, AnswerEnds(set(), stop_ids(learned.model, tokenizer)))
+    assert generates_reference(learned, example, other, answer_ends(tokenizer, learned.model))
 
 
 def test_perplexity_is_that_of_the_learnt_tokens_read_one_row_at_a_time(learned: Loaded, pairs: str) -> None:
