@@ -6,7 +6,7 @@ from text; `yaml_loader` reads YAML; `presets` names complete configurations. Th
 `MoleConfig` and the documentation follow from these. No torch.
 """
 
-from mole.config.adapter_config import ALL_LINEAR, AdapterConfig
+from mole.config.adapter_config import ALL_LINEAR, OF_RUNS, AdapterConfig
 from mole.config.data_sources import DataSource, parse_sources
 from mole.config.fields import (
     MAX_INTEGER,
@@ -44,7 +44,7 @@ from mole.config.schema import (
 from mole.config.yaml_loader import TextLoader, parse_yaml, read_yaml
 
 __all__ = [
-    "ALL_LINEAR", "BUILT_IN_PRESETS", "MAX_INTEGER", "ROUTERS", "SECTIONS", "AdapterConfig", "DataConfig",
+    "ALL_LINEAR", "BUILT_IN_PRESETS", "MAX_INTEGER", "OF_RUNS", "ROUTERS", "SECTIONS", "AdapterConfig", "DataConfig",
     "DataSource", "ModelConfig", "Preset", "RouterParams", "RunConfig", "Spec", "TextLoader", "TrainingConfig",
     "all_presets", "apply_overrides", "build_settings", "check_sections", "check_settings", "coerce", "delete_preset",
     "find_preset", "merge_preset", "params_class", "parse_sources", "parse_yaml", "preset_path", "presets_dir",

@@ -14,6 +14,8 @@ from mole.config.router_params import DynMoLEParams, RouterParams, params_class,
 from mole.core import limits, patterns
 from mole.core.errors import ConfigError, InputError
 
+OF_RUNS = ("params", "init_from")
+"""What is no setting of an adapter that has been made: its router's settings stand beside the others there."""
 ALL_LINEAR = "all-linear"
 """The `target_modules` that stand for every linear layer except the output layer."""
 
@@ -60,6 +62,12 @@ class AdapterConfig:
         {}, "Ranks of some layers, by name or pattern, e.g. {down_proj: 16, v_proj: 4}."
     )
     alpha_pattern: dict[str, float] = setting({}, "LoRA alphas of some layers, by name or pattern.")
+    init_from: str | None = setting(
+        None,
+        "A run, RUN@STEP or an adapter's folder whose weights the run begins with; its experts must be as many and as "
+        "large.",
+        label="Begin with",
+    )
     params: RouterParams = field(default_factory=DynMoLEParams)
 
     def __post_init__(self) -> None:
@@ -87,6 +95,7 @@ class AdapterConfig:
     def _check_targets(self) -> None:
         for name in (
             "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices",
+            "init_from",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) or None)  # an empty box
         for name, targets in (("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules or [])):

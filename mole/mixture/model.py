@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
 from torch import nn
 
-from mole.config import ROUTERS, AdapterConfig
+from mole.config import OF_RUNS, ROUTERS, AdapterConfig
 from mole.config.router_params import TopKParams
 from mole.core.errors import ConfigError, MoleError, MoleNotice
 from mole.mixture.aux_gradient import AUX_LOSS_MODES
@@ -63,7 +63,7 @@ PEFT_TYPE = add_peft_type(METHOD_NAME.upper())
 
 def config_fields() -> list[tuple[str, Any, Any]]:
     """The fields of `MoleConfig`: those of `AdapterConfig` and of every router; None means the router's default."""
-    shared = [item for item in dataclasses.fields(AdapterConfig) if item.name != "params"]
+    shared = [item for item in dataclasses.fields(AdapterConfig) if item.name not in OF_RUNS]
     declared: list[tuple[str, Any, Any]] = []
     for item in shared:
         start: dict[str, Any] = {"default": item.default}
@@ -121,8 +121,9 @@ def _post_init(self: Any) -> None:
         if isinstance(names := getattr(self, name), set):
             setattr(self, name, sorted(names))
     values = {name: getattr(self, name) for name, _, _ in config_fields()}
-    for name, value in AdapterConfig.from_flat(values).to_flat().items():
-        setattr(self, name, value)
+    checked = AdapterConfig.from_flat(values).to_flat()
+    for name in values.keys() & checked.keys():
+        setattr(self, name, checked[name])
 
 
 def _adapter(self: Any) -> AdapterConfig:
@@ -157,7 +158,8 @@ MoleConfig: Any = dataclasses.make_dataclass(
 
 def mole_config(adapter: AdapterConfig, **peft_settings: Any) -> Any:
     """Create the `MoleConfig` of an `AdapterConfig`; `peft_settings` are those of PEFT, e.g. `task_type`."""
-    return MoleConfig(**adapter.to_flat(), **peft_settings)
+    values = {name: value for name, value in adapter.to_flat().items() if name not in OF_RUNS}
+    return MoleConfig(**values, **peft_settings)
 
 
 def num_layers(model: nn.Module) -> int:

@@ -29,6 +29,7 @@ def check_inputs(config: RunConfig, read: Callable[..., str] | None = None) -> N
     """
     from mole import models
     from mole.data import check_different, errors_of, fingerprint_of
+    from mole.runs.initial import check_initial
 
     read = read or fingerprint_of
     if not config.data.path:
@@ -36,6 +37,7 @@ def check_inputs(config: RunConfig, read: Callable[..., str] | None = None) -> N
             "data.path", "", "a JSON, JSONL, CSV, Parquet or text file, or a hub id", "Give one with --data."
         )
     models.resolve(config.model.name)
+    check_initial(config)
     found = []
     for item in (sources := config.data.sources):
         with errors_of(item):
@@ -123,7 +125,9 @@ def absolute(config: RunConfig) -> RunConfig:
     data = dataclasses.replace(data, path=path, eval_path=data.eval_path and found(data.eval_path))
     if model.name != ModelConfig().name:
         model = dataclasses.replace(model, name=found(model.name))
-    return dataclasses.replace(config, data=data, model=model)
+    begin = config.adapter.init_from or ""
+    adapter = dataclasses.replace(config.adapter, init_from=begin if is_run(runs_dir() / begin) else found(begin))
+    return dataclasses.replace(config, data=data, model=model, adapter=adapter)
 
 
 def get(name: str) -> Run:

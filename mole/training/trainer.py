@@ -28,8 +28,10 @@ from mole.models.context import within_positions
 from mole.models.loading import TEMPLATE_FILE, Base, load_base, on_its_gpu
 from mole.models.logits import summed_loss_at
 from mole.models.moved import check_base
+from mole.runs.initial import begin_with
 from mole.runs.run import Run
 from mole.training.callbacks import DIVERGENCE_ADVICE, EventLog
+from mole.training.model_card import model_card
 from mole.training.notices import data_notices, signs_of_nothing_learnt, start_notices
 from mole.training.resume import as_begun, check_resumable, first_date, run_identity
 from mole.training.schedule import restarting_schedule, set_rate
@@ -73,7 +75,8 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     if before is not None:
         check_resumable(before, identity)
     trainer = build_trainer(MoleTrainer, run, config, base, datasets, identity, progress)
-    trainer.log_start(source)
+    begun = begin_with(trainer.peft_model, config, identity["base"]) if source is None else []
+    trainer.log_start(source, begun)
     try:
         if source is not None and checkpoint.read_manifest(source).step >= trainer.total_steps():
             trainer.load_final_checkpoint(source)
@@ -144,31 +147,6 @@ def training_arguments(run: Run, config: RunConfig, base: Base, steps: int) -> T
     return arguments
 
 
-def model_card(config: RunConfig) -> str:
-    """The README of an adapter: its settings and how to load it."""
-    adapter = config.adapter
-    return f"""---
-base_model: {config.model.name}
-library_name: peft
-tags: [mole-studio, mixture-of-lora-experts, {adapter.router}]
----
-
-A mixture of LoRA experts for `{config.model.name}`, trained with MoLE Studio.
-
-Router {adapter.params.title}, {adapter.num_experts} experts of rank {adapter.r} per projection.
-{adapter.params.summary}
-
-```python
-import mole  # first: it registers the adapter type MOLE_STUDIO, without which PEFT raises KeyError
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("this folder")
-```
-
-The adapter was trained with the chat template in `chat_template.jinja`; use the same template for prompts.
-"""
-
-
 class MoleTrainer(Trainer):
     """Trainer with logits of labelled tokens only, the auxiliary losses, and atomic checkpoints."""
 
@@ -204,8 +182,13 @@ class MoleTrainer(Trainer):
         base_model: Any = model.get_base_model()
         self.head: nn.Module = base_model.get_output_embeddings()
 
-    def log_start(self, source: Path | None) -> None:
-        """Write the `started` and `data` events; `source` is the checkpoint that is resumed from."""
+    def log_start(self, source: Path | None, begun: list[str]) -> None:
+        """Write the `started` and `data` events.
+
+        Args:
+            source: the checkpoint that is resumed from.
+            begun: what to tell of the adapter that the run begins with.
+        """
         report = self.data.report
         step = 0 if source is None else checkpoint.read_manifest(source).step
         trainable = sum(p.numel() for p in self.peft_model.parameters() if p.requires_grad)
@@ -220,7 +203,7 @@ class MoleTrainer(Trainer):
             total_steps=self.total_steps(),
             resumed_from=None if source is None else source.name,
             notices=self.adapter_notices
-            + self.tell(start_notices(self.run.config, self.base.model.config, self.total_steps())),
+            + self.tell(begun + start_notices(self.run.config, self.base.model.config, self.total_steps())),
         )
         notices = self.tell(data_notices(report, self.run_config.data.max_length))
         self.run.append_event("data", step, **{**report.to_dict(), "notices": notices})

@@ -42,6 +42,7 @@ MORE_SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "Base model": (
         ("model", "dtype"), ("model", "quantization"),
         ("model", "device"), ("training", "gradient_checkpointing"),
+        ("adapter", "init_from"),
     ),
     "Layers with experts": (
         ("adapter", "target_modules"), ("adapter", "exclude_modules"),
