@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,34 +104,34 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-REHEARSED = ""
-"""The kind of device whose dropout is taken, where a GPU's step is rehearsed on tensors without data: empty for x's."""
-
-
-@contextmanager
-def rehearsing(kind: str) -> Iterator[None]:
-    """A block in which dropout on tensors without data is that of a kind of device, `cpu` or `cuda`."""
-    global REHEARSED
-    before, REHEARSED = REHEARSED, kind
-    try:
-        yield
-    finally:
-        REHEARSED = before
-
-
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout: in training, zero each element of `x` with probability `p` and divide the others by `1 − p`.
+    """Dropout: in training, zero each element of `x` with probability `p` and divide the others by `1 − p`."""
+    mask = dropout_mask(x, p) if training else None
+    return x if mask is None else mask.apply(x)
+
+
+class DropoutMask(NamedTuple):
+    """Which elements of a tensor stay in dropout, as booleans of its shape, and what these are multiplied by."""
+
+    kept: Tensor
+    scale: float
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The tensor `x` after dropout, or its gradient before it."""
+        return (x * self.scale) * self.kept
+
+
+def dropout_mask(x: Tensor, p: float) -> DropoutMask | None:
+    """Draw the mask of a dropout of `x` with probability `p`; None if all stay.
 
     On a CPU torch draws a 64-bit number for each element, one after the other, which takes a sixth of a training step.
     Here one such number serves four elements, so `p` is met to the nearest 1/65536.
     """
     drop = round(p * 65536)
-    if not training or drop == 0:
-        return x
+    if drop == 0:
+        return None
     if x.device.type != "cpu":
-        return F.dropout(x, p, training=True)
-    if REHEARSED == "cuda":
-        return torch.native_dropout(x, p, True)[0]  # what `F.dropout` is on a GPU: it keeps a mask of one byte
+        return DropoutMask(torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p), 1 / (1 - p))
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= drop - 32768  # int16 is uniform over −32768 … 32767
-    return x * kept.to(x.dtype).mul_(65536 / (65536 - drop))
+    return DropoutMask(kept, 65536 / (65536 - drop))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mole.mixture.called_adapters import add_called, called_hidden, called_routing
 from mole.mixture.decode_kernel import DecodeCall, KernelOutput, is_decode_step
-from mole.mixture.experts import add_experts, add_gated, dropout, in_dtype, is_transformed
+from mole.mixture.experts import DropoutMask, add_experts, add_gated, dropout, dropout_mask, in_dtype, is_transformed
 from mole.mixture.grouped import TokenGroups, add_grouped, group_tokens, grouped_down, grouped_is_faster
 from mole.mixture.own_linears import OwnLinears, check_whole, must_be_called
 from mole.mixture.routers import Router, Routing
@@ -186,11 +186,10 @@ class FusedAdapters:
         # Routers read x without dropout: with dropout, A and the routers have different inputs and are two products.
         hidden, routing = self.project_and_route(x, downs, separately=grouped or rate > 0)
         entries = self.log_entries(log, routing, first.training)
-        if not hidden:
-            x = dropout(in_dtype(x, downs[0].dtype), rate, first.training)
         if grouped:  # 2. grouped product
+            x = dropout(in_dtype(x, downs[0].dtype), rate, first.training)
             return self.grouped_outputs(x, downs, routing.weights * self.scaling, entries)
-        return self.fused_outputs(hidden or [F.linear(x, down) for down in downs], routing.weights, entries)  # 3.
+        return self.fused_outputs(hidden or self.hidden(x, downs, rate), routing.weights, entries)  # 3. fused product
 
     def decode(self, x: Tensor) -> KernelOutput | None:
         """The outputs for a single token from a decode kernel; None where none is applicable or available."""
@@ -281,45 +280,74 @@ class FusedAdapters:
             # Without a gate (lora) there are no scores to tell the number of tokens and layers.
             return hidden, self.router(x[..., None, :].expand(*x.shape[:-1], self.count, -1))
 
+    def hidden(self, x: Tensor, downs: Sequence[Tensor], rate: float) -> Sequence[Tensor]:
+        """x Aᵀ after dropout of `x (…, in)`, of each layer: L of `(…, E·r)`."""
+        dtype = autocast_dtype(x.device.type, downs[0].dtype)
+        if is_transformed() or not torch.is_grad_enabled():
+            x = dropout(in_dtype(x, dtype), rate, training=True)
+            return [F.linear(x, down) for down in downs]
+        mask = dropout_mask(x, rate)
+        product = cast(Tensor, ConcatenatedLinear.apply(x, mask, dtype, *downs))
+        return product.split(len(downs[0]), -1)
+
     def hidden_and_scores(self, x: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
         """One product of `x (…, in)` with every A and input linear: x Aᵀ as in `project_and_route`, then the scores."""
-        weights = [*downs, *(in_dtype(linear.weight, x.dtype) for linear in self.flat_input_linears)]
+        weights = [*downs, *(linear.weight for linear in self.flat_input_linears)]
         if is_transformed():  # the compiler decides itself what to keep for the backward pass
-            product = F.linear(x, concatenated(weights, x.dtype))
+            product = F.linear(x, concatenated([in_dtype(weight, x.dtype) for weight in weights], x.dtype))
         else:
-            product = cast(Tensor, ConcatenatedLinear.apply(x, *weights))
+            product = cast(Tensor, ConcatenatedLinear.apply(x, None, x.dtype, *weights))
         width = len(downs[0])
         columns = [width] * self.count if torch.is_grad_enabled() else [width * self.count]
         return product.split([*columns, product.shape[-1] - sum(columns)], -1)
 
     def scores(self, x: Tensor) -> Tensor:
         """The outputs of all input linears, without biases, `(…, Σ n)`, in float32 or float64."""
-        x = in_dtype(x, torch.promote_types(x.dtype, torch.float32))
-        if not self.flat_input_linears:
-            return x[..., :0]
-        return F.linear(x, concatenated([linear.weight for linear in self.flat_input_linears], x.dtype))
+        dtype, weights = torch.promote_types(x.dtype, torch.float32), [each.weight for each in self.flat_input_linears]
+        if not weights:
+            return in_dtype(x[..., :0], dtype)
+        if is_transformed() or not torch.is_grad_enabled():
+            return F.linear(in_dtype(x, dtype), concatenated(weights, dtype))
+        return cast(Tensor, ConcatenatedLinear.apply(x, None, dtype, *weights))
 
 
 class ConcatenatedLinear(torch.autograd.Function):
-    """`x [W_1; W_2; …]ᵀ`, `(…, Σ n_i)`, of `x (…, in)` and weights `(n_i, in)`, by one product.
+    """`dropout(x) [W_1; W_2; …]ᵀ`, `(…, Σ n_i)`, of `x (…, in)` and weights `(n_i, in)`, by one product in `dtype`.
 
-    The backward pass concatenates the weights again instead of saving the result: for short batches that would be most
-    of what an adapter keeps.
+    What is saved is x itself, in its own dtype, as the layers around it do, and one byte an element for the dropout.
+    The backward pass converts, drops and concatenates again: the results would be most of what an adapter keeps, a
+    copy of x in float32 for the routers of a 16-bit model first of all.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *weights)
-        return F.linear(x, concatenated(weights, x.dtype))
+    def forward(ctx: Any, x: Tensor, mask: DropoutMask | None, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        ctx.scale, ctx.dtype = None if mask is None else mask.scale, dtype
+        ctx.save_for_backward(x, None if mask is None else mask.kept, *weights)
+        rows = in_dtype(x, dtype)
+        return F.linear(rows if mask is None else mask.apply(rows), concatenated(weights, dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        grad_x = grad @ concatenated(weights, x.dtype) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:]):
-            return (grad_x, *[None] * len(weights))
-        grad_weights = grad.flatten(0, -2).t() @ x.flatten(0, -2)  # (Σ n_i, in)
-        return grad_x, *grad_weights.split([len(weight) for weight in weights])
+        x, kept, *weights = ctx.saved_tensors
+        mask = None if kept is None else DropoutMask(kept, ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ concatenated(weights, ctx.dtype)
+            grad_x = in_dtype(grad_x if mask is None else mask.apply(grad_x), x.dtype)
+        if not any(ctx.needs_input_grad[3:]):
+            return (grad_x, None, None, *[None] * len(weights))
+        rows = in_dtype(x, ctx.dtype)
+        rows = rows if mask is None else mask.apply(rows)
+        grad_weights = grad.flatten(0, -2).t() @ rows.flatten(0, -2)  # (Σ n_i, in)
+        parts = grad_weights.split([len(weight) for weight in weights])
+        return grad_x, None, None, *(in_dtype(part, own.dtype) for part, own in zip(parts, weights, strict=True))
+
+
+def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a product with a weight of `dtype` on a kind of device: autocast's, where that is on."""
+    if not torch.is_autocast_enabled(device) or dtype == torch.float64:
+        return dtype
+    return torch.get_autocast_dtype(device)
 
 
 def concatenated(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -157,7 +157,6 @@ class Planner:
 
     def step_cost(self, config: RunConfig, shape: BatchShape, checkpointing: bool | None = None) -> StepCost:
         """The profiled cost of a micro-batch, cached; `checkpointing` None takes the run's own setting."""
-        from mole.mixture.experts import rehearsing
         from mole.preflight import layer_costs
 
         if checkpointing is None:
@@ -165,8 +164,7 @@ class Planner:
         key = shape, config.model.dtype, checkpointing
         if key not in self._costs:
             dtype = self.dtype(config)
-            with rehearsing(self.device.type):
-                self._costs[key] = layer_costs.step_cost(self.hf_config, config.adapter, dtype, shape, checkpointing)
+            self._costs[key] = layer_costs.step_cost(self.hf_config, config.adapter, dtype, shape, checkpointing)
         return self._costs[key]
 
     def seconds_per_step(self, config: RunConfig) -> float:

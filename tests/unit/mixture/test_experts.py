@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mole.mixture.experts import dropout
+from mole.mixture.experts import dropout, dropout_mask
+from mole.mixture.fused_adapters import ConcatenatedLinear
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.95])
@@ -42,3 +44,34 @@ def test_the_gradient_goes_through_what_was_kept() -> None:
     out.sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad * x, out)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("given", "computed"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
+def test_the_concatenated_product_is_that_of_each_weight(p: float, given: torch.dtype, computed: torch.dtype) -> None:
+    """It keeps x in its own dtype and the mask, and computes the rest again for the backward pass."""
+    torch.manual_seed(3)
+    x = torch.randn(2, 5, 7).to(given).requires_grad_()
+    weights = [torch.randn(n, 7, dtype=torch.promote_types(given, torch.float32)).requires_grad_() for n in (4, 4, 3)]
+    mask, grad = dropout_mask(x, p), torch.randn(2, 5, 11, dtype=computed)
+    outputs = []
+    for fused in (True, False):
+        if fused:
+            product = ConcatenatedLinear.apply(x, mask, computed, *weights)
+        else:
+            rows = x.to(computed) if mask is None else x.to(computed) * mask.kept.to(computed) * mask.scale
+            product = torch.cat([F.linear(rows, weight.to(computed)) for weight in weights], -1)
+        outputs.append([product, *torch.autograd.grad(product, [x, *weights], grad)])
+    for ours, slow in zip(*outputs, strict=True):
+        assert ours.dtype == slow.dtype
+        tolerance = 1e-12 if given == torch.float64 else 1e-2 if ours.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours, slow, rtol=tolerance, atol=tolerance)
+
+
+def test_the_concatenated_product_can_be_differentiated_twice() -> None:
+    torch.manual_seed(4)
+    x, weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, dtype=torch.float64)
+    mask = dropout_mask(x, 0.4)
+    apply = lambda x, weight: ConcatenatedLinear.apply(x, mask, torch.float64, weight, 2 * weight)  # noqa: E731
+    assert torch.autograd.gradcheck(apply, (x, weight.requires_grad_()))
+    assert torch.autograd.gradgradcheck(apply, (x, weight))
