@@ -112,7 +112,7 @@ def test_under_nohup_a_training_goes_on(make_tiny: Make) -> None:
     assert run.state == "finished"
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.soak)])
 def test_a_preflight_ends_with_the_command_that_asked_for_it(
     make_tiny: Make, busy_cpu: locks.Lock, number: signal.Signals
 ) -> None:

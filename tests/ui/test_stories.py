@@ -67,6 +67,7 @@ def stop_all(home: Path) -> Iterator[None]:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.soak
 def test_the_tab_is_closed_and_another_browser_finds_the_run(
     studio: Studio, stop_all: None, open_page: Callable[..., Page], tiny_folder: Path, data: Path
 ) -> None:

@@ -199,7 +199,7 @@ def test_in_a_pass_without_a_trace_no_tensor_has_a_row_for_each_token(tiny_model
     assert not log.records and {values.dim() for _, _, values in log.sums} == {1}
 
 
-@pytest.mark.parametrize("router", ["dynmole", "sparsegen"])
+@pytest.mark.parametrize("router", ["dynmole", pytest.param("sparsegen", marks=pytest.mark.soak)])
 def test_compiled_blocks_leave_out_padding_too(router: str, tiny_model: Make) -> None:
     torch.compiler.reset()
     model = trained(tiny_model(), router, target_modules=["q_proj", "v_proj", "down_proj"])
