@@ -5,6 +5,7 @@ A run is a folder and nothing else knows about it: no database, no server. No to
 
 from mole.core.names import check_name
 from mole.core.paths import device_lock_path, home, runs_dir
+from mole.runs.inputs import check_inputs
 from mole.runs.queue import (
     QUEUE_LIMIT,
     acquire_device,
@@ -23,7 +24,7 @@ from mole.runs.queue import (
     wake_queued,
 )
 from mole.runs.run import STATES, Run
-from mole.runs.store import absolute, check_inputs, create, delete, export, get, list_runs
+from mole.runs.store import absolute, create, delete, export, get, list_runs
 from mole.runs.targets import load_target, locate
 
 __all__ = [

@@ -16,6 +16,7 @@ from mole.core.errors import InputError, RunError
 from mole.core.names import check_name
 from mole.core.paths import runs_dir
 from mole.runs import queue, store
+from mole.runs.inputs import check_inputs
 from mole.runs.run import Run
 
 SHORT = {
@@ -130,7 +131,7 @@ def check_free(configs: Iterable[RunConfig]) -> None:
             )
 
 
-def queue_all(configs: Sequence[RunConfig], check: Callable[[RunConfig], None] = store.check_inputs) -> list[Run]:
+def queue_all(configs: Sequence[RunConfig], check: Callable[[RunConfig], None] = check_inputs) -> list[Run]:
     """Make and queue the runs of a grid: all of them, or none when something is wrong with one.
 
     `check` is called with one config for each model and data set, before a run is made.

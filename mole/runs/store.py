@@ -15,36 +15,11 @@ from typing import Any
 
 from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint, files
-from mole.core.errors import BusyError, ConfigError, RunError, writing
+from mole.core.errors import BusyError, RunError, writing
 from mole.core.names import MAX_BYTES, check_name
 from mole.core.paths import home, local_path, make_folder, restrict, runs_dir
 from mole.core.text import one_line
 from mole.runs.run import Run, creation_facts
-
-
-def check_inputs(config: RunConfig, read: Callable[..., str] | None = None) -> None:
-    """Check that the model exists and the data can be read, before a run is created. Raises `InputError`.
-
-    All of the data is read by `read`, by default `mole.data.fingerprint_of`.
-    """
-    from mole import models
-    from mole.data import check_different, errors_of, fingerprint_of
-    from mole.runs.initial import check_initial
-
-    read = read or fingerprint_of
-    if not config.data.path:
-        raise ConfigError(
-            "data.path", "", "a JSON, JSONL, CSV, Parquet or text file, or a hub id", "Give one with --data."
-        )
-    models.resolve(config.model.name)
-    check_initial(config)
-    found = []
-    for item in (sources := config.data.sources):
-        with errors_of(item):
-            found.append(read(item.path, item.columns, field=item.field, name=item.name, split=item.split))
-    check_different(sources, found)
-    if config.data.eval_path:
-        read(config.data.eval_path, config.data.columns, field="data.eval_path")
 
 
 @writing()
