@@ -15,15 +15,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from common import EQUAL, Figure, awake, base, figure, main, with_experts, with_lora
+from common import DTYPES, EQUAL, Figure, awake, base, figure, main, with_experts, with_lora
 
 LORA = "lora"
 
 
-def peak(method: str, length: int, checkpointing: bool, layers: int) -> float:
+def peak(method: str, length: int, checkpointing: bool, layers: int, dtype: str, dropout: float) -> float:
     """Megabytes at the most, base model included, of training with LoRA or a router."""
-    model = base(layers=layers)
-    model = awake(with_lora(model) if method == LORA else with_experts(model, method))
+    model = base(DTYPES[dtype], layers)
+    model = awake(with_lora(model, dropout=dropout) if method == LORA else with_experts(model, method, dropout))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -50,9 +50,10 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
     """Every router against LoRA, short and long rows, with and without checkpointing."""
     for length in map(int, options.lengths.split(",")):
         for checkpointing in (False, True):
-            reference = [alone(LORA, length, checkpointing, options.layers) for _ in range(options.rounds)]
+            given = length, checkpointing, options.layers, options.dtype, options.dropout
+            reference = [alone(LORA, *given) for _ in range(options.rounds)]
             for router in options.routers.split(","):
-                found = [alone(router, length, checkpointing, options.layers) for _ in range(options.rounds)]
+                found = [alone(router, *given) for _ in range(options.rounds)]
                 name = f"{router}, 4 × {length}{', checkpointing' if checkpointing else ''}"
                 about = f"{statistics.median(found):.0f} MB, LoRA r {EQUAL} {statistics.median(reference):.0f} MB"
                 ratios = [one / other for one, other in zip(found, reference, strict=True)]
@@ -60,4 +61,5 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", measure, routers="dynmole,sparsegen", layers=10, lengths="128,512", rounds=1)
+    chosen = {"dtype": "float32", "dropout": 0.0, "rounds": 1}
+    main(__doc__ or "", measure, routers="dynmole,sparsegen", layers=10, lengths="128,512", **chosen)
