@@ -73,11 +73,17 @@ def rows_in_object(value: dict[str, Any], notices: list[str], table: bool = True
             notices.append(
                 f"The rows of {train} are read. To hold out those of {others}, write them to a file of their own."
             )
+        else:
+            notices.append(f"The rows are those of {train}, in the one object of the file.")
         return splits[train]
     whole = [name for name in value if name.lower() in WHOLE_NAMES and is_list_of_rows(value[name])]
     if len(whole) == 1:
+        notices.append(f"The rows are those of {whole[0]}, in the one object of the file.")
         return value[whole[0]]
-    return rows_of_columns(value) if table else None
+    rows = rows_of_columns(value) if table else None
+    if rows is not None:
+        notices.append("The file is read as a table column by column, as pandas writes one.")
+    return rows
 
 
 def is_list_of_rows(value: Any) -> bool:
@@ -133,6 +139,8 @@ def parse_csv(text: str, file: Path, notices: list[str]) -> list[tuple[int, Any]
     text = text.lstrip()[named.end() :] if named else text
     header = text.lstrip().partition("\n")[0]
     delimiter = named[1] if named else max(",;\t", key=header.count)
+    if delimiter == ";" and not named:
+        notices.append("The columns are taken to be separated by semicolons.")
     csv.field_size_limit(limits.ROW_BYTES)  # of every reader in this process
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[int, Any]] = []

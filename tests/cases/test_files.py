@@ -37,24 +37,32 @@ def table(value: Any) -> bytes:
 
 WINDOWS = "The file is not UTF-8; it is read as Windows-1252 (Western European)."
 INDEX = "The first column has no name and counts the rows; it is left out."
+HELD = "The rows are those of {}, in the one object of the file."
+BY_COLUMN = "The file is read as a table column by column, as pandas writes one."
+SEMICOLONS = "The columns are taken to be separated by semicolons."
 SPLITS = "The rows of train are read. To hold out those of test, write them to a file of their own."
 
 READ: dict[str, tuple[str, bytes, str]] = {
     "gzip": ("d.jsonl.gz", gzip.compress(LINES), ""),
     "gzip of CSV": ("d.csv.gz", gzip.compress(CSV.encode()), ""),
     "zip": ("d.zip", zipped(rows__jsonl=LINES), ""),
-    "all rows under a name, over several lines": ("d.json", json.dumps({"data": ROWS}, indent=1).encode(), ""),
-    "all rows under a name, on one line": ("d.json", table({"version": 1, "data": ROWS}), ""),
+    "all rows under a name, over several lines": (
+        "d.json",
+        json.dumps({"data": ROWS}, indent=1).encode(),
+        HELD.format("data"),
+    ),
+    "all rows under a name, on one line": ("d.json", table({"version": 1, "data": ROWS}), HELD.format("data")),
     "splits": ("d.json", table({"train": ROWS, "test": ROWS[:1]}), SPLITS),
-    "splits, one of them": ("d.json", table({"train": ROWS}), ""),
+    "splits, one of them": ("d.json", table({"train": ROWS}), HELD.format("train")),
     "pandas, columns of values by row": (
         "d.json",
         table({name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}),
-        "",
+        BY_COLUMN,
     ),
-    "pandas, columns of lists": ("d.json", table({name: [row[name] for row in ROWS] for name in ROWS[0]}), ""),
+    "pandas, columns of lists": ("d.json", table({name: [row[name] for row in ROWS] for name in ROWS[0]}), BY_COLUMN),
     "pandas, an index column": ("d.csv", b",prompt,completion\n0,a?,b\n1,c?,d\n", INDEX),
     "a line that names the separator": ("d.csv", b"sep=;\r\nprompt;completion\r\na?;b\r\nc?;d\r\n", ""),
+    "semicolons": ("d.csv", CSV.replace(",", ";").encode(), SEMICOLONS),
     "UTF-16 without a mark": ("d.jsonl", LINES.decode().encode("utf-16-le"), ""),
     "UTF-16, the other way round": ("d.csv", CSV.encode("utf-16-be"), ""),
 }
