@@ -89,6 +89,13 @@ def look_at(run: Run) -> None:
         look_at_page(run)
 
 
+def data_of_another(make_tiny: Make) -> str:
+    """The data of the run `sound`, which stands beside. It has ended: what wakes queued runs would train it."""
+    run = make_tiny("sound")
+    run.append_event("stopped", 0)
+    return run.config.data.path
+
+
 def work_on(run: Run, data: str) -> None:
     """All that writes in a run's folder, each refused or done in it alone; then the folder is deleted."""
     with in_time(240):
@@ -112,7 +119,7 @@ def work_on(run: Run, data: str) -> None:
 @pytest.mark.parametrize("name", ATTACKED)
 def test_no_link_in_a_run_folder_is_followed(name: str, stranger: Run, make_tiny: Make, victims: Path) -> None:
     """Not by what reads, and not by what writes: the file it names stays as it is, to the time of its last change."""
-    data = make_tiny("sound").config.data.path
+    data = data_of_another(make_tiny)
     put(stranger.path / name, lambda path: path.symlink_to(victims / ("folder" if name in FOLDERS else "file")))
     before = state_of(victims)
     look_at(stranger)
@@ -124,7 +131,7 @@ def test_no_link_in_a_run_folder_is_followed(name: str, stranger: Run, make_tiny
 def test_no_link_to_a_file_that_is_not_there_makes_one(
     name: str, stranger: Run, make_tiny: Make, victims: Path
 ) -> None:
-    data = make_tiny("sound").config.data.path
+    data = data_of_another(make_tiny)
     put(stranger.path / name, lambda path: path.symlink_to(victims / "new"))
     look_at(stranger)
     work_on(stranger, data)
@@ -133,7 +140,7 @@ def test_no_link_to_a_file_that_is_not_there_makes_one(
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_pipe_in_a_run_folder_is_waited_for(name: str, stranger: Run, make_tiny: Make) -> None:
-    data = make_tiny("sound").config.data.path
+    data = data_of_another(make_tiny)
     put(stranger.path / name, os.mkfifo)
     look_at(stranger)
     work_on(stranger, data)
