@@ -10,14 +10,13 @@ import contextlib
 import functools
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mole.core.gpus import GIVEN, VISIBLE, has_signs
+from mole.core.gpus import VISIBLE, given, has_signs
 from mole.core.paths import home
 from mole.core.processes import python_environment, read_record, write_record
 
@@ -37,7 +36,7 @@ class GpuCheck(NamedTuple):
 
 def check_gpus() -> GpuCheck:
     """Which of the visible GPUs PyTorch can compute on; nothing is tried where nothing says that there is one."""
-    return _checked(os.environ.get(GIVEN, os.environ.get(VISIBLE, "all"))) if has_signs() else GpuCheck((), "")
+    return _checked(given()) if has_signs() else GpuCheck((), "")
 
 
 def why_unusable() -> str | None:

@@ -40,13 +40,17 @@ class Gpu(NamedTuple):
 # Names
 
 
+def given() -> str:
+    """CUDA_VISIBLE_DEVICES as it was given; `all` if it was not."""
+    return os.environ.get(GIVEN, os.environ.get(VISIBLE, "all"))
+
+
 def given_entries() -> list[str] | None:
     """The entries of CUDA_VISIBLE_DEVICES as it was given; None if it was not, so that all GPUs are visible."""
-    text = os.environ.get(GIVEN, os.environ.get(VISIBLE, "all"))
-    if text == "all":
+    if given() == "all":
         return None
     entries = []
-    for entry in (part.strip() for part in text.split(",")):
+    for entry in (part.strip() for part in given().split(",")):
         if entry in ("", "-1"):  # CUDA ignores all that follows
             break
         entries.append(entry)
@@ -102,7 +106,7 @@ def restrict_to_gpu(device: str) -> str:
         raise ConfigError(
             "model.device", device, "the GPU that this process computes on already", "Use another process."
         )
-    os.environ.setdefault(GIVEN, "all" if entries is None else ",".join(entries))
+    os.environ.setdefault(GIVEN, given())
     os.environ[VISIBLE] = entry
     return "cuda"
 
@@ -119,13 +123,18 @@ def is_restricted() -> bool:
 @functools.cache
 def system_gpus() -> tuple[Gpu, ...]:
     """The NVIDIA GPUs of the machine; empty where `nvidia-smi` is missing or fails."""
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
-        rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
+        rows = nvidia_smi("--query-gpu=index,uuid,name,memory.total")
         return tuple(Gpu(number, uuid, name, int(size) << 20) for number, uuid, name, size in rows)
     except (OSError, ValueError, subprocess.SubprocessError):
         return ()
+
+
+def nvidia_smi(*query: str) -> list[list[str]]:
+    """The rows of what `nvidia-smi` answers. Raises `OSError` or `SubprocessError`."""
+    command = ["nvidia-smi", *query, "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
+    return [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
 
 
 def gpu_of(device: str) -> Gpu | None:
@@ -136,9 +145,9 @@ def gpu_of(device: str) -> Gpu | None:
 
 def free_on_gpu(name: str) -> int | None:
     """Free bytes on the GPU that is locked under this name; None if unknown."""
-    query = ["nvidia-smi", f"--id={name.partition(':')[2]}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
-        return int(subprocess.run(query, capture_output=True, timeout=5, check=True).stdout) << 20
+        ((free,),) = nvidia_smi(f"--id={name.partition(':')[2]}", "--query-gpu=memory.free")
+        return int(free) << 20
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
