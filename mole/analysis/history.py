@@ -20,6 +20,7 @@ from mole.runs.event_reader import (
     BLOCK,
     NOTICED,
     EventReader,
+    in_order,
     lines_of,
     notices_in,
     number,
@@ -187,7 +188,7 @@ class History:
 
     @property
     def notices(self) -> list[str]:
-        return [notice for kind in NOTICED for notice in self._told.get(kind, [])]
+        return in_order(self._told)
 
     # Reading -----------------------------------------------------------------------------------------------
 

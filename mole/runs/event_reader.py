@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,11 @@ def notices_in(event: dict[str, Any]) -> list[str]:
     """What somebody should know of a run, as an event tells it: at most twenty sentences."""
     told = event.get("notices")
     return [text[:LONGEST_NOTICE] for text in told if isinstance(text, str)][:20] if isinstance(told, list) else []
+
+
+def in_order(told: Mapping[str, list[str]]) -> list[str]:
+    """The sentences that the events of a run tell, by their types: those of its start, its data and its end."""
+    return [notice for kind in NOTICED for notice in told.get(kind, [])]
 
 
 def number(value: Any) -> float | None:

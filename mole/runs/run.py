@@ -20,9 +20,9 @@ from mole.core import checkpoint, files, locks
 from mole.core.errors import BusyError, InputError, RunError
 from mole.runs import job, origin
 from mole.runs.event_reader import (
-    NOTICED,
     EventReader,
     events_backwards,
+    in_order,
     lines_of,
     notices_in,
     number,
@@ -318,7 +318,7 @@ class Run:
         told: dict[str, list[str]] = {}
         for event in islice(events_backwards(self.events_path, LOOK_BACK_BYTES, b'"notices"'), LOOK_BACK_EVENTS):
             told.setdefault(event["type"], notices_in(event))
-        return [notice for kind in NOTICED for notice in told.get(kind, [])]
+        return in_order(told)
 
     def exit_reason(self) -> str:
         """Why a process exited without writing its last event, as far as it can be told."""
