@@ -14,7 +14,7 @@ from mole.config import DataConfig, DataSource
 from mole.core.errors import DataError
 from mole.data.chat_templates import ChatTemplate
 from mole.data.encoding import IGNORE_INDEX, encode_examples
-from mole.data.examples import ExampleSet, RejectedRow, no_usable_rows, read_examples
+from mole.data.examples import Example, ExampleSet, RejectedRow, no_usable_rows, read_examples
 from mole.data.mixing import joint_fingerprint, joint_shape, read_sources, short_labels, weighted
 from mole.data.shapes import join_names
 
@@ -130,11 +130,17 @@ def source_notices(sources: Sequence[ExampleSet], labels: Sequence[str], tokeniz
         unused = source.ignored_columns
         texts = [*source.notices, *([f"Columns that are not used: {join_names(unused)}."] if unused else [])]
         found += [f"{label}: {text}" if label else text for text in texts]
-    examples = [example for source in sources if source.shape != "text" for example in source.examples]
-    with_system = sum(example.messages[0]["role"] == "system" for example in examples)
-    if with_system and not ChatTemplate(tokenizer).takes_system:
-        found.append(f"The chat template takes no system message: in {with_system} rows it begins the first question.")
+    examples = [example for source in sources for example in source.examples]
+    found += system_notices(examples, tokenizer)
     return list(dict.fromkeys(found))
+
+
+def system_notices(examples: Sequence[Example], tokenizer: Any) -> list[str]:
+    """What to tell of system messages that the chat template does not take, in at most one sentence."""
+    count = sum(bool(example.messages) and example.messages[0]["role"] == "system" for example in examples)
+    if not count or ChatTemplate(tokenizer).takes_system:
+        return []
+    return [f"The chat template takes no system message: in {count} rows it begins the first question."]
 
 
 def describe_parts(

@@ -28,7 +28,7 @@ from mole.data import (
     split_rows,
     weighted,
 )
-from mole.data.chat_templates import ChatTemplate
+from mole.data.datasets import system_notices
 from mole.data.mixing import joint_shape
 from mole.models.context import positions_notice, within_positions
 from mole.models.loading import load_tokenizer, local_folder, read_config, resolve
@@ -369,11 +369,7 @@ def find_notices(file: EncodedFile, tokenizer: Any) -> list[str]:
             found.append(f"All {count} rows have the same question; is the right column mapped?")
         from mole.chat.tokens import answer_ends
 
-        with_system = sum(example.messages[0]["role"] == "system" for example in file.examples)
-        if with_system and not ChatTemplate(tokenizer).takes_system:
-            found.append(
-                f"The chat template takes no system message: in {with_system} rows it begins the first question."
-            )
+        found += system_notices(file.examples, tokenizer)
         if ending := answer_ends(tokenizer).text:
             found.append(
                 f"The chat template ends answers with the text {brief(ending)}, which is no special token. Chat stops "
