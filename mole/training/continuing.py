@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mole.config import RunConfig, TrainingConfig
+from mole.config import TrainingConfig
 from mole.core import checkpoint, files
 from mole.core.errors import ConfigError, RunError, writing
 from mole.models.moved import check_base
@@ -57,7 +57,7 @@ def continue_run(
     with run.lock():
         source = last_checkpoint(run)
         before = checkpoint.read_manifest(source).meta
-        config = as_trained(run.config, before)
+        config = as_begun(run.config, before)
         refuse_changes(changed_settings(before["config"], config.to_dict()), "continued")
         if base is None:
             check_base(config.model.name, MOVED.format(target=run.name))
@@ -74,13 +74,6 @@ def continue_run(
             made.append_event("stopped", done)
 
         return store.create(longer, number=name is None, fill=fill, continues=run.name, begun=run.begun)
-
-
-def as_trained(config: RunConfig, before: dict[str, Any]) -> RunConfig:
-    """The settings that a finished run was trained with, where its `run.yaml` says more than the base model takes."""
-    trained = before["config"].get("data", {}).get("max_length", config.data.max_length)
-    data = dataclasses.replace(config.data, max_length=min(trained, config.data.max_length))
-    return dataclasses.replace(as_begun(config, before), data=data)
 
 
 def last_checkpoint(run: Run) -> Path:

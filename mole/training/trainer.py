@@ -65,8 +65,8 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     config = run.config
     check_base(config.model.name, f"If it has moved: mole runs resume {run.name} --base PATH.")
     base = load_base(on_its_gpu(config.model))
-    config = within_positions(config, base.model.config)
-    datasets = build_datasets(config.data, base.tokenizer, config.training.seed, first_date(run))
+    data = within_positions(config, base.model.config).data
+    datasets = build_datasets(data, base.tokenizer, config.training.seed, first_date(run))
     source = checkpoint.newest_good(run.checkpoints_dir) if resume else None
     before = None if source is None else checkpoint.read_manifest(source).meta
     if before is not None:
@@ -205,7 +205,8 @@ class MoleTrainer(Trainer):
             notices=self.adapter_notices
             + self.tell(begun + start_notices(self.run.config, self.base.model.config, self.total_steps())),
         )
-        notices = self.tell(data_notices(report, self.run_config.data.max_length))
+        limit = within_positions(self.run_config, self.base.model.config).data.max_length
+        notices = self.tell(data_notices(report, limit))
         self.run.append_event("data", step, **{**report.to_dict(), "notices": notices})
 
     def tell(self, notices: list[str]) -> list[str]:

@@ -22,6 +22,7 @@ from mole.data import encode_examples, read_examples
 from mole.models.context import context_length, learnt_positions
 from mole.preflight.estimate import estimate
 from mole.preflight.preview import preview
+from mole.training.continuing import continue_run
 from mole.training.trainer import train
 
 TABLES = ("gpt2", "gpt_bigcode", "opt", "gptj", "codegen", "mpt")
@@ -81,6 +82,9 @@ def test_rows_are_cut_to_the_learnt_positions_and_that_is_said_everywhere(
     started = next(event for event in run.events() if event["type"] == "started")
     assert run.state == "finished" and told in started["notices"]
     assert run.config.data.max_length == 2048  # the settings stay as they were given
+    longer = continue_run(run, 1)
+    train(longer, resume=True)
+    assert (longer.state, longer.step) == ("finished", 2)
 
 
 def test_rows_beyond_what_a_model_with_rotated_positions_was_made_for_are_learnt_and_told(
