@@ -293,10 +293,7 @@ class FusedAdapters:
     def hidden_and_scores(self, x: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
         """One product of `x (…, in)` with every A and input linear: x Aᵀ as in `project_and_route`, then the scores."""
         weights = [*downs, *(linear.weight for linear in self.flat_input_linears)]
-        if is_transformed():  # the compiler decides itself what to keep for the backward pass
-            product = F.linear(x, concatenated([in_dtype(weight, x.dtype) for weight in weights], x.dtype))
-        else:
-            product = cast(Tensor, ConcatenatedLinear.apply(x, None, x.dtype, *weights))
+        product = concatenated_product(x, weights, x.dtype)
         width = len(downs[0])
         columns = [width] * self.count if torch.is_grad_enabled() else [width * self.count]
         return product.split([*columns, product.shape[-1] - sum(columns)], -1)
@@ -306,9 +303,14 @@ class FusedAdapters:
         dtype, weights = torch.promote_types(x.dtype, torch.float32), [each.weight for each in self.flat_input_linears]
         if not weights:
             return in_dtype(x[..., :0], dtype)
-        if is_transformed() or not torch.is_grad_enabled():
-            return F.linear(in_dtype(x, dtype), concatenated(weights, dtype))
-        return cast(Tensor, ConcatenatedLinear.apply(x, None, dtype, *weights))
+        return concatenated_product(x, weights, dtype)
+
+
+def concatenated_product(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """`x [W_1; W_2; …]ᵀ`, `(…, Σ n_i)`, of `x (…, in)` and weights `(n_i, in)`, by one product in `dtype`."""
+    if is_transformed() or not torch.is_grad_enabled():  # a compiler decides itself what to keep for the backward pass
+        return F.linear(in_dtype(x, dtype), concatenated(weights, dtype))
+    return cast(Tensor, ConcatenatedLinear.apply(x, None, dtype, *weights))
 
 
 class ConcatenatedLinear(torch.autograd.Function):
