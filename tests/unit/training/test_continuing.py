@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_configs import run_config
 from safetensors.torch import load_file
 
 from mole import runs
-from mole.config import RunConfig, apply_overrides
+from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.core.errors import CheckpointError, ConfigError, RunError
 from mole.training.continuing import continue_run
@@ -25,14 +26,11 @@ def make_run(home: Path, tiny_folder: Path, tmp_path: Path) -> Any:
 
     def make(name: str, **overrides: Any) -> runs.Run:
         settings = {
-            "model.name": str(tiny_folder), "model.device": "cpu", "model.dtype": "float32", "data.path": str(data),
             "data.eval_fraction": 0.1, "adapter.num_experts": 2, "adapter.r": 2, "adapter.lora_dropout": 0.1,
             "training.max_steps": 5, "training.per_device_train_batch_size": 4, "training.warmup_steps": 1,
             **overrides,
         }  # fmt: skip
-        config = RunConfig.from_dict(apply_overrides({}, settings))
-        config.name = name
-        return runs.create(config)
+        return runs.create(run_config(name, tiny_folder, data, **settings))
 
     return make
 

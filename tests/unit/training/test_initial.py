@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from run_configs import run_config
 from safetensors.torch import load_file, save_file
 
 from mole import runs
-from mole.config import RunConfig, apply_overrides
 from mole.core.errors import ConfigError, MoleError
 from mole.training.trainer import train
 
@@ -29,14 +29,12 @@ def make_run(home: Path, tiny_folder: Path, tmp_path: Path) -> Callable[..., run
 
     def make(name: str, **overrides: Any) -> runs.Run:
         settings = {
-            "model.name": str(tiny_folder), "model.device": "cpu", "model.dtype": "float32", "data.path": str(data),
             "data.eval_fraction": 0, "adapter.num_experts": 3, "adapter.r": 2, "adapter.lora_dropout": 0.1,
             "training.max_steps": 6, "training.warmup_steps": 0, "training.learning_rate": 0.01,
             "training.save_steps": 2, "training.logging_steps": 1, "training.per_device_train_batch_size": 4,
             **overrides,
         }  # fmt: skip
-        config = RunConfig.from_dict(apply_overrides({}, settings))
-        config.name = name
+        config = run_config(name, tiny_folder, data, **settings)
         runs.check_inputs(config)
         return runs.create(config)
 

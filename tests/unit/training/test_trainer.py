@@ -11,13 +11,14 @@ import pytest
 import torch
 from adapting import TOKENS, logits
 from peft import PeftModel
+from run_configs import run_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mole import runs
 from mole.chat.generate import generate
 from mole.chat.settings import ChatSettings
-from mole.config import ModelConfig, RunConfig, apply_overrides
+from mole.config import ModelConfig
 from mole.core.errors import CheckpointError, TrainingError
 from mole.models.logits import only_positions
 from mole.runs.targets import load_target
@@ -36,10 +37,6 @@ def make_run(home: Path, tiny_folder: Path, tmp_path: Path) -> Any:
 
     def make(name: str, **overrides: Any) -> runs.Run:
         settings = {
-            "model.name": str(tiny_folder),
-            "model.device": "cpu",
-            "model.dtype": "float32",
-            "data.path": str(data),
             "data.eval_fraction": 0.1,
             "adapter.num_experts": 3,
             "adapter.r": 2,
@@ -49,9 +46,7 @@ def make_run(home: Path, tiny_folder: Path, tmp_path: Path) -> Any:
             "training.warmup_steps": 0,
             **overrides,
         }
-        config = RunConfig.from_dict(apply_overrides({}, settings))
-        config.name = name
-        return runs.create(config)
+        return runs.create(run_config(name, tiny_folder, data, **settings))
 
     return make
 
