@@ -56,6 +56,11 @@ def pytest_configure(config: pytest.Config) -> None:
         patch.setenv(name, value)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes never name a test: what gzip and zip write changes with the time, and workers must agree on names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the folders in order."""
     here = Path(__file__).parent

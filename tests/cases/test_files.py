@@ -125,6 +125,8 @@ AS_ONE_TEXT = "The file is read as one text, whose pieces of data.max_length tok
         ("d.txt.gz", gzip.compress(STORY.encode()), []),
         ("d.zip", zipped(story__txt=STORY.encode()), []),
     ],
+    # A name of its own for each: gzip and zip write the time of day into the bytes.
+    ids=["UTF-8", "UTF-8 with a mark", "Windows-1252", "UTF-16", "gzip", "zip"],
 )
 def test_a_plain_text_is_one_row_and_that_is_said(
     tmp_path: Path, name: str, content: bytes, notices: list[str], peek: bool
