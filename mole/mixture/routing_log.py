@@ -252,6 +252,24 @@ class RoutingLog(threading.local):
 
 
 @contextmanager
+def listening(model: nn.Module, listener: RoutingListener) -> Iterator[None]:
+    """Pass the routing of every forward pass inside the `with` block to `listener`; none without a MoLE adapter.
+
+    The passes of another thread are passed on too, unless that thread listens to the model itself.
+    """
+    log = find_log(model)
+    if log is None:
+        yield
+        return
+    recording = Recording(threading.get_ident(), listener)
+    log.recordings.append(recording)
+    try:
+        yield
+    finally:
+        log.recordings.remove(recording)
+
+
+@contextmanager
 def one_batch(model: nn.Module) -> Iterator[None]:
     """Treat the forward passes in training mode inside the `with` block as micro-batches of one batch.
 

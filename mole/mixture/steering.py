@@ -138,8 +138,13 @@ def check_steering(steering: Steering, router: str, experts: int) -> None:
 
 
 @contextmanager
-def steer(model: nn.Module, steering: Steering) -> Iterator[None]:
+def steer(model: nn.Module, steering: Steering, only: Collection[str] | None = None) -> Iterator[None]:
     """Apply `steering` to the model's active adapter inside the `with` block.
+
+    Args:
+        model: the model, or one that wraps it.
+        steering: the overrides.
+        only: full names of the projections that it applies to; None for all.
 
     Raises:
         InputError, ConfigError: the steering does not fit the adapter (see `check_steering`); nothing was changed.
@@ -148,7 +153,7 @@ def steer(model: nn.Module, steering: Steering) -> Iterator[None]:
 
     from mole.mixture.trace import active_routers
 
-    routers = [router for _, router in active_routers(model)]
+    routers = [router for name, router in active_routers(model) if only is None or name in only]
     max_experts = max((router.num_experts for router in routers), default=0)
     check_steering(steering, routers[0].params.name if routers else "none", max_experts)
     if not steering:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mole.mixture.routers import Router, Routing, entropies_of
-from mole.mixture.routing_log import RecordedRouting, Recording, find_log, layer_index, log_owner
+from mole.mixture.routing_log import RecordedRouting, find_log, layer_index, listening, log_owner
 from mole.mixture.token_layout import TokenLayout, commonest_layout, head_names, token_projections
 
 
@@ -267,16 +266,9 @@ def record_routing(model: nn.Module) -> Iterator[Trace]:
     Recording does not change what the model computes. A model without a MoLE adapter gives an empty trace. The passes
     of another thread are recorded too, as of one that only generates, unless that thread records the model itself.
     """
-    trace, log = Trace(model), find_log(model)
-    if log is None:
+    trace = Trace(model)
+    with listening(model, trace):
         yield trace
-        return
-    recording = Recording(threading.get_ident(), trace)
-    log.recordings.append(recording)
-    try:
-        yield trace
-    finally:
-        log.recordings.remove(recording)
 
 
 def active_routers(model: nn.Module) -> list[tuple[str, Router[Any]]]:
