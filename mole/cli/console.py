@@ -65,4 +65,9 @@ def check_writable(path: str | None, flag: str) -> None:
 
 def write_json(path: str, values: Any) -> None:
     """Write `values` to the file `path` as JSON."""
-    local_path(path).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    save_text(path, json.dumps(values, ensure_ascii=False))
+
+
+def save_text(path: str, text: str) -> None:
+    """Write a text to the file `path`."""
+    local_path(path).write_text(text, encoding="utf-8")

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from mole import __version__
 from mole.chat.settings import ChatSettings
-from mole.cli.commands import chat, data, models, runs, studio, train
+from mole.cli.commands import atlas, chat, data, models, runs, studio, train
 from mole.cli.console import prepare_streams
 from mole.config import ROUTERS, SECTIONS, spec_of
 from mole.core.errors import MoleError, MoleNotice
@@ -104,6 +104,7 @@ def build_parser() -> Parser:
     )
     add_chat(parts)
     add_eval(parts)
+    add_atlas(parts)
     add_runs(parts)
     add_models(parts)
     add_data(parts)
@@ -255,6 +256,26 @@ def add_eval(parts: Any) -> None:
     command.add_argument("--data", required=True, metavar="FILE", help="Evaluation rows: a data file or a hub id.")
     command.add_argument("--limit", type=in_range(int, 1), metavar="N", help="Use only the first N rows.")
     command.add_argument("--json", metavar="FILE", help="Also write the result to a JSON file.")
+
+
+def add_atlas(parts: Any) -> None:
+    summary = "Show what the experts do over a data file: which tokens, positions and columns each of them is for."
+    command = add_command(parts, "atlas", atlas.atlas_command, summary)
+    command.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+    add_base(command)
+    add_device(command)
+    command.add_argument("--data", required=True, metavar="FILE", help="The rows: a data file or a hub id.")
+    command.add_argument(
+        "--by", default="", metavar="COLUMNS", help="Columns of the data to look at, such as skill,language."
+    )
+    command.add_argument("--limit", type=in_range(int, 1), metavar="N", help="Use only the first N rows.")
+    command.add_argument("--seed", type=in_range(int, 0), default=0, metavar="N", help="Seed (default %(default)s).")
+    command.add_argument(
+        "--quick", action="store_true", help="Leave out saturation and muting, which read some rows many times."
+    )
+    command.add_argument("--versus", metavar="TARGET", help="Another target, side by side on the same rows.")
+    command.add_argument("--json", metavar="FILE", help="Also write the atlas to a JSON file.")
+    command.add_argument("--html", metavar="FILE", help="Also write it as one HTML file that opens without a server.")
 
 
 def add_runs(parts: Any) -> None:

@@ -69,17 +69,17 @@ def _kind(path: Path) -> int:
         return 0
 
 
-def read_json(path: Path, opener: Any = unlinked) -> Any:
-    """The value in a JSON file of at most `MAX_JSON_BYTES`.
+def read_json(path: Path, opener: Any = unlinked, most: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file of at most so many bytes.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
         ValueError: it is not JSON, is too large, or is nested too deeply.
     """
     with open(path, "rb", opener=opener) as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"it is larger than {MAX_JSON_BYTES >> 20} MB")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it is larger than {most >> 20} MB")
     try:
         return json.loads(data.decode())
     except RecursionError:

@@ -22,9 +22,10 @@ from operations import EVENT, before, wait_to_be_stopped
 from serving import free_port, serve, studio_command
 
 from mole import runs
-from mole.core import checkpoint, locks
-from mole.evaluation import job as evaluation_job
+from mole.core import checkpoint, locks, processes
+from mole.evaluation.job import Evaluation
 from mole.preflight.job import PreflightJob
+from mole.runs import recorded_job
 from mole.runs.run import Run
 
 MOLE = [sys.executable, "-m", "mole.cli"]
@@ -238,9 +239,9 @@ def test_what_waits_for_its_device_ends_when_the_home_is_moved(
         lock, log = run.lock_path, run.log_path
         wait_for(lambda: run.held and "Waiting for cpu" in log.read_text())
     elif what == "evaluation":
-        claimed = evaluation_job._claim(run, evaluation_job.new_record(run.name, tiny["data"]["path"], 1, ""))
+        claimed = recorded_job.claim(Evaluation, run, recorded_job.new_record(run.name, tiny["data"]["path"], 1, ""))
         lock, log = claimed.file("lock"), claimed.file("log")
-        evaluation_job.processes.detach("mole.evaluation.job", run.name, str(claimed.number), log=log)
+        processes.detach("mole.evaluation.job", run.name, str(claimed.number), log=log)
         wait_for(lambda: "Waiting" in claimed.record().get("note", ""))
     else:
         check = PreflightJob.of(run.config)

@@ -21,6 +21,7 @@ ALLOWED = {
     "mole/core/gpu_check.py": "/proc",
     "mole/core/checkpoint.py": "fsync of a folder; the manifest is written into a folder that was just made",
     "mole/core/processes.py": "a record is written to a temporary file that was just made; /proc",
+    "mole/analysis/atlas/stored.py": "an atlas is written to a temporary file that was just made",
     "mole/runs/origin.py": "the home's own key is written to a temporary file that was just made",
     "mole/runs/initial.py": "an adapter's weights, after `AdapterFiles.read` has had them",
     "mole/runs/store.py": "a run that is just made; an adapter that was verified, in a folder without links",

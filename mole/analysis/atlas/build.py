@@ -14,6 +14,7 @@ from mole.analysis.atlas.recorder import BatchRecorder, Projection
 from mole.analysis.atlas.saturation import measure_saturation
 from mole.analysis.atlas.segments import TokenRow, encode_rows, length_batches
 from mole.analysis.atlas.shuffles import SHUFFLES
+from mole.analysis.atlas.stored import FORMAT
 from mole.analysis.atlas.survey import BATCH_TOKENS, Report, Survey, TokenCensus, no_report, survey, take_census
 from mole.config import DataConfig
 from mole.core.errors import MoleError
@@ -22,8 +23,6 @@ from mole.models.context import context_length
 from mole.models.loading import Loaded
 from mole.runs.targets import run_config_of
 
-FORMAT = 1
-"""Version of the format."""
 WORDS = 10
 """Characteristic tokens listed of an expert, at the most."""
 SAMPLED_ROWS = 64

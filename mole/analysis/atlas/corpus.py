@@ -111,5 +111,5 @@ def value_text(row: Any, column: str) -> str:
     if value is None or value == "":
         return MISSING
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join(text.split())
+    text = " ".join(text.encode(errors="replace").decode().split())  # half of a surrogate pair cannot be written
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"

@@ -39,7 +39,7 @@ class Specialisation(NamedTuple):
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Plain numbers, one for each projection."""
-        return {name: rounded(value) for name, value in self._asdict().items()}
+        return {name: rounded(value, 6) for name, value in self._asdict().items()}
 
 
 def shares_of(weights: Tensor) -> Tensor:

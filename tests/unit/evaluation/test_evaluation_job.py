@@ -20,6 +20,7 @@ from mole.core import checkpoint, locks
 from mole.core.errors import ConfigError, DataError, RunError
 from mole.evaluation import job as evaluation_job
 from mole.evaluation.job import Evaluation
+from mole.runs import recorded_job
 from mole.runs.run import Run
 from mole.training import worker
 
@@ -145,7 +146,7 @@ def test_a_killed_one_is_failed_and_says_what_to_do(run: Run, data: str) -> None
 
 
 def test_what_goes_wrong_in_the_process_is_said_in_one_line(run: Run, data: str) -> None:
-    evaluation = evaluation_job._claim(run, evaluation_job.new_record(run.name, data, None, ""), columns={})
+    evaluation = recorded_job.claim(Evaluation, run, recorded_job.new_record(run.name, data, None, ""), columns={})
     (run.adapter_dir / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(Exception, match="adapter_model.safetensors"):
         evaluation_job.perform(evaluation)
