@@ -95,8 +95,8 @@ def characteristic(table: Tensor, listed: int, most: int, least: int = LEAST_COU
     Lift is p(expert | value) / p(expert): how much more often the expert is drawn for this value than for all. The
     count is the expert's share of the tokens that have the value. The order is that of the lift shrunk towards 1 by
     `least` tokens that are drawn as all are, (n(e, v) + least · p(e)) / ((n(v) + least) · p(e)), so that of values with
-    the same lift the more frequent one is first. Only values with at least `least` tokens and a lift above 1 are
-    characteristic; a count of 0 marks where there are no more.
+    the same lift the more frequent one is first. Only values with at least `least` tokens, a count of at least 1
+    and a lift above 1 are characteristic; a count of 0 marks where there are no more.
 
     Args:
         table: `(V, projections, E + 1)`, from `ValueCounts`.
@@ -109,7 +109,7 @@ def characteristic(table: Tensor, listed: int, most: int, least: int = LEAST_COU
     counts, of_value = table[..., :-1], table.sum(-1)[..., None]
     lift = counts / of_value.clamp(min=1e-12) / usual
     shrunk = (counts + least * usual) / ((of_value + least) * usual)
-    shrunk = torch.where((of_value >= least) & (lift > 1), shrunk, torch.zeros_like(shrunk))
+    shrunk = torch.where((of_value >= least) & (counts >= 1) & (lift > 1), shrunk, torch.zeros_like(shrunk))
     values, places = shrunk.sort(dim=0, descending=True, stable=True)
     places = places[:most]
     chosen = torch.where(values[:most] > 0, counts.gather(0, places), torch.zeros_like(values[:most]))

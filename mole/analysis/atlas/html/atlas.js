@@ -21,12 +21,13 @@ const expertName = (number, experts) => (number === experts ? "none" : `expert $
 
 function table(caption, head, rows) {
   const made = element("table", {}, text("caption", caption));
-  made.append(element("thead", {}, element("tr", {}, ...head.map((name) => text("th", name, { scope: "col" })))));
+  made.append(element("thead", {}, element("tr", {}, ...head.map((name) => text("th", name, { scope: "col", ...(WORDS.includes(name) ? { class: "text" } : {}) })))));
   const body = element("tbody");
   for (const [name, ...cells] of rows) body.append(element("tr", {}, text("th", name, { scope: "row" }), ...cells));
   made.append(body);
   return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, made);
 }
+const WORDS = ["characteristic tokens", "contexts"];
 const cell = (words) => text("td", words);
 const shaded = (words, share, title) =>
   text("td", words, { class: "shaded", share: Math.min(1, Math.max(0, share)), ...(title ? { title } : {}) });
