@@ -71,7 +71,7 @@ class StrongestContexts:
         windows = self.windows.gather(-2, old[..., None].expand(*old.shape, self.windows.shape[-1]))
         self.windows = torch.where(fresh[..., None], table[row[..., None], at], windows)
         self.places = torch.where(fresh, torch.tensor(places)[row], self.places.gather(-1, old))
-        self.weights = values[..., : self.kept]
+        self.weights = values[..., : self.kept].clone()  # a view would keep the whole batch
 
     def of(self, projection: int, expert: int) -> list[Context]:
         """The places of an expert, the strongest first; none where it was never used."""

@@ -24,7 +24,9 @@ from mole.analysis.atlas.survey import chunks_of, survey, take_census
 from mole.core.errors import ConfigError, DataError, ModelError
 from mole.data import Example
 from mole.evaluation.evaluate import evaluate_examples
+from mole.mixture.routing_log import find_log
 from mole.mixture.steering import Steering, steer
+from mole.mixture.trace import active_routers
 from mole.models.loading import Loaded
 
 EXPERTS = 4
@@ -152,6 +154,19 @@ def test_evaluation_figures_are_the_same_while_an_atlas_records(
         during = evaluate_examples(loaded, examples)
     build_atlas(loaded, Corpus(examples))
     assert before == during == evaluate_examples(loaded, examples)
+
+
+def test_what_a_report_raises_ends_the_work_and_leaves_the_model_as_it_was(planted: Loaded) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == stopped_in:
+            raise KeyboardInterrupt
+
+    log = find_log(planted.model)
+    for stopped_in in ("Reading", "Routing", "Muting"):
+        with pytest.raises(KeyboardInterrupt):
+            build_atlas(planted, corpus_of(["yes no", "true false", "pear"]), report=interrupt)
+        assert log is not None and log.recordings == []
+        assert all(router.allowed is None for _, router in active_routers(planted.model))
 
 
 def test_the_same_seed_gives_the_same_atlas(planted: Loaded) -> None:
