@@ -156,17 +156,17 @@ def test_evaluation_figures_are_the_same_while_an_atlas_records(
     assert before == during == evaluate_examples(loaded, examples)
 
 
-def test_what_a_report_raises_ends_the_work_and_leaves_the_model_as_it_was(planted: Loaded) -> None:
+@pytest.mark.parametrize("part", ["Reading", "Routing", "Muting"])
+def test_what_a_report_raises_ends_the_work_and_leaves_the_model_as_it_was(planted: Loaded, part: str) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
-        if what == stopped_in:
+        if what == part:
             raise KeyboardInterrupt
 
+    with pytest.raises(KeyboardInterrupt):
+        build_atlas(planted, corpus_of(["yes no", "true false", "pear"]), report=interrupt)
     log = find_log(planted.model)
-    for stopped_in in ("Reading", "Routing", "Muting"):
-        with pytest.raises(KeyboardInterrupt):
-            build_atlas(planted, corpus_of(["yes no", "true false", "pear"]), report=interrupt)
-        assert log is not None and log.recordings == []
-        assert all(router.allowed is None for _, router in active_routers(planted.model))
+    assert log is not None and log.recordings == []
+    assert all(router.allowed is None for _, router in active_routers(planted.model))
 
 
 def test_the_same_seed_gives_the_same_atlas(planted: Loaded) -> None:
