@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mole.analysis.atlas.information import DISTANCE
 from mole.analysis.atlas.recorder import Projection
 from mole.analysis.atlas.segments import TokenRow
 from mole.data import IGNORE_INDEX, Collator
@@ -28,12 +29,15 @@ class Muted(NamedTuple):
         layer, expert: which one, in all projections of the layer.
         increase: of the mean loss of a row, in nats for each learnt token; below 0 if muting it helps.
         error: standard error of that mean over rows.
+        clear: whether it is more than `DISTANCE` standard errors from 0. There are hundreds of experts and few rows, so
+            with two standard errors many experts would seem to matter by chance.
     """
 
     layer: int
     expert: int
     increase: float
     error: float
+    clear: bool
 
 
 def sample_size(lengths: Sequence[int], muted: int) -> int:
@@ -88,7 +92,8 @@ def measure_muting(
         only = {projection.name for projection in projections if projection.layer == layer}
         more = losses(Steering(muted=frozenset({expert})), only) - usual
         error = float(more.std() / len(more) ** 0.5) if len(more) > 1 else 0.0
-        found.append(Muted(layer, expert, float(more.mean()), error))
+        increase = float(more.mean())
+        found.append(Muted(layer, expert, increase, error, 0 < DISTANCE * error < abs(increase)))
         report(done, len(wanted))
     return float(usual.mean()), found
 

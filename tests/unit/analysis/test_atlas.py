@@ -230,6 +230,7 @@ def test_muting_an_expert_is_as_if_its_layer_did_not_have_it(
         more = torch.cat([row_losses(loaded, [row]) for row in rows]) - usual
     assert muted[4].increase == pytest.approx(float(more.mean()), abs=1e-5) and muted[4].error > 0
     assert any(abs(one.increase) > 1e-3 for one in muted)
+    assert all(one.clear == (abs(one.increase) > 6 * one.error) for one in muted)
     assert torch.equal(torch.cat([row_losses(loaded, [row]) for row in rows]), usual)  # the model is as before
 
 

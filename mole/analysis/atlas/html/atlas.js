@@ -148,13 +148,12 @@ function muting(atlas) {
   const columns = Math.max(...experts.map((one) => one.expert)) + 1;
   return element("section", {}, text("h2", "How much each expert matters"), text("p",
     `The increase of the loss (${loss.toFixed(3)} nats a token) when one expert of a layer is muted, ± its standard error, on ${rows} rows.`),
-    table("Increase in nats; brackets: less than two standard errors from 0", ["layer", ...[...Array(columns).keys()].map((expert) => expertName(expert, -1))],
+    table("Increase in nats; brackets: less than six standard errors from 0, no more than chance gives", ["layer", ...[...Array(columns).keys()].map((expert) => expertName(expert, -1))],
       layers.map((layer) => [String(layer), ...[...Array(columns).keys()].map((expert) => {
         const one = experts.find((other) => other.layer === layer && other.expert === expert);
         if (!one) return cell("");
-        const sure = Math.abs(one.increase) > 2 * one.error;
         const value = one.increase.toFixed(3);
-        return shaded(sure ? value : `(${value})`, sure ? one.increase / most : 0, `${value} ± ${one.error.toFixed(4)}`);
+        return shaded(one.clear ? value : `(${value})`, one.clear ? one.increase / most : 0, `${value} ± ${one.error.toFixed(4)}`);
       })])));
 }
 
