@@ -1,4 +1,4 @@
-"""The page: its three tabs, and how they interact."""
+"""The page: its four tabs, and how they interact."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from app.ui.panels.compare import (
     show_comparison,
 )
 from app.ui.panels.live import ACTIVE_STATES, pause_live, show_live
+from app.ui.tabs.atlas import AtlasTab, build_atlas_tab, pause_atlas_tab, show_atlas_tab
 from app.ui.tabs.chat import ChatTab, build_chat_tab, refresh_targets
 from app.ui.tabs.runs import RunsTab, build_runs_tab, show_runs_tab, skip_runs_tab
 from app.ui.tabs.train import TrainTab, build_train_tab
@@ -30,7 +31,7 @@ from mole.core.errors import MoleError, RunError
 
 import gradio as gr  # isort: skip  after `app`, which speeds up its import
 
-TABS = ("train", "runs", "chat")
+TABS = ("train", "runs", "chat", "atlas")
 SKIPPED = gr.skip()
 HEADER = (
     f'<div class="masthead"><h1>{settings.TITLE}</h1><p>{settings.CLAIM}</p>'
@@ -51,6 +52,7 @@ class PageParts:
     runs: RunsTab
     comparison: ComparisonPanel
     chat: ChatTab
+    atlas: AtlasTab
     ready: gr.State
     """The tab in the address; empty until it is read, and before that no tab has anything to show."""
 
@@ -58,7 +60,8 @@ class PageParts:
     def given(self) -> list[Any]:
         """The inputs of `enter_tab`."""
         live_names = [self.train.live.name, self.runs.live.name]
-        return [self.ready, *live_names, self.runs.compared, self.chat.target, self.chat.touched]
+        shown = [self.atlas.form.target, self.atlas.first, self.atlas.second]
+        return [self.ready, *live_names, self.runs.compared, self.chat.target, self.chat.touched, *shown]
 
     @property
     def shown(self) -> list[Any]:
@@ -67,11 +70,19 @@ class PageParts:
         return [
             *train.live.shown, *train.shown,
             runs_tab.live.name, *runs_tab.live.shown, *runs_tab.shown, runs_tab.timer, *self.comparison.shown,
-            self.chat.target,
+            self.chat.target, *self.atlas.shown, self.atlas.timer,
         ]  # fmt: skip
 
     def enter_tab(
-        self, tab: str, ready: str, train_run: str, runs_run: str, compared: list[str], target: str, touched: bool
+        self,
+        tab: str,
+        ready: str,
+        train_run: str,
+        runs_run: str,
+        compared: list[str],
+        target: str,
+        touched: bool,
+        *atlases: str | None,
     ) -> list[Any]:
         """What the active tab shows, and polling in it alone; the runs are those chosen in Train and in Runs."""
         if not ready:
@@ -88,7 +99,9 @@ class PageParts:
             in_runs += show_comparison(compared)
         else:
             in_runs = [*pause_live(), *skip_runs_tab(), gr.Timer(active=False), *pause_comparison()]
-        return [*in_train, runs_run, *in_runs, refresh_targets(target, touched) if tab == "chat" else gr.skip()]
+        in_chat = refresh_targets(target, touched) if tab == "chat" else gr.skip()
+        in_atlas = show_atlas_tab(*atlases) if tab == "atlas" else pause_atlas_tab()
+        return [*in_train, runs_run, *in_runs, in_chat, *in_atlas]
 
 
 class Page(gr.Blocks):
@@ -141,8 +154,10 @@ def build_page() -> gr.Blocks:
                     comparison = build_comparison(listing.compared)
             with gr.Tab("Chat", id="chat") as chat_tab:
                 chat = build_chat_tab()
-        parts = PageParts(tabs, train, listing, comparison, chat, gr.State(""))
-        wire_tabs(page, parts, (train_tab, runs_tab, chat_tab))
+            with gr.Tab("Atlas", id="atlas") as atlas_tab:
+                atlas = build_atlas_tab()
+        parts = PageParts(tabs, train, listing, comparison, chat, atlas, gr.State(""))
+        wire_tabs(page, parts, (train_tab, runs_tab, chat_tab, atlas_tab))
         wire_links(parts)
         endpoints.register_endpoints()
     return page

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from app import settings
 from app.services.listing import LISTING
@@ -19,19 +21,30 @@ RUNS_WITH_CHECKPOINTS = 8
 def chat_targets() -> list[tuple[str, str]]:
     """What there is to chat with, as (label, target): demo, finished runs (newest first), checkpoints, base models."""
     demo = settings.demo()
-    adapters = [("Demo: four skills (DynMoLE)", str(demo))] if demo else []
+    demos = [("Demo: four skills (DynMoLE)", str(demo))] if demo else []
+    rows = LISTING.rows()
+    bases = dict.fromkeys([ModelConfig().name, *(row["model"] for row in rows if row["state"] == "finished")])
+    return [*demos, *of_runs(rows), *((f"Base model: {Path(base).name}", f"base:{base}") for base in bases)]
+
+
+def run_targets() -> list[tuple[str, str]]:
+    """Finished runs and checkpoints, as (label, target)."""
+    return of_runs(LISTING.rows())
+
+
+def of_runs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The targets of these runs: the finished ones, then checkpoints."""
+    adapters: list[tuple[str, str]] = []
     checkpoints: list[tuple[str, str]] = []
-    bases = dict.fromkeys([ModelConfig().name])
-    for number, row in enumerate(LISTING.rows()):
+    for number, row in enumerate(rows):
         name, finished = row["name"], row["state"] == "finished"
         if finished:
             adapters.append((f"{name} · {row['router']}", name))
-            bases[row["model"]] = None
         if number < RUNS_WITH_CHECKPOINTS:
             steps = [step for step, _ in checkpoint.steps(runs.runs_dir() / name / "checkpoints")]
             last = row["step"] if finished else None  # the finished adapter is this checkpoint
             checkpoints += [(f"{name} · step {step}", f"{name}@{step}") for step in steps if step != last]
-    return [*adapters, *checkpoints, *((f"Base model: {Path(base).name}", f"base:{base}") for base in bases)]
+    return [*adapters, *checkpoints]
 
 
 def target_label(target: str) -> str:

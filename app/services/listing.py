@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mole import runs
+from mole.analysis.atlas import job as atlas_job
 from mole.core import checkpoint, locks
 from mole.core.errors import RunError
 from mole.evaluation import job as evaluation_job
@@ -188,6 +189,7 @@ def folder_stamp(path: str) -> tuple[Any, ...]:
         file_stamp(f"{path}/events.jsonl"),
         os.path.exists(f"{path}/adapter/{checkpoint.MANIFEST}"),
         file_stamp(f"{path}/{evaluation_job.FOLDER}"),
+        file_stamp(f"{path}/{atlas_job.FOLDER}"),
         held,
     )
 
@@ -203,7 +205,8 @@ def file_stamp(path: str) -> tuple[int, int, int]:
 
 def run_row(run: Run, held_out: float | None) -> dict[str, Any]:
     """A run's row: its `status()`, `group`, `ends` (unix seconds, None when not known), `speed` (tokens/s),
-    `loss` (the lowest held-out) and `score` (`{kind, value}` of the newest evaluation that has one)."""
+    `loss` (the lowest held-out), `score` (`{kind, value}` of the newest evaluation that has one) and `atlases` (their
+    numbers, the newest first)."""
     status, group, last = run.summary()
     speed, ends = training_pace(run, last)
     return {
@@ -213,6 +216,7 @@ def run_row(run: Run, held_out: float | None) -> dict[str, Any]:
         "ends": ends if status["state"] == "running" else None,
         "loss": held_out,
         "score": newest_score(run),
+        "atlases": [one.number for one in atlas_job.atlases_of(run) if one.file("atlas.json").exists()],
     }
 
 

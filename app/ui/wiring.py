@@ -27,6 +27,11 @@ def on_change(changed: Sequence[Any], fn: Callable[..., Any], inputs: Any, outpu
     return relay.then(fn, inputs, outputs, trigger_mode="always_last", **{**QUIET, **options})
 
 
+def click_on(elem_id: str) -> str:
+    """A script that clicks on a hidden button."""
+    return f'() => document.querySelector("#{elem_id}").click()'
+
+
 def run_or_warn(action: Callable[[], _T]) -> _T | None:
     """Run an action; a `MoleError` becomes a warning on the page, and the result None."""
     try:

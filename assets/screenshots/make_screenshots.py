@@ -64,6 +64,13 @@ def train(browser: Browser) -> None:
     page.screenshot(path=HERE / "train.png")
 
 
+def atlas(browser: Browser) -> None:
+    """The demo adapter's atlas."""
+    page = opened(browser, "atlas")
+    page.locator("#atlas-view table").first.wait_for()
+    page.screenshot(path=HERE / "atlas.png")
+
+
 def main() -> None:
     """Serve, take the pictures, stop."""
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -81,6 +88,7 @@ def main() -> None:
             chat(browser, "dark", "chat-dark.png")
             runs(browser)
             train(browser)
+            atlas(browser)
     finally:
         studio.terminate()
         studio.wait(20)

@@ -26,14 +26,18 @@ FILE_SECONDS = 1800.0
 
 
 class DataReader:
-    """A process that reads data, and whose turn it is to use it; safe to call from any thread."""
+    """A process that reads data, and whose turn it is to use it; safe to call from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        module: run as `python -m module`; its requests are the name of an action, here of `ACTIONS`, and arguments.
+    """
+
+    def __init__(self, module: str = "mole.preflight.data_process") -> None:
         self._in_use = Lock()
-        self._child = Child("mole.preflight.data_process")
+        self._child = Child(module)
 
     def read(self, action: str, *arguments: Any, seconds: float) -> Any:
-        """What one of `ACTIONS` returns. Raises its errors, and `DataError` for too much time or memory."""
+        """What an action returns. Raises its errors, and `DataError` for too much time or memory."""
         with self._in_use:
             try:
                 return self._child.call((action, arguments), seconds)
@@ -66,7 +70,7 @@ def check_inputs(config: RunConfig) -> None:
     """`mole.runs.check_inputs`, which reads all of the data. Raises its errors and those of `DataReader.read`."""
 
     def read(*source: Any, **named: Any) -> str:
-        return str(_read_once("rows", source, named))
+        return str(read_once(DataReader(), "rows", source, named))
 
     runs.check_inputs(config, read)
 
@@ -75,15 +79,14 @@ def evaluate(target: str, data: str, limit: int | None) -> None:
     """`mole.evaluation.job.start_evaluation`, which reads all of the data. Raises its errors, and as `check_inputs`."""
 
     def read(run: Run, *source: Any) -> tuple[dict[str, str], str]:
-        found: tuple[dict[str, str], str] = _read_once("evaluation", run.name, *source)
+        found: tuple[dict[str, str], str] = read_once(DataReader(), "evaluation", run.name, *source)
         return found
 
     start_evaluation(target, data, limit, read)
 
 
-def _read_once(action: str, *arguments: Any) -> Any:
-    """`DataReader.read` in a process that gives the memory of a large file back by ending."""
-    reader = DataReader()
+def read_once(reader: DataReader, action: str, *arguments: Any) -> Any:
+    """`DataReader.read` of a whole file, in a process that gives the memory of it back by ending."""
     try:
         return reader.read(action, *arguments, seconds=FILE_SECONDS)
     finally:
@@ -110,9 +113,15 @@ ACTIONS: dict[str, Callable[..., Any]] = {
 def answer(request: tuple[str, tuple[Any, ...]], connection: Connection) -> None:
     """Do one of `ACTIONS`, and send what it returns, if anything. Raises its errors, and `DataError` without memory."""
     action, arguments = request
+    memory = min(free_on_cpu(), BEGINNING_MEMORY) if action in BEGINNINGS else free_on_cpu()
+    send_result(connection, memory, ACTIONS[action], *arguments)
+
+
+def send_result(connection: Connection, memory: int, action: Callable[..., Any], *arguments: Any) -> None:
+    """Send what an action returns, if anything. Raises its errors, and `DataError` if it takes more bytes of memory."""
     try:
-        with memory_limit(min(free_on_cpu(), BEGINNING_MEMORY) if action in BEGINNINGS else free_on_cpu()):
-            result = ACTIONS[action](*arguments)
+        with memory_limit(memory):
+            result = action(*arguments)
     except MemoryError:
         raise DataError("There is not enough memory to read the data.", field="data.path") from None
     if result is not None:

@@ -17,9 +17,10 @@ import pytest
 import torch
 from browsing import quiet
 from playwright.sync_api import Page, expect
-from serving import Studio, free_port, serve, studio_command
+from serving import ROOT, Studio, free_port, serve, studio_command
 
 from mole import runs
+from mole.analysis.atlas.stored import FORMAT, read_atlas, write_atlas
 from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.training import worker
@@ -156,9 +157,22 @@ def make_run(name: str, base: Path, model: Any) -> None:
     for number, more in enumerate(({"metrics": {HOSTILE: 0.5}}, {"error": HOSTILE}), start=1):
         text = json.dumps({**record, **more}, ensure_ascii=False)
         (run.path / "evaluations" / f"{number}.json").write_text(text, encoding="utf-8")
+    (run.path / "atlas").mkdir()
+    atlas = {**hostile(read_atlas(ROOT / "assets" / "demo" / "atlas.json")), "format": FORMAT}
+    write_atlas(run.path / "atlas" / "1.atlas.json", atlas if name == "finished" else {"format": FORMAT})
+    (run.path / "atlas" / "1.json").write_text(json.dumps({**record, "by": [HOSTILE], "tokens": 9}), encoding="utf-8")
     if name != "failed":
         checkpoint.write_folder(run.adapter_dir, lambda aside: model.save_pretrained(str(aside)), step=3)
         run.append_event("finished", 3, metrics={"loss": 0.1, HOSTILE: 1.0})
+
+
+def hostile(value: Any) -> Any:
+    """Lists and objects with every text in them replaced."""
+    if isinstance(value, dict):
+        return {key: hostile(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [hostile(one) for one in value]
+    return HOSTILE if isinstance(value, str) else value
 
 
 @pytest.fixture
@@ -247,6 +261,15 @@ def test_the_list_of_runs_the_chosen_one_its_error_and_its_log(watched: Page, si
 def test_the_comparison(watched: Page, site: Studio) -> None:
     site.open(watched, "tab=runs&compare=finished,other,failed")
     expect(watched.locator("#compare")).to_contain_text("<img src=")
+
+
+def test_an_atlas_that_somebody_made(watched: Page, site: Studio) -> None:
+    site.open(watched, "tab=atlas")
+    for name, line in (("finished", "<img src="), ("other", "This atlas cannot be shown: it is damaged.")):
+        watched.click("#atlas-first input")
+        watched.get_by_role("option", name=re.compile("no. 1")).nth(["other", "failed", "finished"].index(name)).click()
+        expect(watched.locator("#atlas-view")).to_contain_text(line)
+        untouched(watched)
 
 
 def test_an_address_made_by_somebody_else(watched: Page, site: Studio) -> None:

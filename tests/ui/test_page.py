@@ -26,9 +26,9 @@ def choose_router(page: Page, title: str) -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_tab_fits_its_window_and_needs_no_other_host(shared_studio: Studio, page: Page, theme: str) -> None:
     shared_studio.open(page, f"__theme={theme}")
-    for tab, card in (("Train", "#start"), ("Runs", "#run-list"), ("Chat", "#message")):
+    for tab, card in (("Train", "#start"), ("Runs", "#run-list"), ("Chat", "#message"), ("Atlas", "#atlas-view table")):
         page.get_by_role("tab", name=tab).click()
-        expect(page.locator(card)).to_be_visible()
+        expect(page.locator(card).first).to_be_visible()
         quiet(page)
         for width in (390, 1280):
             page.set_viewport_size({"width": width, "height": 900})
@@ -105,6 +105,10 @@ def test_on_a_space_training_is_locked_and_the_page_says_what_to_do(home: Path, 
         space.open(page)
         expect(page.locator("#space-notice")).to_contain_text("huggingface.co/spaces/someone/mole?duplicate=true")
         expect(page.locator("#start")).to_be_disabled()
+        page.get_by_role("tab", name="Atlas").click()
+        expect(page.locator("#atlas-view")).to_contain_text("demo: router dynmole")
+        page.get_by_role("button", name="Compute an atlas").click()
+        expect(page.locator("#atlas-start")).to_be_disabled()
         client = Client(space.url, verbose=False)
         with pytest.raises(Exception, match="switched off on this Space"):
             client.predict({"data": {"path": "assets/data/skills_train.jsonl"}}, api_name="/start_run")

@@ -11,7 +11,7 @@ import gradio as gr
 
 from app import settings
 from app.ui.wiring import QUIET, run_or_warn
-from app.views.evaluations import evaluation_list
+from app.views.jobs import job_list
 from app.views.problem import problem_value, problem_view
 from mole import runs
 from mole.core.errors import ConfigError, InputError, MoleError, RunError
@@ -70,7 +70,7 @@ def build_evaluation(name: gr.State, target: gr.Dropdown) -> EvaluationPanel:
                 "Upload a file", size="md", file_types=list(FILE_SUFFIXES), elem_id="evaluate-upload"
             )
         note = problem_view(elem_id="evaluate-problem")
-        results = evaluation_list(elem_id="evaluations")
+        results = job_list("evaluation", elem_id="evaluations")
     panel = EvaluationPanel(group, data, limit, note, results, gr.State([]))
     wire_evaluation(panel, name, target, start, upload)
     return panel

@@ -16,7 +16,7 @@ from app.services.listing import LISTING, ListCursor, file_stamp
 from app.services.run_control import delete_for_good
 from app.ui.panels.evaluation import EvaluationPanel, build_evaluation, evaluation_data, refresh_evaluations
 from app.ui.panels.live import ACTIVE_STATES, LivePanel, build_live, show_live
-from app.ui.wiring import QUIET, toast_text
+from app.ui.wiring import QUIET, click_on, toast_text
 from app.views.run_list import run_list
 from mole import runs
 from mole.core import checkpoint
@@ -26,7 +26,6 @@ LOG_BYTES = 16_000
 LIST_POLL_SECONDS = 2.0
 OFFERED = 8
 """The number of outputs of `offer_actions`."""
-CLICK_DOWNLOAD = """() => document.querySelector("#runs-download").click()"""
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def wire_actions(tab: RunsTab) -> None:
     actions.export.click(
         export_zip, live.name, actions.download, show_progress_on=actions.export, api_visibility="private"
     )
-    actions.download.change(None, None, None, js=CLICK_DOWNLOAD, **QUIET)
+    actions.download.change(None, None, None, js=click_on("runs-download"), **QUIET)
 
 
 def choose_run(event: gr.EventData) -> tuple[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,15 @@ CPU_MINUTES = 24 * 60
 
 @dataclass(frozen=True)
 class AtlasJob(RecordedJob):
-    """One atlas of a run, see `RecordedJob`; the record also has the columns `by`, and `what` is being done."""
+    """One atlas of a run, see `RecordedJob`.
+
+    The record also has the columns `by`, whether it is `quick`, and `what` is being done.
+    """
 
     folder = FOLDER
     noun = "atlas"
     result = "rows"
-    kinds = {**KINDS, "by": list, "what": str, "tokens": int}
+    kinds = {**KINDS, "by": list, "quick": bool, "what": str, "tokens": int}
 
     def record(self) -> dict[str, Any]:
         """The record, with columns that are texts."""
@@ -57,7 +60,21 @@ class AtlasJob(RecordedJob):
 # Starting and finding
 
 
-def start_atlas(target: str, data: str, by: Sequence[str] = (), limit: int | None = None) -> AtlasJob:
+def read_inputs(run: Run, data: str, limit: int | None, by: Sequence[str]) -> tuple[dict[str, str], str]:
+    """The column names that fit the data, see `data_columns`, and its sha256. Raises `DataError` and `ConfigError`."""
+    columns, _ = data_columns(run, data, limit)
+    return columns, read_corpus(data, columns, limit, by).fingerprint
+
+
+def start_atlas(
+    target: str,
+    data: str,
+    by: Sequence[str] = (),
+    limit: int | None = None,
+    *,
+    quick: bool = False,
+    read: Callable[..., tuple[dict[str, str], str]] = read_inputs,
+) -> AtlasJob:
     """Compute the atlas of a run (`RUN`, or `RUN@STEP` for a checkpoint) over a data file, in the background.
 
     Args:
@@ -65,6 +82,8 @@ def start_atlas(target: str, data: str, by: Sequence[str] = (), limit: int | Non
         data: a data file or hub data set.
         by: its columns to look at.
         limit: take the first rows only.
+        quick: leave out saturation and muting.
+        read: called as `read_inputs`; the studio reads in a process of its own.
 
     Raises, before anything starts: `RunError` or `ModelError` for the target, `DataError` (field `data` or `by`) and
     `ConfigError` (field `limit`).
@@ -73,9 +92,9 @@ def start_atlas(target: str, data: str, by: Sequence[str] = (), limit: int | Non
 
     locate(target)
     run = run_of(target)
-    columns, _ = data_columns(run, data, limit)
-    fingerprint = read_corpus(data, columns, limit, by).fingerprint
-    started = claim(AtlasJob, run, new_record(target, data, limit, fingerprint), columns=columns, by=list(by))
+    columns, fingerprint = read(run, data, limit, by)
+    record = new_record(target, data, limit, fingerprint)
+    started = claim(AtlasJob, run, record, columns=columns, by=list(by), quick=quick)
     processes.detach("mole.analysis.atlas.job", run.name, str(started.number), log=started.file("log"))
     return started
 
@@ -86,7 +105,7 @@ def record_atlas(
     """Keep the atlas of `mole atlas` with its run; None when the target is no run, or its folder is read-only."""
     values = new_record(target, atlas["data"], limit, atlas["sha256"])
     try:
-        kept = claim(AtlasJob, run_of(target), values, by=list(by))
+        kept = claim(AtlasJob, run_of(target), values, by=list(by), quick=atlas["muting"] is None)
         kept.write(atlas)
         kept.update(rows=atlas["rows"], tokens=atlas["tokens"], seconds=round(seconds, 1))
     except (RunError, OSError):
@@ -97,6 +116,11 @@ def record_atlas(
 def atlases_of(run: Run) -> list[AtlasJob]:
     """All atlases of a run, the newest first."""
     return jobs_of(AtlasJob, run)
+
+
+def list_atlases(run: Run, most: int = 50) -> list[dict[str, Any]]:
+    """The states of a run's atlases, the newest first, at most so many."""
+    return [one.status() for one in atlases_of(run)[:most]]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -119,7 +143,7 @@ def atlas_result(asked: AtlasJob) -> dict[str, Any]:
         last[0] = what
         update(done, total)
 
-    atlas = build_atlas(loaded, corpus, report=report)
+    atlas = build_atlas(loaded, corpus, samples=not record.get("quick"), report=report)
     asked.write(atlas)
     return {"rows": atlas["rows"], "tokens": atlas["tokens"], "seconds": round(time.monotonic() - begun, 1)}
 

@@ -31,7 +31,7 @@ def atlas_page(atlases: Sequence[dict[str, Any]]) -> str:
     data = json.dumps({"atlases": list(atlases), "comparison": comparison}, ensure_ascii=True)
     parts = {
         "TITLE": html.escape(" and ".join(str(atlas["target"]) for atlas in atlases)),
-        "STYLE": read_part("atlas.css"),
+        "STYLE": read_part("page.css") + read_part("atlas.css"),
         "SCRIPT": read_part("atlas.js"),
         "DATA": data.replace("<", "\\u003c"),
     }

@@ -7,6 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,21 @@ from playwright._impl._driver import compute_driver_executable
 from mole import runs
 from mole.analysis.atlas import job as atlas_job
 from mole.analysis.atlas.comparison import compare_atlases
+from mole.analysis.atlas.corpus import read_corpus
+from mole.analysis.atlas.inputs_process import begin_atlas
 from mole.analysis.atlas.job import AtlasJob
 from mole.analysis.atlas.page import atlas_page
 from mole.analysis.atlas.stored import read_atlas
 from mole.cli.parser import main
 from mole.config import RunConfig
+from mole.core import checkpoint
 from mole.core.errors import DataError, InputError, RunError
+from mole.models.adapter_files import WEIGHTS
 from mole.runs.recorded_job import ALIVE
 from mole.runs.run import Run
 from mole.training import worker
 
+ROOT = Path(__file__).resolve().parents[3]
 PATIENCE = 240
 ROWS = [("Convert 3 km.", "3000 m", "units"), ("Sort: pear, fig.", "fig, pear", "sort"), ("Rude?", "yes", "<b>tone")]
 
@@ -70,7 +76,7 @@ def test_the_command_and_the_job_of_the_page_keep_the_same_atlas_in_the_runs_fol
     assert main([*asked, "--html", str(tmp_path / "a.html")]) == 0
     out, err = capsys.readouterr()
     assert "skill" in out and "bits above chance" in out and "Routing" in err and "Muting" in err
-    started = atlas_job.start_atlas(run.name, data, ["skill"])
+    started = begin_atlas(run.name, data, ["skill"], None, quick=False)  # as the page does
     status = ended(started)
     assert status["state"] == "finished" and status["rows"] == 12, status
     assert [one.number for one in atlas_job.atlases_of(run)] == [2, 1]
@@ -105,9 +111,10 @@ def test_what_is_wrong_is_one_line_before_anything_starts(
         assert main(["atlas", target, *arguments]) == 2
         error = [text for text in capsys.readouterr().err.splitlines() if text.startswith("mole:")]
         assert len(error) == 1 and line in error[0]
-    with pytest.raises(DataError) as caught:
-        atlas_job.start_atlas(run.name, data, ["skil"])
-    assert caught.value.field == "by" and atlas_job.atlases_of(run) == []
+    for start in (atlas_job.start_atlas, partial(begin_atlas, limit=None, quick=True)):
+        with pytest.raises(DataError) as caught:
+            start(run.name, data, by=["skil"])
+        assert caught.value.field == "by" and atlas_job.atlases_of(run) == []
 
 
 def test_a_cancelled_one_and_one_that_is_no_atlas_say_so(run: Run, data: str) -> None:
@@ -167,7 +174,7 @@ class Node {
   get text() { return this.tag ? this.children.map((one) => one.text).join(" ") : this.data; }
   get all() { return [this, ...this.children.flatMap((one) => one.all)]; }
   querySelectorAll(tag) { return this.all.filter((one) => one.tag === tag); }
-  querySelector(tag) { return this.all.find((one) => one.tag === tag) || { focus() {} }; }
+  querySelector(tag) { return this.all.find((one) => one.tag === tag) || { focus() {}, scrollIntoView() {} }; }
   get firstChild() { return this.children[0]; }
   focus() {}
 }
@@ -196,3 +203,11 @@ def test_the_page_is_one_file_that_loads_nothing_and_shows_texts_as_texts(
         assert done.returncode == 0, done.stderr
         assert "<b>tone" in done.stdout and "Co-activation" in done.stdout
         assert ("Side by side" in done.stdout) == (len(atlases) == 2)
+
+
+def test_the_demo_s_atlas_is_of_the_adapter_and_the_rows_that_come_with_it() -> None:
+    atlas = read_atlas(ROOT / "assets" / "demo" / "atlas.json")
+    assert atlas["adapter"] == checkpoint.sha256(ROOT / "assets" / "demo" / "adapter" / WEIGHTS)
+    assert atlas["sha256"] == read_corpus(str(ROOT / "assets" / "data" / "skills_heldout.jsonl")).fingerprint
+    assert [one["name"] for one in atlas["variables"]] == ["token", "position", "part", "skill"]
+    assert len(atlas["projections"]) == 210 and len(atlas["muting"]["experts"]) == 240

@@ -14,6 +14,7 @@ import pytest
 from app.services import listing
 from app.services.listing import ListCursor, Listing
 from mole import runs
+from mole.analysis.atlas.job import record_atlas
 from mole.config import RunConfig
 from mole.core import locks
 from mole.evaluation import job as evaluation_job
@@ -56,7 +57,8 @@ def looked(home: Path) -> Iterator[Listing]:
 def test_a_row_is_the_status_with_group_speed_and_held_out_loss(looked: Listing) -> None:
     run = finished_run("done", group="grid")
     row = rows_of(looked.since(ListCursor())[0])["done"]
-    assert row == {**run.status(), "group": "grid", "speed": 150.0, "ends": None, "loss": 0.25, "score": None}
+    told = {"group": "grid", "speed": 150.0, "ends": None, "loss": 0.25, "score": None, "atlases": []}
+    assert row == {**run.status(), **told}
 
 
 def test_a_running_run_tells_when_it_ends(looked: Listing) -> None:
@@ -83,6 +85,13 @@ def test_the_lowest_of_all_held_out_losses_is_shown_also_when_they_come_in_piece
     assert (looked.row("many") or {})["loss"] == 0.125
     run.append_event("eval", 21, eval_loss=0.0625)
     assert rows_of(looked.since(cursor, at_once=True)[0])["many"]["loss"] == 0.0625
+
+
+def test_an_atlas_that_is_kept_with_a_run_is_told_with_the_next_look(looked: Listing) -> None:
+    finished_run("done")
+    _, cursor = looked.since(ListCursor())
+    record_atlas("done", {"data": "rows.jsonl", "sha256": "", "rows": 2, "tokens": 9, "muting": None}, [], None, 1.0)
+    assert rows_of(looked.since(cursor, at_once=True)[0])["done"]["atlases"] == [1]
 
 
 def test_the_newest_evaluation_that_measured_one_gives_the_score(looked: Listing) -> None:
