@@ -16,12 +16,14 @@ import torch
 from mole.chat.generate import Step, stream
 from mole.chat.messages import Opened, Part, ReplyJob, Stage
 from mole.chat.model_cache import ModelCache
+from mole.chat.reference import fit_map, reference_ids
 from mole.chat.settings import ChatSettings
 from mole.config import AdapterConfig, ModelConfig
 from mole.core.child import memory_limit, serve
 from mole.core.errors import ModelError
 from mole.core.text import is_out_of_memory
 from mole.mixture.aot_compile import prepare_kernels
+from mole.mixture.routing_map import RoutingMap, hue_and_distance, strongest_share
 from mole.mixture.steering import Steering
 from mole.models.adapter_files import read_adapter_config
 from mole.models.loading import Loaded, import_ahead
@@ -66,7 +68,7 @@ class ReplyGenerator:
             steps = stream(
                 loaded, job.messages, settings,
                 should_stop=connection.poll,  # while a reply is generated, nothing but `STOP` is sent to us
-                steering=steering, encoding=encoding_stage(connection),
+                steering=steering, encoding=encoding_stage(connection, loaded),
             )  # fmt: skip
             send_parts(steps, loaded, steering, job.with_trace, connection)
             prepare_kernels(loaded.model)
@@ -86,16 +88,27 @@ def send_parts(
         trace = step.trace if with_trace and step.finished else None
         whole = trace.to_dict(texts, step.prompt_tokens) if trace is not None else None
         seconds = time.monotonic() - started
-        connection.send(Part(step.text, len(step.tokens), routing_bytes(step, routing), seconds, step.finished, whole))
+        packed = routing_bytes(step, routing, loaded.routing_map)
+        connection.send(Part(step.text, len(step.tokens), packed, seconds, step.finished, whole))
 
 
 @contextmanager
-def encoding_stage(connection: Connection) -> Iterator[None]:
-    """A block in which template and tokenizer turn the conversation into tokens, within `ENCODING_MEMORY`."""
+def encoding_stage(connection: Connection, loaded: Loaded) -> Iterator[None]:
+    """A block in which template and tokenizer turn the conversation into tokens, within `ENCODING_MEMORY`.
+
+    For the first reply of an adapter the map of its routing is fitted after it: before the reply's routing overrides
+    apply, so that a token has the same hue with and without them.
+    """
+    ids: list[int] = []
     connection.send(Stage.ENCODING)
     with memory_limit(ENCODING_MEMORY):
         yield
+        if not loaded.routing_mapped and loaded.router not in ("none", "lora"):
+            ids = reference_ids(loaded)
     connection.send(Stage.GENERATING)
+    if ids:
+        loaded.routing_map = fit_map(loaded, ids)
+    loaded.routing_mapped = True
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -159,10 +172,13 @@ def short_names(modules: list[str]) -> list[str]:
     return [name if len(by_last_part[last := name.rsplit(".", 1)[-1]]) > 1 else last for name in inside]
 
 
-def routing_bytes(step: Step, described: dict[str, Any]) -> dict[str, Any]:
+def routing_bytes(step: Step, described: dict[str, Any], routing_map: RoutingMap | None = None) -> dict[str, Any]:
     """A step's tokens and their routing as the arguments of `RoutingRecord.extend`; empty if there is no routing.
 
-    `described` is what `describe_routing` returned for this reply.
+    Args:
+        step: the step.
+        described: what `describe_routing` returned for this reply.
+        routing_map: gives the tokens their hues; without one they have none.
     """
     delta, experts = step.routing, described.get("experts", 0)
     if delta is None or not experts or not step.tokens:
@@ -172,14 +188,26 @@ def routing_bytes(step: Step, described: dict[str, Any]) -> dict[str, Any]:
         return values.nan_to_num().mul(255 / full).clamp(0, 255).round().to(torch.uint8).numpy().tobytes()
 
     limit = described["limit"]
+    places = None
+    if routing_map is not None and step.trace is not None:
+        places = routing_map.place(step.trace.modules, delta.projections)
     return {
         "tokens": [text for _, text in step.tokens],
         "weights": bytes_of(delta.weights),
         "entropy": bytes_of(delta.entropy),
         "active": bytes_of(delta.active, experts),
         "thresholds": b"" if limit is None or delta.threshold is None else bytes_of(delta.threshold, limit),
+        "strongest": bytes_of(strongest_share(delta.projections)),
+        "hues": b"" if places is None else hue_bytes(places),
         "projections": bytes_of(delta.projections),
     }
+
+
+def hue_bytes(places: torch.Tensor) -> bytes:
+    """Places on the map `(tokens, 2)` as two bytes each: hue, a circle of 256 steps, and distance from the centre."""
+    hue, distance = hue_and_distance(places).unbind(-1)
+    steps = torch.stack([(hue * 256).round() % 256, (distance * 255).round()], -1)
+    return steps.to(torch.uint8).numpy().tobytes()
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from mole.models.tokenizer_guard import check_tokenizer_files, guard, panics_as_
 if TYPE_CHECKING:
     import torch
 
+    from mole.mixture.routing_map import RoutingMap
+
 
 STATES = ("past_key_values", "cache_params", "state")
 """What models name the state that they keep between tokens, as an argument and in their output."""
@@ -61,6 +63,8 @@ class Loaded:
         router: the adapter's routing method; `"none"` for the base model alone and for adapters without routing.
         adapter_dir: the adapter's folder; None for the base model alone.
         notice: a message for the user (a chat template other than the base model's), or None.
+        routing_map: the map that the routing view takes hues from, see `mole.chat.reference`; None without one.
+        routing_mapped: whether it was fitted, with or without success.
     """
 
     model: Any
@@ -70,6 +74,8 @@ class Loaded:
     router: str = "none"
     adapter_dir: Path | None = None
     notice: str | None = None
+    routing_map: RoutingMap | None = None
+    routing_mapped: bool = False
 
     def add_notice(self, notice: str | None) -> None:
         """Put a further message for the user before those that there are."""

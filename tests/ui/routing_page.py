@@ -36,7 +36,10 @@ def recorded(tokens: int, layers: int = LAYERS, experts: int = EXPERTS, seed: in
         parts = [[chance.randbytes(experts) for _ in PROJECTIONS] for _ in range(layers)]
         weights = bytes(round(sum(column) / len(column)) for layer in parts for column in zip(*layer, strict=True))
         packed = b"".join(row for layer in parts for row in layer)
-        record.extend([text], weights, chance.randbytes(layers), chance.randbytes(layers), projections=packed)
+        record.extend(
+            [text], weights, chance.randbytes(layers), chance.randbytes(layers),
+            strongest=chance.randbytes(1), hues=bytes([32 * index % 256, 255]), projections=packed,
+        )  # fmt: skip
     return record
 
 
@@ -44,6 +47,7 @@ def until(record: RoutingRecord, end: int) -> RoutingRecord:
     """The record as it was after its first `end` tokens."""
     layers, experts = record.meta["layers"], record.meta["experts"]
     part = RoutingRecord(record.meta, tokens=record.tokens[:end], weights=record.weights[: end * layers * experts])
+    part.strongest, part.hues = record.strongest[:end], record.hues[: 2 * end]
     part.entropy, part.active = record.entropy[: end * layers], record.active[: end * layers]
     return part
 

@@ -118,7 +118,9 @@ def test_a_muted_expert_has_no_part_in_the_reply_and_the_line_above_says_so(chat
     ask(page, "hello again")
     expect(replies(page).last).to_contain_text("Routing overrides: expert 2 muted")
     page.get_by_role("button", name="Whole reply", exact=True).click()
-    expect(page.locator("#routing-view .experts")).to_contain_text("2 · 0 %")
+    for layer in ("Layer 1", "Layer 2"):
+        page.locator("#routing-view .by-layer").select_option(layer)
+        expect(page.locator("#routing-view .experts")).to_contain_text("2 · 0 %")
     assert replies(page).last.inner_text() != trained
     page.get_by_role("button", name="As trained", exact=True).click()
     page.locator("#steer-top_p").focus()
@@ -128,6 +130,7 @@ def test_a_muted_expert_has_no_part_in_the_reply_and_the_line_above_says_so(chat
     ask(page, "once more")
     expect(replies(page).last).to_contain_text("Routing overrides: top p 0.75 → 0.735")
     assert replies(page).last.inner_text().count("muted") == 0
+    expect(page.locator("#routing-view .key-text")).to_contain_text("expert of layer 2, ")  # as chosen for the last one
 
 
 def test_a_message_is_changed_and_a_reply_is_written_anew(chat_studio: Studio, page: Page) -> None:
@@ -189,7 +192,7 @@ def test_base_run_and_checkpoint_answer_side_by_side(chat_studio: Studio, page: 
     answers = [replies(page, bot).last.inner_text() for bot in ("#chatbot", "#chatbot-2", "#chatbot-3")]
     assert answers[0] == answers[2] == alone != answers[1], "the checkpoint is the same adapter; the base is not"
     expect(page.locator("#routing-2 .empty")).to_contain_text("no experts")
-    expect(page.locator("#routing-3 .summary")).to_contain_text("Strongest: expert")
+    expect(page.locator("#routing-3 .summary")).to_contain_text("Weight of the strongest expert")
     for width in (1280, 390):
         page.set_viewport_size({"width": width, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 from serving import Studio, free_port, serve
 
+from app.views import routing
 from app.views.component import BASICS, CANVAS, read_texts
 
 from .routing_page import HOSTILE, PROJECTIONS, PROMPT, recorded
@@ -20,6 +21,7 @@ from .routing_page import HOSTILE, PROJECTIONS, PROMPT, recorded
 pytestmark = pytest.mark.ui
 TOKENS = 164
 SMALL = 24
+HUES = Path(routing.__file__).with_name("hues.js")
 SHAPE = re.compile("16 experts × 32 layers")
 
 
@@ -239,10 +241,56 @@ def test_the_tables_say_what_the_pictures_show(view: Locator) -> None:
     cells = view.locator(".cells tbody tr").evaluate_all(rows)
     assert [row[1:4] for row in cells] == [[f"{value:.3f}" for value in layer] for layer in known()[PROMPT + 2]]
     tokens = view.locator(".tokens tbody tr").evaluate_all(rows)
-    load = known()[PROMPT:].mean(1)
+    strongest = np.frombuffer(recorded(SMALL, 4, 3).strongest, np.uint8)[PROMPT:] / 255
     assert [row[1] for row in tokens] == recorded(SMALL, 4, 3).tokens[PROMPT:]
-    assert [int(row[2]) for row in tokens] == (load.argmax(1) + 1).tolist()
-    np.testing.assert_allclose([float(row[3]) for row in tokens], load.max(1) / load.sum(1), atol=6e-4)
+    np.testing.assert_allclose([float(row[2]) for row in tokens], strongest, atol=6e-4)
+
+
+def test_tokens_are_coloured_by_their_place_on_the_map_or_by_one_routers_experts(view: Locator) -> None:
+    """Also the legend, the lane and the table: no number of an expert is averaged over layers."""
+    colours = "chips => chips.slice(4).map(chip => chip.style.backgroundColor)"
+    chips, legend = view.locator(".strip span"), view.locator(".key-text")
+    expect(legend).to_contain_text("like hue: routed alike in all layers")
+    expect(view.locator(".experts")).to_be_hidden()
+    hues = chips.evaluate_all("chips => chips.slice(4, 12).map(chip => chip.title)")
+    assert hues == ["teal", "blue", "violet", "purple", "pink", "orange", "yellow", "green"]  # the colour in words
+    before = chips.evaluate_all(colours)
+
+    view.get_by_label("Layer whose experts").select_option("Layer 3")
+    view.get_by_label("Projection whose experts").select_option("k_proj")
+    expect(legend).to_contain_text("the strongest expert of layer 3, k_proj")
+    kept = np.frombuffer(recorded(SMALL, 4, 3).projections, np.uint8).reshape(SMALL, 4, len(PROJECTIONS), 3)
+    router = kept[:, 2, PROJECTIONS.index("k_proj")]
+    words = [f"expert {row.argmax() + 1}, weight " for row in router]
+    expect(chips.nth(SMALL - 1)).to_have_attribute("title", re.compile(words[-1]))
+    titles = chips.evaluate_all("chips => chips.map(chip => chip.title)")
+    assert all(title.startswith(word) for title, word in zip(titles, words, strict=True))
+    assert chips.evaluate_all(colours) != before
+    choose(view, 3)
+    settled(view)
+    assert view.locator(".experts b").all_text_contents() == [
+        f"{expert + 1} · {round(100 * value / 255)} %" for expert, value in enumerate(router[PROMPT + 3].tolist())
+    ]
+    lane = view.locator(".timeline").evaluate("canvas => canvas.lanes[2]")
+    assert lane["name"] == "Strongest expert of layer 3, k_proj"
+    np.testing.assert_allclose(lane["values"], router[PROMPT:].max(1) / 255, atol=1e-9)
+
+    view.get_by_label("Layer whose experts").select_option("Routing in all layers")
+    settled(view)
+    assert chips.evaluate_all(colours) == before
+
+
+def test_hovering_and_choosing_name_the_tokens_that_were_routed_most_alike(view: Locator) -> None:
+    record = recorded(SMALL, 4, 3)
+    found = record.similar(PROMPT + 7) or []
+    first = [record.tokens[int(other)].strip() for other, _ in found]
+    view.locator(".strip span").nth(PROMPT + 7).hover()
+    expect(view.locator(".alike")).to_contain_text(f"Routed most alike: “{first[0]}”")
+    shown = view.locator(".strip span.like").evaluate_all("chips => chips.map(chip => Number(chip.dataset.index))")
+    assert shown == sorted(int(other) for other, _ in found)
+    view.page.mouse.move(5, 5)
+    choose(view, 7)
+    expect(view.locator('[aria-live="polite"]')).to_contain_text(f"Routed most alike: “{first[0]}”")
 
 
 def test_three_views_on_one_page_are_independent(view: Locator) -> None:
@@ -259,7 +307,7 @@ def test_three_views_on_one_page_are_independent(view: Locator) -> None:
 
 def test_a_screen_reader_hears_a_choice_and_the_end_but_not_every_token(view: Locator) -> None:
     said = view.locator('[aria-live="polite"]')
-    expect(said).to_contain_text(f"Reply of {SMALL - PROMPT} tokens. Strongest: expert")
+    expect(said).to_contain_text(f"Reply of {SMALL - PROMPT} tokens. Weight of the strongest expert")
     expect(view.locator(".summary")).not_to_have_attribute("aria-live", "polite")
     choose(view, 1)
     expect(said).to_contain_text("Token 2")
@@ -300,7 +348,7 @@ def test_it_fits_a_telephone(scratch: Studio, open_page: Callable[..., Page]) ->
 
 def in_kit(page: Page, expression: str) -> Any:
     """The value of an expression inside the drawing kit, without a page around it."""
-    return page.evaluate("code => new Function(code)()", f"{read_texts(*BASICS, *CANVAS)}\nreturn {expression};")
+    return page.evaluate("code => new Function(code)()", f"{read_texts(*BASICS, *CANVAS, HUES)}\nreturn {expression};")
 
 
 def luminance(colours: np.ndarray) -> np.ndarray:
@@ -312,13 +360,15 @@ def luminance(colours: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_token_text_reads_at_every_hue_and_lightness(dark: bool, page: Page) -> None:
-    fills = (
-        f"[...Array(8).keys()].flatMap(e => [...Array(101).keys()].map(h => chipFill(e, h / 100, {str(dark).lower()})))"
-    )
+    theme = str(dark).lower()
+    entropies, hues = "[...Array(101).keys()]", "[...Array(8).keys()]"
+    experts = f"{hues}.flatMap(e => {entropies}.map(h => chipFill(e, h / 100, {theme})))"
+    places = f"[0.2, 1].flatMap(d => {hues}.map(turn => mapColour([turn / 8, d], {theme})))"
+    fills = f"[...{experts}, ...{places}.flatMap(colour => {entropies}.map(h => faded(colour, h / 100, {theme})))]"
     inks = in_kit(page, f"{fills}.map(fill => rgb(ink(fill)))")
     behind, front = luminance(np.round(in_kit(page, fills))), luminance(np.array(inks))
     ratio = (np.maximum(behind, front) + 0.05) / (np.minimum(behind, front) + 0.05)
-    assert ratio.shape == (808,) and ratio.min() >= 4.5
+    assert ratio.shape == (3 * 808,) and ratio.min() >= 4.5
 
 
 # Machado, Oliveira, Fernandes 2009: full protanopia, deuteranopia and tritanopia, on linear RGB

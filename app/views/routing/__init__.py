@@ -11,11 +11,11 @@ from typing import Any
 
 import gradio as gr
 
-from app.services.routing_stream import fetch_projections, fetch_routing
+from app.services.routing_stream import fetch_projections, fetch_router, fetch_routing, fetch_similar
 from app.views.component import view
 
 HERE = Path(__file__).parent
-PARTS = ("data", "routing", "timeline", "layer", "table", "interactions")
+PARTS = ("data", "hues", "routing", "timeline", "layer", "table", "interactions")
 
 
 def routing_view(compact: bool = False, **options: Any) -> gr.HTML:
@@ -28,4 +28,5 @@ def routing_view(compact: bool = False, **options: Any) -> gr.HTML:
     if compact:
         template = (HERE / "routing.html").read_text(encoding="utf-8")
         options["html_template"] = template.replace('class="routing"', 'class="routing compact"')
-    return view(HERE, "routing", *PARTS, canvas=True, server_functions=[fetch_routing, fetch_projections], **options)
+    functions = [fetch_routing, fetch_projections, fetch_router, fetch_similar]
+    return view(HERE, "routing", *PARTS, canvas=True, server_functions=functions, **options)

@@ -13,9 +13,9 @@ const decode = (text) => Uint8Array.from(atob(text || ""), (c) => c.charCodeAt(0
 function reset(meta) {
   const size = meta.layers * meta.experts + 2 * meta.layers;
   Object.assign(view, {
-    meta, tokens: [], weights: [], entropy: [], active: [], limits: [], means: [], mean: new Float32Array(size), tops: {},
+    meta, tokens: [], weights: [], entropy: [], active: [], limits: [], hues: [], means: [], mean: new Float32Array(size), tops: {},
     chosen: -1, hovered: -1, follow: true, scope: compact ? "reply" : "token", mark: null, pinned: null, open: null, projection: null,
-    earlier: null, projections: new Map(), fetchingProjections: false, fetching: false, wanted: 0, announced: false, atEnd: true,
+    router: null, likes: new Map(), marked: null, asking: false, speak: -1, earlier: null, projections: new Map(), fetchingProjections: false, fetching: false, wanted: 0, announced: false, atEnd: true,
   });
   view.even = meta.even || meta.counts.map((count) => 1 / Math.max(count, 1));
   begin(meta);
@@ -72,10 +72,10 @@ function earlierName() {
   return view.meta.against_label || "the earlier reply";
 }
 
-function append({ tokens, weights, entropy, active, limits }) {
+function append({ tokens, weights, entropy, active, limits, hues, strongest }) {
   const { layers, experts, prompt } = view.meta;
   if (!experts || !tokens.length) return;
-  const [w, h, a, t] = [weights, entropy, active, limits].map(decode);
+  const [w, h, a, t, c, s] = [weights, entropy, active, limits, hues, strongest].map(decode);
   const size = layers * experts;
   tokens.forEach((text, i) => {
     const index = view.tokens.length;
@@ -84,7 +84,8 @@ function append({ tokens, weights, entropy, active, limits }) {
     view.entropy.push(h.subarray(i * layers, (i + 1) * layers));
     view.active.push(a.subarray(i * layers, (i + 1) * layers));
     view.limits.push(t.subarray(i * layers, (i + 1) * layers));
-    view.means.push(tokenMeans(index));
+    view.hues.push(c.subarray(2 * i, 2 * i + 2));
+    view.means.push(tokenMeans(index, (s[i] || 0) / 255));
     if (index >= prompt) updateMean(index);
   });
   if (view.follow) view.chosen = view.tokens.length - 1;
@@ -99,40 +100,32 @@ function updateMean(index) {
   }
 }
 
-// A token's means over the layers: load by expert, entropy, active experts, AdaMoLE's threshold.
-function tokenMeans(index) {
+// A token's means over the layers: entropy, active experts, AdaMoLE's threshold, and the share of its router's weight that
+// the strongest expert has. Not the weight by expert: expert 2 of one layer has nothing to do with expert 2 of another.
+function tokenMeans(index, strongest) {
   const { layers, experts, limit } = view.meta;
-  const load = new Array(experts).fill(0);
   let [entropy, active, threshold] = [0, 0, 0];
   for (let layer = 0; layer < layers; layer++) {
-    for (let e = 0; e < experts; e++) load[e] += view.weights[index][layer * experts + e] / 255 / layers;
     entropy += view.entropy[index][layer] / 255 / layers;
     active += ((view.active[index][layer] / 255) * experts) / layers;
     threshold += (((view.limits[index][layer] || 0) / 255) * (limit || 0)) / layers;
   }
-  return withShares(load, entropy, active, threshold);
-}
-
-function withShares(load, entropy, active, threshold = 0) {
-  const strongest = load.indexOf(Math.max(...load));
-  const total = load.reduce((sum, value) => sum + value, 0) || 1;
-  return { load, entropy, active, threshold, strongest, shares: load.map((value) => value / total) };
+  return { entropy, active, threshold, strongest };
 }
 
 // The same means over the whole reply.
 function replyMeans() {
   const { layers, experts, prompt, limit } = view.meta;
-  const load = new Array(experts).fill(0);
   const tail = layers * experts;
   let [entropy, active, threshold] = [0, 0, 0];
   for (let layer = 0; layer < layers; layer++) {
-    for (let e = 0; e < experts; e++) load[e] += view.mean[layer * experts + e] / 255 / layers;
     entropy += view.mean[tail + layer] / 255 / layers;
     active += ((view.mean[tail + layers + layer] / 255) * experts) / layers;
   }
   const reply = view.means.slice(prompt);
-  if (limit) threshold = reply.reduce((sum, m) => sum + m.threshold, 0) / Math.max(reply.length, 1);
-  return withShares(load, entropy, active, threshold);
+  const mean = (name) => reply.reduce((sum, m) => sum + m[name], 0) / Math.max(reply.length, 1);
+  if (limit) threshold = mean("threshold");
+  return { entropy, active, threshold, strongest: mean("strongest") };
 }
 
 function replyLength() {

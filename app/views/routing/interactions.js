@@ -8,7 +8,8 @@ function choose(index, reveal = true) {
   view.hovered = -1;
   if (view.scope !== "difference") setScope("token");
   if (reveal) revealChip(view.chosen);
-  announce(`${tokenName(view.chosen)}. ${meansText(view.means[view.chosen])}`);
+  view.speak = view.chosen;
+  announce(`${tokenName(view.chosen)}. ${tokenColour(view.chosen).words}. ${meansText(view.means[view.chosen])}`);
   repaint();
 }
 
@@ -77,6 +78,8 @@ on(".strip", "pointerleave", () => hover(-1));
 on(".strip", "click", (event) => tokenOf(event) >= 0 && choose(tokenOf(event), false));
 on(".strip", "keydown", stepTokens);
 on(".strip", "scroll", ({ target }) => (view.atEnd = target.scrollHeight - target.scrollTop - target.clientHeight < 40));
+on(".by-layer", "change", ({ target }) => chooseRouter(target.value === "" ? null : Number(target.value), view.router && view.router.name));
+on(".by-projection", "change", ({ target }) => chooseRouter(view.router.layer, target.value));
 on(".timeline", "pointermove", (event) => $(".timeline").token && hover(Math.max($(".timeline").token(event.clientX), view.meta.prompt), true));
 on(".timeline", "pointerleave", () => hover(-1));
 on(".timeline", "click", () => view.hovered >= 0 && choose(view.hovered));

@@ -14,6 +14,7 @@ function begin(meta) {
   put(".about", meta.about || "");
   put(".said", "");
   view.chip = null;
+  offerRouters();
 }
 
 // The reply is complete: announced once to screen readers.
@@ -50,14 +51,14 @@ function chip(index) {
   made.setAttribute("role", "option");
   made.setAttribute("aria-selected", "false");
   if (index < view.meta.prompt) made.className = "from-prompt";
-  if (view.means[index].strongest >= HUES.light.length) made.classList.add("again");
   colour(made, index);
   return made;
 }
 
 function colour(made, index) {
-  const { strongest, entropy } = view.means[index];
-  const fill = chipFill(strongest, entropy);
+  const { fill, words, again } = tokenColour(index);
+  made.title = words;
+  made.classList.toggle("again", Boolean(again));
   if (index < view.meta.prompt) {
     made.style.borderBottom = `3px solid ${css(fill)}`;
     return;
@@ -126,7 +127,7 @@ function heatTitle() {
   const { layers, experts } = view.meta;
   const what = { reply: "mean over the reply", difference: "difference from the reply’s mean", earlier: `difference from ${earlierName()}` };
   const scope = view.scope === "reply" && view.hovered >= 0 ? "token" : view.scope;
-  return `${experts} experts × ${layers} layers${view.projection ? `, ${view.projection}` : ""}${what[scope] ? `: ${what[scope]}` : ""}`;
+  return `${experts} experts × ${layers} layers${view.projection ? `, ${view.projection}` : ", mean of projections"}${what[scope] ? `: ${what[scope]}` : ""}`;
 }
 
 function evenText() {
@@ -138,7 +139,12 @@ function evenText() {
 
 function tokenName(index) {
   const { prompt } = view.meta;
-  return `${index < prompt ? "Prompt token" : "Token"} ${index < prompt ? index + 1 : index - prompt + 1} “${view.tokens[index].trim() || "␣"}”`;
+  return `${index < prompt ? "Prompt token" : "Token"} ${position(index)} “${view.tokens[index].trim() || "␣"}”`;
+}
+
+function position(index) {
+  const { prompt } = view.meta;
+  return index < prompt ? index + 1 : index - prompt + 1;
 }
 
 function meansText(means) {
@@ -146,7 +152,7 @@ function meansText(means) {
   const full = counts.reduce((sum, count) => sum + count, 0) / counts.length;
   const sure = `entropy ${number(means.entropy)}${hasThreshold() ? ` (threshold ${number(threshold)})` : ""}`;
   const tau = limit ? `; τ ${number(means.threshold, 3)} (at most ${number(limit, 3)})` : "";
-  return `Strongest: expert ${means.strongest + 1} with ${number(means.shares[means.strongest], 3)} (even: ${evenText()}); ${sure}; ${number(means.active, 1)} of ${number(full, 1)} experts active${tau}.`;
+  return `Weight of the strongest expert, mean over the layers: ${number(means.strongest, 3)} (even: ${evenText()}); ${sure}; ${number(means.active, 1)} of ${number(full, 1)} experts active${tau}.`;
 }
 
 function hasThreshold() {
@@ -161,11 +167,24 @@ function paintWords() {
   put(".summary", `${name}. ${meansText(means)}`);
   put(".heat-title", compact ? "" : heatTitle());
   if (compact) return;
+  paintSimilar();
+  paintKey(whole);
+}
+
+// The legend: of the map in one line; of a chosen router, its experts and their weights.
+function paintKey(whole) {
+  const { router, meta } = view;
+  const words = router ? `hue: the strongest expert of layer ${router.layer + 1}, ${router.name}${router.gone ? ": no longer kept" : ""}; fainter: higher entropy` : view.hues.some((place) => place.length) ? MAP_KEY : MAPLESS_KEY;
+  put(".key-text", words);
+  $(".key i").hidden = Boolean(router);
   const key = $(".experts");
-  if (key.childElementCount !== view.meta.experts) key.replaceChildren(...means.shares.map(expertKey));
-  const top = Math.max(0.5, ...means.shares);
-  const even = means.shares.length ? view.even.reduce((sum, value) => sum + value, 0) / view.even.length : 0;
-  means.shares.forEach((share, e) => {
+  key.hidden = !router;
+  if (!router) return;
+  const experts = meta.counts[router.layer];
+  if (key.childElementCount !== experts) key.replaceChildren(...Array.from({ length: experts }, expertKey));
+  const shares = routerMeans(whole ? null : shownToken()).slice(0, experts);
+  const [top, even] = [Math.max(0.5, ...shares), view.even[router.layer]];
+  shares.forEach((share, e) => {
     const [, words, bar] = key.children[e].children;
     const text = `${e + 1} · ${percent(share)}`;
     if (words.textContent !== text) words.textContent = text;
@@ -194,15 +213,17 @@ function paint() {
     drawScale($(".scale"), data.top, Math.max(...data.counts), { diverging: data.diverging, even: Math.min(...view.even) });
     $(".heatmap").data = data;
   }
+  if (!compact) addChips();
   paintWords();
   paintReadout(data);
   if (compact) return;
   if (!view.table) paintTimeline();
-  addChips();
   paintChosen();
   paintUse();
   paintLayer();
   if (view.table) paintTables(data);
+  fetchRouter();
+  fetchSimilar();
 }
 
 function paintReadout(data) {

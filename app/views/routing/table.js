@@ -35,11 +35,15 @@ function paintCells(data) {
 function paintTokens() {
   const { prompt, limit } = view.meta;
   const body = $(".tokens tbody");
-  if (!body.childElementCount) $(".tokens thead").replaceChildren(tableRow(["Number", "Token", "Strongest expert", "Its share", "Entropy", "Active", ...(limit ? ["τ"] : [])], "th"));
+  const { router } = view;
+  if (router && !router.gone && router.rows.length < view.tokens.length) return;
+  const ofRouter = router ? [`Strongest expert of layer ${router.layer + 1}, ${router.name}`] : [];
+  if (!body.childElementCount) $(".tokens thead").replaceChildren(tableRow(["Number", "Token", ...ofRouter, "Weight of the strongest", "Entropy", "Active", ...(limit ? ["τ"] : [])], "th"));
   $(".tokens thead tr").children[1].className = "text";
   for (let i = body.childElementCount; i < replyLength(); i++) {
     const means = view.means[prompt + i];
-    const row = tableRow([i + 1, view.tokens[prompt + i], means.strongest + 1, means.shares[means.strongest].toFixed(3), means.entropy.toFixed(3), number(means.active, 1), ...(limit ? [means.threshold.toFixed(3)] : [])]);
+    const strongest = router ? [tokenColour(prompt + i).words] : [];
+    const row = tableRow([i + 1, view.tokens[prompt + i], ...strongest, means.strongest.toFixed(3), means.entropy.toFixed(3), number(means.active, 1), ...(limit ? [means.threshold.toFixed(3)] : [])]);
     row.children[1].className = "text";
     row.dataset.index = prompt + i;
     body.append(row);

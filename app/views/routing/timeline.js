@@ -37,18 +37,32 @@ function timelineLanes() {
   const { prompt, experts, threshold, limit } = view.meta;
   const means = view.means.slice(prompt);
   const cell = view.mark && view.mark.expert < experts ? view.mark : null;
-  const even = cell ? view.even[cell.layer] : view.even.reduce((sum, value) => sum + value, 0) / view.even.length;
+  const own = cell || view.router;
+  const even = own ? view.even[own.layer] : view.even.reduce((sum, value) => sum + value, 0) / view.even.length;
   const lanes = [
     { name: "Entropy", values: means.map((m) => m.entropy), top: 1, line: hasThreshold() ? threshold : null, lineName: `threshold ${number(threshold)}` },
     { name: "Active experts", values: means.map((m) => m.active), top: Math.max(...view.meta.counts), line: null },
     cell
       ? { name: `Weight of expert ${cell.expert + 1} in layer ${cell.layer + 1}`, colour: () => css(hue(cell.expert)), values: means.map((_, i) => view.weights[prompt + i][cell.layer * experts + cell.expert] / 255) }
-      : { name: "Share of the strongest expert", colour: (i) => css(hue(means[i].strongest)), values: means.map((m) => m.shares[m.strongest]) },
+      : strongestLane(means),
   ];
   const last = lanes[2];
   Object.assign(last, { line: even, lineName: `even ${number(even, 3)}`, top: ceiling(Math.max(even, ...last.values), 1 / even) });
   if (limit) lanes.push({ name: "Threshold τ", values: means.map((m) => m.threshold), top: limit, line: null });
   return lanes;
+}
+
+// Of the chosen router, in its experts' colours; else the mean over all.
+function strongestLane(means) {
+  const { router, meta } = view;
+  if (!router) return { name: "Weight of the strongest expert, mean over the layers", values: means.map((m) => m.strongest) };
+  const found = means.map((_, i) => routerOf(meta.prompt + i));
+  const known = (i) => found[i] && found[i].strongest >= 0;
+  return {
+    name: `Strongest expert of layer ${router.layer + 1}, ${router.name}`,
+    colour: (i) => (known(i) ? css(hue(found[i].strongest)) : "transparent"),
+    values: found.map((one, i) => (known(i) ? one.weights[one.strongest] / 255 : 0)),
+  };
 }
 
 function drawLane(context, style, lane, y, plot, toX) {

@@ -85,7 +85,12 @@ function ink(fill) {
 
 // A token's colour. Hue: the strongest expert. Saturation: the lower the entropy, the fuller.
 function chipFill(expert, entropy, dark = isDark()) {
-  return mix(dark ? [22, 27, 32] : [255, 255, 255], hue(expert, dark), 0.2 + 0.8 * (1 - clamp(entropy)) ** 0.5);
+  return faded(hue(expert, dark), entropy, dark);
+}
+
+// The higher the entropy, the closer to the page.
+function faded(colour, entropy, dark = isDark()) {
+  return mix(dark ? [22, 27, 32] : [255, 255, 255], colour, 0.2 + 0.8 * (1 - clamp(entropy)) ** 0.5);
 }
 
 function clamp(value) {

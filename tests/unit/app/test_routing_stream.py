@@ -14,9 +14,13 @@ from app.services.routing_stream import (
     RoutingRecord,
     RoutingRecords,
     fetch_projections,
+    fetch_router,
     fetch_routing,
+    fetch_similar,
 )
 from mole.chat.process import describe_routing, routing_bytes, short_names
+from mole.chat.reference import fit_map, reference_ids
+from mole.mixture.routing_map import hue_and_distance
 
 HALF = 0.5 / 255 + 1e-6
 MESSAGES = [{"role": "user", "content": "Convert 3 km to metres."}]
@@ -29,13 +33,14 @@ def recorded(tiny_adapter: Path) -> tuple[RoutingRecord, Any]:
     from mole.runs.targets import load_target
 
     loaded = load_target(str(tiny_adapter))
+    loaded.routing_map = fit_map(loaded, reference_ids(loaded))
     steps = stream(loaded, MESSAGES, ChatSettings(max_new_tokens=6))
     step = next(steps)
     routing = describe_routing(loaded, step)
     record = ROUTING_RECORDS.new(**routing)
-    record.extend(**routing_bytes(step, routing))
+    record.extend(**routing_bytes(step, routing, loaded.routing_map))
     for step in steps:
-        if added := routing_bytes(step, routing):
+        if added := routing_bytes(step, routing, loaded.routing_map):
             record.extend(**added)
     return record, step.trace
 
@@ -71,6 +76,55 @@ def test_an_opened_layer_gets_every_projections_own_weights(recorded: tuple[Rout
         assert sent["names"] == [name.rsplit(".", 1)[-1] for name in trace.modules]
         values = np.frombuffer(base64.b64decode(sent["weights"]), "<f4").reshape(len(trace.modules), -1)
         assert np.abs(values - expected.numpy()).max() <= HALF
+
+
+def test_a_chosen_router_gets_its_own_weights_for_every_token_and_later_for_new_ones(
+    recorded: tuple[RoutingRecord, Any],
+) -> None:
+    record, trace = recorded
+    assert record.meta["routers"][1] == [
+        name for name, layer in zip(record.names, record.layer_of, strict=True) if layer
+    ]
+    column = record.layer_of.index(1) + 1
+    for start in (0, 5):
+        sent = fetch_router([record.meta["id"], 1, record.names[column], start])
+        assert sent is not None and sent["at"] == start
+        values = unpacked(sent["weights"], len(trace) - start, trace.experts)
+        assert np.abs(values - trace.weights[start:, column].numpy()).max() <= HALF
+    assert fetch_router([record.meta["id"], 1, "no_proj", 0]) is None
+    assert fetch_router([record.meta["id"], 99, record.names[column], 0]) is None
+
+
+def test_the_most_similar_tokens_are_those_of_the_largest_cosine_of_all_weights(
+    recorded: tuple[RoutingRecord, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.services.routing_stream.ROWS", 4)  # compared in parts
+    record, trace = recorded
+    found = fetch_similar([record.meta["id"], 9])
+    vectors = trace.weights.flatten(1).double()
+    cosine = (vectors @ vectors[9]) / vectors.norm(dim=1) / vectors[9].norm()
+    cosine[9] = -1
+    assert found is not None and len(found) == 5 and found == sorted(found, key=lambda pair: -pair[1])
+    np.testing.assert_allclose([value for _, value in found], cosine.sort(descending=True).values[:5], atol=5e-3)
+    np.testing.assert_allclose([value for _, value in found], [cosine[int(other)] for other, _ in found], atol=5e-3)
+    assert fetch_similar([record.meta["id"], len(trace)]) is None and fetch_similar(["unknown", 0]) is None
+
+
+def test_each_token_has_its_place_on_the_map_and_the_weight_left_to_the_strongest(
+    recorded: tuple[RoutingRecord, Any], tiny_adapter: Path
+) -> None:
+    from mole.runs.targets import load_target
+
+    record, trace = recorded
+    loaded = load_target(str(tiny_adapter))  # as in another session
+    routing_map = fit_map(loaded, reference_ids(loaded))
+    assert routing_map is not None
+    places = hue_and_distance(routing_map.place(trace.modules, trace.weights)).numpy()
+    sent = unpacked(record.since(0)["hues"], len(trace), 2)
+    turn = np.abs(sent[:, 0] * 255 / 256 - places[:, 0])
+    assert np.minimum(turn, 1 - turn).max() <= 0.5 / 256 + 1e-6 and np.abs(sent[:, 1] - places[:, 1]).max() <= HALF
+    shares = (trace.weights.amax(-1) / trace.weights.sum(-1)).mean(1).numpy()
+    assert np.abs(unpacked(record.since(0)["strongest"], len(trace)) - shares).max() <= HALF
 
 
 def test_a_reply_or_a_token_that_is_not_there_is_none(recorded: tuple[RoutingRecord, Any]) -> None:
