@@ -3,12 +3,14 @@
 def test_something(page):                  # 1280 × 900; afterwards: nothing on the console, no request left the machine
 def test_two(open_page):                   # open_page(width=390) for every further browser, with a storage of its own
 
-A test that fails leaves `build/browser/<test>/`: of each page a screenshot, its HTML and its trace
-(`playwright show-trace trace-1.zip`), what they said on the console, and the logs of the servers.
+A test that fails leaves `build/browser/<test>/`: of each page a screenshot, its HTML and the trace of what was done to it
+(`playwright show-trace trace-1.zip`), what they said on the console, and the logs of the servers. With $MOLE_SNAPSHOTS
+the trace shows the page at each step, which takes every browser test an eighth longer.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator
@@ -112,7 +114,7 @@ class Windows:
 
     Attributes:
         browser: in which they are opened.
-        trace: what is done is recorded, which takes the pages some time.
+        trace: what is done is recorded.
         complaints: errors of the pages that are to have none, and their requests to elsewhere.
         console: what the pages said, with errors that nobody caught.
     """
@@ -132,7 +134,7 @@ class Windows:
         """
         context = self.browser.new_context(viewport={"width": width, "height": height})
         if self.trace:
-            context.tracing.start(snapshots=True)
+            context.tracing.start(snapshots="MOLE_SNAPSHOTS" in os.environ)
         context.add_init_script(LEAVING)
         context.add_init_script(CALLS)
         page = context.new_page()

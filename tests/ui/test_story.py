@@ -36,7 +36,7 @@ def start_training(studio: Studio, page: Page, data: Path, more: Path) -> None:
     expect(page.locator("#field-data-path-2 input")).to_have_value(re.compile("^more-"))
     page.fill("#field-data-path-2-weight input", "0.5")
     # So gently trained, the model still tells stories afterwards: a reply of one word would have no routing to watch.
-    for field, value in (("max_steps", "6"), ("per_device_train_batch_size", "4"), ("learning_rate", "0.0001")):
+    for field, value in (("max_steps", "4"), ("per_device_train_batch_size", "2"), ("learning_rate", "0.0001")):
         page.fill(f"#field-training-{field} input", value)
     page.fill("#field-adapter-num_experts textarea", "4")
     page.fill("#field-name textarea", "story")
@@ -57,7 +57,7 @@ def test_train_come_back_chat_and_see_the_routing_move(studio_with_model: Studio
     expect(page.locator("#train-run .name")).to_have_text("story")
     expect(page.locator("#train-run .load")).to_be_visible()
     expect(page.locator("#train-run .state")).to_have_text("finished", timeout=600_000)
-    expect(page.locator("#train-run .progress")).to_contain_text("Step 6 of 6")
+    expect(page.locator("#train-run .progress")).to_contain_text("Step 4 of 4")
     expect(page.locator("#train-run [data-tile=eval]")).not_to_have_text("–")
     assert int(page.locator("#train-run .heatmap").get_attribute("data-draws") or 0) > 1
 
