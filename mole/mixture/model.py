@@ -55,6 +55,7 @@ def add_peft_type(name: str) -> PeftType:
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)
+    type.__setattr__(PeftType, name, member)  # from Python 3.12 on, members are found as attributes only
     return member
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import pickle
 import subprocess
 import sys
 import weakref
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from adapting import TOKENS, adapt, layers_of, logits, settings, shake
-from peft import AutoPeftModelForCausalLM, PeftMixedModel, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftMixedModel, PeftModel, PeftType, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -115,6 +116,12 @@ def test_peft_knows_the_adapter_type_when_mole_is_imported_after_it() -> None:
     code = "import peft, mole; print(peft.PeftType('MOLE_STUDIO').name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "MOLE_STUDIO"
+
+
+def test_the_adapter_type_is_an_attribute_which_is_how_python_finds_it_from_3_12_on() -> None:
+    member = PeftType("MOLE_STUDIO")
+    assert vars(PeftType)["MOLE_STUDIO"] is member and PeftType["MOLE_STUDIO"] is member and member in PeftType
+    assert pickle.loads(pickle.dumps(member)) is member
 
 
 # ---------------------------------------------------------------------------------------------------------
