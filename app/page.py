@@ -40,7 +40,9 @@ HEADER = (
 MARK_ARRIVED = "() => { document.body.dataset.arrived = true; }"
 KEEP_TAB_IN_ADDRESS = """() => {
   if (!document.body.dataset.arrived) return;  // until then Gradio itself opens the first tab
-  const url = new URL(window.location); url.searchParams.set("tab", "%s"); history.replaceState(null, "", url); }"""
+  // Not the tab of the event: this may run late, when its answer was slow and another tab is shown by now.
+  const shown = document.querySelector("#tabs [role=tab][aria-selected=true]").dataset.tabId;
+  const url = new URL(window.location); url.searchParams.set("tab", shown); history.replaceState(null, "", url); }"""
 
 
 @dataclass
@@ -174,7 +176,7 @@ def wire_tabs(page: gr.Blocks, parts: PageParts, each: tuple[gr.Tab, ...]) -> No
 
     for name, tab in zip(TABS, each, strict=True):
         tab.select(enter(name), parts.given, parts.shown, queue=False, **QUIET)
-        tab.select(None, None, None, js=KEEP_TAB_IN_ADDRESS % name, **QUIET)
+        tab.select(None, None, None, js=KEEP_TAB_IN_ADDRESS, **QUIET)
     names = [parts.train.live.name, parts.runs.live.name]
     arrived = page.load(read_address, None, [*names, parts.runs.compared, parts.tabs, parts.ready], **QUIET)
     arrived.then(None, None, None, js=MARK_ARRIVED, **QUIET)

@@ -35,10 +35,22 @@ def test_every_tab_fits_its_window_and_needs_no_other_host(shared_studio: Studio
             assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+RECORD_ADDRESSES = """window.addresses = []; const replace = history.replaceState;
+    history.replaceState = (...given) => { addresses.push(String(given[2])); replace.apply(history, given); };
+"""
+ANSWER_TRAIN_LATE = """const fetched = window.fetch;  // holds the answer for the first tab until another is shown
+    window.fetch = async (...given) => {
+      const body = typeof given[1]?.body === "string" ? JSON.parse(given[1].body) : {};
+      const asking = window.gradio_config?.components.find(({ id }) => id === body.trigger_id);
+      const answer = await fetched(...given);
+      while (asking?.props.label === "Train" && !addresses.length) await new Promise((done) => setTimeout(done, 20));
+      return answer;
+    };"""
+
+
 def test_the_address_tells_the_tab_at_any_moment(shared_studio: Studio, page: Page) -> None:
     """Whoever reloads, or copies the address, before the page has come to rest gets the same tab."""
-    page.add_init_script("""window.addresses = []; const replace = history.replaceState;
-        history.replaceState = (...given) => { addresses.push(String(given[2])); replace.apply(history, given); }""")
+    page.add_init_script(RECORD_ADDRESSES)
     shared_studio.open(page, "tab=runs")
     expect(page.locator("#run-list")).to_be_visible()
     assert all("tab=runs" in address for address in page.evaluate("addresses"))
@@ -46,6 +58,13 @@ def test_the_address_tells_the_tab_at_any_moment(shared_studio: Studio, page: Pa
     page.wait_for_url("**/?tab=chat*")
     page.reload()
     expect(page.locator("#message")).to_be_visible()
+
+
+def test_a_late_answer_for_another_tab_leaves_the_address(shared_studio: Studio, page: Page) -> None:
+    page.add_init_script(RECORD_ADDRESSES + ANSWER_TRAIN_LATE)
+    shared_studio.open(page, "tab=runs")
+    page.wait_for_function("addresses.length === 2")  # of the tab that is shown, and of the late answer
+    assert all("tab=runs" in address for address in page.evaluate("addresses"))
 
 
 def test_each_router_shows_its_own_fields_only(shared_studio: Studio, page: Page) -> None:
