@@ -10,10 +10,10 @@ from typing import Any
 from app import settings
 from app.services.listing import LISTING
 from mole import runs
-from mole.analysis.atlas.comparison import compare_atlases
+from mole.analysis.atlas.comparison import as_json
 from mole.analysis.atlas.job import AtlasJob
 from mole.analysis.atlas.page import atlas_page
-from mole.analysis.atlas.stored import FORMAT, read_atlas
+from mole.analysis.atlas.stored import read_atlas
 from mole.core.errors import InputError, MoleError
 
 DEMO = "demo"
@@ -51,19 +51,8 @@ def read_kept(key: str) -> dict[str, Any]:
     return AtlasJob(runs.get(name), int(number)).atlas()
 
 
-def compared(atlases: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One atlas, or two and their comparison. Raises `InputError` if two are not of the same rows, or damaged."""
-    try:
-        comparison = compare_atlases(*atlases) if len(atlases) == 2 else None
-    except (KeyError, IndexError, TypeError, AttributeError):  # a file in a run's folder may be anyone's
-        raise InputError("One of the two atlases is damaged; compute it again.", field="atlas") from None
-    return {"atlases": list(atlases), "comparison": comparison}
-
-
 def exported(atlases: Sequence[dict[str, Any]], suffix: str) -> str:
-    """The content of the file that `mole atlas --html` or `--json` writes. Raises `InputError` as `compared` does."""
-    values = compared(atlases)
+    """The content of the file that `mole atlas --html` or `--json` writes. Raises as `side_by_side` does."""
     if suffix == "html":
         return atlas_page(atlases)
-    whole = {"format": FORMAT, **values} if len(atlases) == 2 else atlases[0]
-    return json.dumps(whole, ensure_ascii=False, indent=1) + "\n"
+    return json.dumps(as_json(atlases), ensure_ascii=False, indent=1) + "\n"

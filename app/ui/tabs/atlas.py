@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.services.atlases import atlas_choices, compared, exported, read_kept
+from app.services.atlases import atlas_choices, exported, read_kept
 from app.services.chat_targets import run_targets
 from app.ui.panels.evaluation import evaluation_data
 from app.ui.wiring import QUIET, click_on, run_or_warn, toast_text
@@ -19,6 +19,7 @@ from app.views.atlas import atlas_value, atlas_view
 from app.views.jobs import job_list
 from app.views.problem import problem_value, problem_view
 from mole import runs
+from mole.analysis.atlas.comparison import side_by_side
 from mole.analysis.atlas.inputs_process import begin_atlas
 from mole.analysis.atlas.job import AtlasJob, list_atlases
 from mole.core.errors import ConfigError, InputError, MoleError, RunError
@@ -275,24 +276,24 @@ def pause_atlas_tab() -> list[Any]:
 def show_atlases(first: str | None, second: str | None) -> tuple[Any, dict[str, Any]]:
     """The chosen atlas, or two side by side; and the problem, or none."""
     try:
-        return atlas_value(read_chosen([first, second])), problem_value()
+        atlases = read_chosen([first, second])
+        return atlas_value(side_by_side(atlases) if atlases else None), problem_value()
     except MoleError as error:
         return None, problem_value(str(error), "atlas-first")
 
 
-def read_chosen(keys: Sequence[str | None]) -> dict[str, Any] | None:
-    """The atlases of one key or two, as the view takes them. Raises `InputError`."""
-    chosen = list(dict.fromkeys(filter(None, keys)))
-    return compared([read_kept(key) for key in chosen]) if chosen else None
+def read_chosen(keys: Sequence[str | None]) -> list[dict[str, Any]]:
+    """The atlases of one key or two; empty if none is chosen. Raises `InputError`."""
+    return [read_kept(key) for key in dict.fromkeys(filter(None, keys))]
 
 
 def export(keys: Sequence[str | None], suffix: str) -> str:
     """The chosen atlases as a file in Gradio's folder of downloads, which Gradio cleans up."""
     try:
-        shown = read_chosen(keys)
-        if shown is None:
+        atlases = read_chosen(keys)
+        if not atlases:
             raise InputError("Choose an atlas first.", field="atlas")
-        text = exported(shown["atlases"], suffix)
+        text = exported(atlases, suffix)
     except MoleError as error:
         raise gr.Error(toast_text(str(error)), title="Not exported", print_exception=False) from None
     folder = Path(gr.utils.get_upload_folder()) / "exports" / secrets.token_hex(8)

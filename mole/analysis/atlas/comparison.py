@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from mole.analysis.atlas.stored import FORMAT
 from mole.core.errors import InputError
 
 SAME = ("sha256", "rows", "seed")
 """What two atlases have in common when they are of the same rows."""
+
+
+def side_by_side(atlases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One atlas, or two and their comparison. Raises `InputError` if two are not of the same rows, or damaged."""
+    try:
+        comparison = compare_atlases(*atlases) if len(atlases) == 2 else None
+    except (KeyError, IndexError, TypeError, AttributeError):  # a file in a run's folder may be anyone's
+        raise InputError("One of the two atlases is damaged; compute it again.", field="atlas") from None
+    return {"atlases": list(atlases), "comparison": comparison}
+
+
+def as_json(atlases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `mole atlas --json` writes: an atlas, or two and their comparison. Raises as `side_by_side` does."""
+    return atlases[0] if len(atlases) == 1 else {"format": FORMAT, **side_by_side(atlases)}
 
 
 def compare_atlases(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

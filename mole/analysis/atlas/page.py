@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mole.analysis.atlas.comparison import compare_atlases
+from mole.analysis.atlas.comparison import side_by_side
 from mole.core import files
 
 PARTS = Path(__file__).parent / "html"
@@ -27,8 +27,7 @@ def atlas_page(atlases: Sequence[dict[str, Any]]) -> str:
     Texts of the data stand in the page as JSON, in which nothing ends the element they are in, and the script writes
     them as text only.
     """
-    comparison = compare_atlases(*atlases) if len(atlases) == 2 else None
-    data = json.dumps({"atlases": list(atlases), "comparison": comparison}, ensure_ascii=True)
+    data = json.dumps(side_by_side(atlases), ensure_ascii=True)
     parts = {
         "TITLE": html.escape(" and ".join(str(atlas["target"]) for atlas in atlases)),
         "STYLE": read_part("page.css") + read_part("atlas.css"),

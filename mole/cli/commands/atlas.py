@@ -10,10 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from mole.analysis.atlas import job as atlas_job
-from mole.analysis.atlas.comparison import compare_atlases
+from mole.analysis.atlas.comparison import as_json
 from mole.analysis.atlas.corpus import Corpus, read_corpus
 from mole.analysis.atlas.page import atlas_page
-from mole.analysis.atlas.stored import FORMAT
 from mole.cli.commands.chat import given_device, load_with_notice
 from mole.cli.console import check_writable, print_table, save_text, write_json
 from mole.core.devices import physical_device
@@ -57,12 +56,11 @@ def atlas_command(options: argparse.Namespace) -> None:
             raise InputError(line, field="target")
     corpora = [read_corpus(options.data, columns_for(target, options), options.limit, by) for target in targets]
     atlases = [atlas_of(target, corpus, by, options) for target, corpus in zip(targets, corpora, strict=True)]
-    comparison = compare_atlases(*atlases) if options.versus else None
+    written = as_json(atlases)  # refuses two that cannot be compared
     for atlas in atlases:
         print_summary(atlas)
     if options.json:
-        both = {"format": FORMAT, "atlases": atlases, "comparison": comparison}
-        write_json(options.json, both if comparison else atlases[0])
+        write_json(options.json, written)
     if options.html:
         save_text(options.html, atlas_page(atlases))
 
