@@ -5,7 +5,7 @@ def test_two(open_page):                   # open_page(width=390) for every furt
 
 A test that fails leaves `build/browser/<test>/`: of each page a screenshot, its HTML and the trace of what was done
 (`playwright show-trace trace-1.zip`), what they said on the console, and the logs of the servers. With $MOLE_SNAPSHOTS
-the trace shows the page at each step, which takes every browser test an eighth longer.
+the trace shows the page at each step, which takes every browser test a tenth longer.
 """
 
 from __future__ import annotations

@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 from browsing import quiet
 from playwright.sync_api import Page, expect
-from run_configs import run_config
+from run_configs import finished_run
 from serving import Studio, free_port, serve, studio_command
-
-from mole import runs
-from mole.training import worker
 
 pytestmark = pytest.mark.ui
 SKILLS = ("units", "sorting", "tone")
@@ -27,12 +24,9 @@ def studio(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Itera
     data = home / "rows.jsonl"
     rows = [{"prompt": f"Say {n}", "completion": str(n), "skill": SKILLS[n % 3]} for n in range(12)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = {"adapter.num_experts": 2, "adapter.r": 2, "training.max_steps": 2, "data.eval_path": str(data)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOLE_HOME", str(home))
-        run = runs.create(run_config("alpha", base=tiny_folder, data=data, **settings))
-        runs.enqueue(run)
-        worker.perform(run)
+        finished_run("alpha", tiny_folder, data, experts=2, **{"data.eval_path": str(data)})
     port = free_port()
     with serve(studio_command(port), port, home) as running:
         yield running

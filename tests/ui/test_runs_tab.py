@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
+from run_configs import finished_run
 from serving import Studio, free_port, serve, studio_command
 
 from mole import runs
-from mole.config import RunConfig
-from mole.training import worker
 
 pytestmark = pytest.mark.ui
 ROWS = 12
@@ -26,18 +25,8 @@ def train(home: Path, tiny_folder: Path) -> runs.Run:
     """A real run of two steps on the tiny model, with its checkpoint."""
     data = home / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"Say {n}", "completion": str(n)}) + "\n" for n in range(ROWS)))
-    config = {
-        "name": "alpha",
-        "model": {"name": str(tiny_folder), "device": "cpu", "dtype": "float32"},
-        "data": {"path": str(data), "eval_fraction": 0.2},
-        "adapter": {"router": "topk", "num_experts": 2, "r": 2},
-        "training": {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1},
-    }
-    run = runs.create(RunConfig.from_dict(config))
-    runs.enqueue(run)
-    worker.perform(run)
-    assert run.state == "finished"
-    return run
+    settings = {"data.eval_fraction": 0.2, "training.max_steps": 2, "training.save_steps": 1}
+    return finished_run("alpha", tiny_folder, data, experts=2, **settings)
 
 
 def copy(run: runs.Run, name: str, *, group: str | None = None, failed: bool = False, **made: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from playwright._impl._driver import compute_driver_executable
+from run_configs import finished_run
 
-from mole import runs
 from mole.analysis.atlas import job as atlas_job
 from mole.analysis.atlas.comparison import compare_atlases
 from mole.analysis.atlas.corpus import read_corpus
@@ -23,13 +23,11 @@ from mole.analysis.atlas.job import AtlasJob
 from mole.analysis.atlas.page import atlas_page
 from mole.analysis.atlas.stored import read_atlas
 from mole.cli.parser import main
-from mole.config import RunConfig
 from mole.core import checkpoint
 from mole.core.errors import DataError, InputError, RunError
 from mole.models.adapter_files import WEIGHTS
 from mole.runs.recorded_job import ALIVE
 from mole.runs.run import Run
-from mole.training import worker
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE = 240
@@ -46,18 +44,8 @@ def data(tmp_path: Path) -> str:
 
 @pytest.fixture
 def run(home: Path, tiny_folder: Path, data: str) -> Run:
-    """A finished run of three steps, with checkpoints at steps 2 and 3."""
-    config = {
-        "name": "tiny",
-        "model": {"name": str(tiny_folder), "device": "cpu", "dtype": "float32"},
-        "data": {"path": data, "eval_fraction": 0.0},
-        "adapter": {"router": "topk", "num_experts": 3, "r": 2},
-        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 2, "learning_rate": 0.05},
-    }
-    made = runs.create(RunConfig.from_dict(config))
-    runs.enqueue(made)
-    worker.perform(made)
-    return made
+    """Its checkpoints are those of steps 2 and 3."""
+    return finished_run("tiny", tiny_folder, Path(data), experts=3)
 
 
 def ended(job: AtlasJob) -> dict[str, Any]:

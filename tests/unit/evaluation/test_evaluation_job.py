@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_configs import finished_run
 
 from mole import runs
 from mole.config import ModelConfig, RunConfig
@@ -22,7 +23,6 @@ from mole.evaluation import job as evaluation_job
 from mole.evaluation.job import Evaluation
 from mole.runs import recorded_job
 from mole.runs.run import Run
-from mole.training import worker
 
 QUESTIONS = [("Convert 3 km to metres.", "3000 m"), ("Sort: pear, apple, fig.", "apple, fig, pear"), ("Rude?", "yes")]
 PATIENCE = 240
@@ -38,19 +38,8 @@ def data(tmp_path: Path) -> str:
 
 @pytest.fixture
 def run(home: Path, tiny_folder: Path, data: str) -> Run:
-    """A finished run of three steps, with checkpoints at steps 2 and 3."""
-    config = {
-        "name": "tiny",
-        "model": {"name": str(tiny_folder), "device": "cpu", "dtype": "float32"},
-        "data": {"path": data, "eval_fraction": 0.0},
-        "adapter": {"router": "topk", "num_experts": 2, "r": 2},
-        "training": {"max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 2, "learning_rate": 0.05},
-    }
-    made = runs.create(RunConfig.from_dict(config))
-    runs.enqueue(made)
-    worker.perform(made)
-    assert made.state == "finished"
-    return made
+    """Its checkpoints are those of steps 2 and 3."""
+    return finished_run("tiny", tiny_folder, Path(data), experts=2)
 
 
 def wait_for(evaluation: Evaluation, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
