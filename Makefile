@@ -5,6 +5,7 @@ HOST ?= 127.0.0.1
 PORT ?= 7860
 # transformers comes along, because a newer one refuses the oldest PEFT
 OLDEST := peft==0.19.0 transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.16.0
+OLDEST_TORCH := torch==2.8.0
 WITH_OLDEST := unit/mixture/test_model.py unit/mixture/test_mole_config.py unit/mixture/test_target_modules.py \
   unit/models/test_peft_patterns.py parity/test_layer.py
 
@@ -20,7 +21,7 @@ PARALLEL = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run install model test test-unit test-peft test-peft-short test-peft-oldest soak bench \
+.PHONY: help run install model test test-unit test-peft test-peft-short test-peft-oldest test-oldest soak bench \
   audit lint format browser clean
 .DELETE_ON_ERROR:
 
@@ -69,6 +70,11 @@ test-peft-oldest: $(VENV)/.dev ## run the adapter's tests with the oldest PEFT t
 	$(PIP) install -q --no-deps --upgrade --target build/oldest $(OLDEST)
 	PYTHONPATH=build/oldest $(BIN)/python -c 'import peft; print("PEFT", peft.__version__)' | grep -F 0.19.0
 	PYTHONPATH=build/oldest $(PARALLEL) $(addprefix tests/,$(WITH_OLDEST))
+
+test-oldest: $(VENV)/.dev ## run the unit and parity tests with the oldest torch that is supported
+	$(PIP) install -q --no-compile --upgrade --target build/oldest-torch $(OLDEST_TORCH)
+	PYTHONPATH=build/oldest-torch $(BIN)/python -c 'import torch; print("torch", torch.__version__)' | grep -F 2.8.0
+	PYTHONPATH=build/oldest-torch $(PARALLEL) -m "not soak and not timed" tests/unit tests/parity
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check .
