@@ -26,6 +26,9 @@ SIGNS = ("/dev/nvidia0", "/proc/driver/nvidia/gpus", "/dev/dxg", "/dev/kfd")
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables of torch's allocator, the newer name first; from 2.9 on the older one brings a warning."""
 
+ZEROGPU = "SPACES_ZERO_GPU"
+"""Environment variable: true on a Hugging Face Space with ZeroGPU."""
+
 
 class Gpu(NamedTuple):
     """A GPU as `nvidia-smi` lists it: the system's number, its UUID, product name and bytes of memory."""
@@ -118,6 +121,19 @@ def is_restricted() -> bool:
 
 # ---------------------------------------------------------------------------------------------------------
 # What there is
+
+
+def on_zerogpu() -> bool:
+    """Whether this is a Space with ZeroGPU: a function of the studio gets a GPU for a call, in a fork made for it."""
+    return os.environ.get(ZEROGPU, "").lower() in ("1", "t", "true")
+
+
+def borrows_gpus() -> bool:
+    """Whether functions of this process get a GPU for a call: it has imported `spaces`, which shows `cuda` until then.
+
+    That is the studio's process and its forks; what they start as a program sees the GPUs that there are.
+    """
+    return on_zerogpu() and "spaces" in sys.modules
 
 
 @functools.cache
