@@ -95,7 +95,7 @@ def test_a_new_home_is_its_user_s_alone(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_home_that_is_shared_stays_shared(home: Path) -> None:
-    """As docs/usage.md says: a folder of the group, in which new folders belong to the group as well."""
+    """As docs/runs.md says: a folder of the group, in which new folders belong to the group as well."""
     home.chmod(0o2770)
     os.umask(0o007)
     run = finished_run("ours")

@@ -165,8 +165,8 @@ def test_training_and_chat_need_no_mouse(
 
 def test_the_script_in_the_documentation_trains_watches_and_chats(studio: Studio, tiny_folder: Path) -> None:
     """As it stands but for the address, and a tiny base model: the default one is trained in test_story.py."""
-    usage = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
-    (script,) = [block for block in usage.split("```python\n") if "gradio_client" in block]
+    page = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    (script,) = [block for block in page.split("```python\n") if "gradio_client" in block]
     config, tiny = "config = {", f"config = {{'model': {{'name': {str(tiny_folder)!r}, 'device': 'cpu'}},"
     assert script.count(config) == script.count("http://127.0.0.1:7860") == 1
     code = script.partition("```")[0].replace(config, tiny).replace("http://127.0.0.1:7860", studio.url)
