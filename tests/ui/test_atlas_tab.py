@@ -26,7 +26,8 @@ def studio(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Itera
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOLE_HOME", str(home))
-        finished_run("alpha", tiny_folder, data, experts=2, **{"data.eval_path": str(data)})
+        settings = {"adapter.router": "dynmole", "data.eval_path": str(data)}
+        finished_run("alpha", tiny_folder, data, experts=2, **settings)
     port = free_port()
     with serve(studio_command(port), port, home) as running:
         yield running
