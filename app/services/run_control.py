@@ -54,6 +54,12 @@ def delete_for_good(name: str) -> None:
     runs.delete(runs.get(name))
 
 
+def import_archive(path: str) -> tuple[Run, list[str]]:
+    """Take an exported run back; a taken name gets a number. See `mole.runs.import_run`."""
+    settings.forbid_on_space()
+    return runs.import_run(path, number=True)
+
+
 def move_in_queue(name: str, by: int) -> None:
     """Move a waiting run by so many places; −1 is one place nearer to its start."""
     settings.forbid_on_space()

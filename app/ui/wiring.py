@@ -32,12 +32,12 @@ def click_on(elem_id: str) -> str:
     return f'() => document.querySelector("#{elem_id}").click()'
 
 
-def run_or_warn(action: Callable[[], _T]) -> _T | None:
+def run_or_warn(action: Callable[[], _T], title: str = "Not done") -> _T | None:
     """Run an action; a `MoleError` becomes a warning on the page, and the result None."""
     try:
         return action()
     except MoleError as error:
-        gr.Warning(toast_text(str(error)), title="Not done")
+        gr.Warning(toast_text(str(error)), title=title)
         return None
 
 

@@ -279,7 +279,7 @@ def add_atlas(parts: Any) -> None:
 
 
 def add_runs(parts: Any) -> None:
-    parts = add_group(parts, "runs", "List, show, queue, stop, resume, continue, delete and export runs.")
+    parts = add_group(parts, "runs", "List, show, queue, stop, resume, continue, delete, export and import runs.")
     command = add_command(parts, "list", runs.list_runs_command, "List all runs.")
     command.add_argument("--json", action="store_true", help="Print JSON.")
     command = add_run(parts, "show", runs.show_run_command, "Show a run's state, metrics and settings.")
@@ -303,10 +303,12 @@ def add_runs(parts: Any) -> None:
     add_continue(parts)
     command = add_run(parts, "delete", runs.delete_run_command, "Delete a run's folder.")
     command.add_argument("--yes", action="store_true", help="Do not ask for confirmation.")
-    command = add_run(
-        parts, "export", runs.export_run_command, "Copy the adapter, run.yaml and events to a folder or .zip file."
-    )
+    summary = "Copy a finished run, without its checkpoints, to a folder or .zip file."
+    command = add_run(parts, "export", runs.export_run_command, summary)
     command.add_argument("dest", metavar="DEST", help="A new folder, or a new .zip file.")
+    command = add_command(parts, "import", runs.import_run_command, "Take an exported run back, here or elsewhere.")
+    command.add_argument("source", metavar="FOLDER", help="The folder or .zip file that `mole runs export` wrote.")
+    command.add_argument("--name", help="The run's name here (default: its own).")
 
 
 def add_continue(parts: Any) -> None:

@@ -50,6 +50,9 @@ PATTERN_WORK = 2_000_000
 
 UPLOAD_BYTES = 1 << 30
 """Bytes of an upload."""
+ARCHIVE_FILES = 10_000
+ARCHIVE_BYTES = 64 << 30
+"""Files of an exported run, and their bytes once unpacked."""
 UPLOADS = 200
 """Uploads kept on disk."""
 REQUEST_BYTES = 8 << 20

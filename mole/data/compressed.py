@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-from mole.core import limits
+from mole.core import limits, zips
 from mole.core.errors import DataError
 
 SUFFIXES = (".gz", ".zip")
-ZIP_TAIL = (1 << 16) + 22
-"""The end of a zip file that holds the record of how many files are in it."""
 ZIP_FILES = 1000
 """Files in a zip, those that are not data included."""
 
@@ -40,14 +38,8 @@ def decompressed(opened: BinaryIO, file: Path) -> Iterator[tuple[IO[bytes], str]
 
 def check_zip(opened: BinaryIO, file: Path) -> None:
     """Raise `DataError` for a zip with too many files: reading their list would take the memory."""
-    opened.seek(0, 2)
-    opened.seek(max(opened.tell() - ZIP_TAIL, 0))
-    tail = opened.read()
-    record = tail[tail.rfind(b"PK\x05\x06") :]
-    count, size = int.from_bytes(record[10:12], "little"), int.from_bytes(record[12:16], "little")
-    if record[:2] == b"PK" and (count > ZIP_FILES or size > ZIP_FILES << 10):
+    if (count := zips.count_files(opened, ZIP_FILES)) > ZIP_FILES:
         raise DataError(f"{file} has {count} files or more in it; give a zip with one data file.")
-    opened.seek(0)
 
 
 def only_member(archive: zipfile.ZipFile, file: Path) -> zipfile.ZipInfo:

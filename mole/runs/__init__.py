@@ -1,10 +1,11 @@
-"""A run's life on disk: its folder, events and state; creating, finding and exporting; the queue; grids; targets.
+"""A run's life on disk: folder, events and state; creating, finding, export and import; the queue; grids; targets.
 
 A run is a folder and nothing else knows about it: no database, no server. No torch.
 """
 
 from mole.core.names import check_name
 from mole.core.paths import device_lock_path, home, runs_dir
+from mole.runs.archive import export, import_run
 from mole.runs.inputs import check_inputs
 from mole.runs.queue import (
     QUEUE_LIMIT,
@@ -24,7 +25,7 @@ from mole.runs.queue import (
     wake_queued,
 )
 from mole.runs.run import STATES, Run
-from mole.runs.store import absolute, create, delete, export, get, list_runs
+from mole.runs.store import absolute, create, delete, get, list_runs
 from mole.runs.targets import load_target, locate
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "export",
     "get",
     "home",
+    "import_run",
     "list_runs",
     "load_target",
     "locate",

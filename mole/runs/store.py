@@ -1,4 +1,4 @@
-"""Creating, finding, deleting and exporting runs. There is no database: a run is a folder of `runs_dir()`. No torch."""
+"""Creating, finding and deleting runs. There is no database: a run is a folder of `runs_dir()`. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,8 +16,7 @@ from mole.config import ModelConfig, RunConfig
 from mole.core import checkpoint, files
 from mole.core.errors import BusyError, RunError, writing
 from mole.core.names import MAX_BYTES, check_name
-from mole.core.paths import home, local_path, make_folder, restrict, runs_dir
-from mole.core.text import one_line
+from mole.core.paths import home, make_folder, restrict, runs_dir
 from mole.runs.run import Run, creation_facts
 
 
@@ -41,14 +39,14 @@ def create(config: RunConfig, *, number: bool = False, fill: Callable[[Run], Non
         config = dataclasses.replace(config, name=check_name(config.name))
     if config.group is not None:
         config = dataclasses.replace(config, group=check_name(config.group, "group", "group"))
-    for name in _names(config, number):
+    for name in names_to_try(config, number):
         if not (runs_dir() / name).exists() and (run := _claim(name, config, fill, facts)):
             return run
     raise RunError(f"There is a run called {config.name!r} already; choose another name or delete it.", field="name")
 
 
-def _names(config: RunConfig, number: bool) -> Iterator[str]:
-    """The names to try, in order."""
+def names_to_try(config: RunConfig, number: bool) -> Iterator[str]:
+    """The names that a new run may get, in order; with `number`, a number is added to one that is taken."""
     if config.name is not None:
         yield config.name
         if not number:
@@ -153,41 +151,3 @@ def delete(run: Run) -> None:
         run.path.rename(runs_dir() / f".deleted-{run.name}-{secrets.token_hex(4)}")
     for leftover in runs_dir().glob(".deleted-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def export(run: Run, dest: str | os.PathLike[str]) -> Path:
-    """Copy a finished run's adapter, `run.yaml` and events to a new folder `dest`, or to a new file if it ends in .zip.
-
-    Returns the path written. Raises `RunError` when there is no adapter yet or `dest` exists, `CheckpointError` when
-    the adapter does not verify.
-    """
-    target = local_path(os.fspath(dest)).absolute()
-    if not files.is_file(run.adapter_dir / checkpoint.MANIFEST):
-        raise RunError(f"The run {run.name} is {run.state} and has no adapter yet; export it when it has finished.")
-    try:
-        if target.exists() or target.is_symlink():
-            raise RunError(f"{target} exists already; choose a new path.", field="dest")
-        if not target.parent.is_dir():
-            raise RunError(f"{target.parent} is not a folder; make it first.", field="dest")
-        target.with_name(f".{target.name}-12345678").exists()
-    except (OSError, ValueError) as error:
-        raise RunError(f"{target} cannot be written: {one_line(error)}.", field="dest") from None
-    checkpoint.verify(run.adapter_dir)
-    files.check_tree(run.path)
-    exported = [path for path in run.adapter_dir.rglob("*") if path.is_file()] + [run.config_path, run.events_path]
-    aside = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    try:
-        if target.suffix == ".zip":
-            with zipfile.ZipFile(aside, "x", zipfile.ZIP_DEFLATED) as archive:
-                for path in exported:
-                    archive.write(path, path.relative_to(run.path))
-        else:
-            for path in exported:
-                copy = aside / path.relative_to(run.path)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
-        aside.rename(target)
-    except BaseException:
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
-        raise
-    return target

@@ -187,6 +187,26 @@ def test_export_downloads_a_zip_of_the_finished_run(studio: Studio, page: Page, 
     expect(page.locator("#runs-export")).to_have_count(0)
 
 
+def import_file(page: Page, path: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.click("#runs-import")
+    chooser.value.set_files(path)
+
+
+def test_an_export_is_imported_beside_the_run_it_was_made_of(studio: Studio, page: Page, tmp_path: Path) -> None:
+    shutil.make_archive(str(tmp_path / "alpha"), "zip", studio.home / "runs" / "alpha")  # with checkpoints and log
+    studio.open(page, "tab=runs&run=hapless")
+    import_file(page, tmp_path / "alpha.zip")
+    expect(page.locator("#runs-run .name")).to_have_text("alpha-2")
+    expect(page.locator(".toast-body")).to_contain_text("is no part of an export and was left out")
+    expect(row(page, "alpha-2")).to_contain_text("finished")
+    (tmp_path / "other.zip").write_text("no zip")
+    import_file(page, tmp_path / "other.zip")
+    expect(page.locator(".toast-wrap")).to_contain_text("other.zip cannot be unpacked: File is not a zip file.")
+    shutil.rmtree(studio.home / "runs" / "alpha-2")  # the other tests count the runs
+    expect(row(page, "alpha-2")).to_have_count(0)
+
+
 def test_the_settings_and_the_log_of_the_chosen_run_are_there_to_copy(studio: Studio, page: Page) -> None:
     studio.open(page, "tab=runs&run=beta")
     page.get_by_role("button", name="Settings (run.yaml)").click()

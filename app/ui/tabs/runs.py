@@ -13,14 +13,15 @@ import gradio as gr
 
 from app import settings
 from app.services.listing import LISTING, ListCursor, file_stamp
-from app.services.run_control import delete_for_good
+from app.services.run_control import delete_for_good, import_archive
 from app.ui.panels.evaluation import EvaluationPanel, build_evaluation, evaluation_data, refresh_evaluations
 from app.ui.panels.live import ACTIVE_STATES, LivePanel, build_live, show_live
-from app.ui.wiring import QUIET, click_on, toast_text
+from app.ui.wiring import QUIET, click_on, run_or_warn, toast_text
 from app.views.run_list import run_list
 from mole import runs
 from mole.core import checkpoint
 from mole.core.errors import MoleError, RunError
+from mole.runs.archive import left_out_note
 
 LOG_BYTES = 16_000
 LIST_POLL_SECONDS = 2.0
@@ -105,7 +106,12 @@ def build_runs_tab() -> RunsTab:
     timer = gr.Timer(LIST_POLL_SECONDS, active=False)
     with gr.Row(elem_classes="two-columns"):
         with gr.Column(scale=11, min_width=320, elem_classes="card"):
-            gr.Markdown("## Runs", elem_classes="heading")
+            with gr.Row(elem_classes="heading-row"):
+                gr.Markdown("## Runs", elem_classes="heading")
+                upload = gr.UploadButton(
+                    "Import a run", size="sm", file_types=[".zip"], scale=0, min_width=130, elem_id="runs-import",
+                    visible=not settings.space_id(),
+                )  # fmt: skip
             rows = run_list(elem_id="run-list")
         with gr.Column(scale=12, min_width=320, elem_classes="card"):
             live = build_live("runs")
@@ -120,6 +126,8 @@ def build_runs_tab() -> RunsTab:
     tab = RunsTab(live, rows, log, gr.State(RunsShown()), gr.State([]), timer, actions, evaluation)
     wire_list(tab)
     wire_actions(tab)
+    imported = upload.upload(import_zip, upload, [live.name, actions.confirm], api_visibility="private")
+    imported.then(show_live, live.name, live.shown, **QUIET).then(refresh_runs, tab.given, tab.shown, **QUIET)
     return tab
 
 
@@ -280,6 +288,17 @@ def delete_chosen(name: str) -> tuple[str, Any]:
         gr.Warning(toast_text(str(error)), title="Not deleted")
         return name, gr.Row(visible=False)
     return "", gr.Row(visible=False)
+
+
+def import_zip(path: str) -> tuple[Any, Any]:
+    """Take an uploaded export back; returns the name of the run, and a hidden confirmation about another one."""
+    done = run_or_warn(lambda: import_archive(path), title="Not imported")
+    if done is None:
+        return gr.skip(), gr.skip()
+    run, left_out = done
+    if left_out:
+        gr.Info(toast_text(left_out_note(left_out)), title="Not all of it was taken")
+    return run.name, gr.Row(visible=False)
 
 
 def export_zip(name: str) -> str:

@@ -1,4 +1,4 @@
-"""`mole runs …`: list, show, queue, compare, stop, resume, continue, delete and export runs."""
+"""`mole runs …`: list, show, queue, compare, stop, resume, continue, delete, export and import runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mole import runs
 from mole.cli.commands.train import run_in_foreground
 from mole.cli.console import created_text, metric_text, print_table, steps_text
 from mole.core.errors import InputError
+from mole.runs.archive import left_out_note
 
 
 def list_runs_command(options: argparse.Namespace) -> None:
@@ -151,9 +152,17 @@ def delete_run_command(options: argparse.Namespace) -> None:
 
 
 def export_run_command(options: argparse.Namespace) -> None:
-    """Copy a run's adapter, run.yaml and events to a folder or .zip file."""
+    """Copy a finished run, without its checkpoints, to a folder or .zip file."""
     run = runs.get(options.run)
     path = runs.export(run, options.dest)
-    print(f"Wrote the adapter, run.yaml and events.jsonl of {run.name} to {path}.")
+    print(f"Wrote {run.name} to {path}, without its checkpoints. Take it back: mole runs import {path}")
     if path.is_dir():
         print(f"Chat: mole chat {path / 'adapter'}")
+
+
+def import_run_command(options: argparse.Namespace) -> None:
+    """Take an exported run into this home."""
+    run, left_out = runs.import_run(options.source, options.name)
+    if left_out:
+        print(f"Note: {left_out_note(left_out)}", file=sys.stderr)
+    print(f"Imported the run {run.name}. Chat: mole chat {run.name}")

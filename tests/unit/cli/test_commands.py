@@ -274,7 +274,7 @@ def test_export_says_what_it_wrote_and_overwrites_nothing(mole: Mole) -> None:
     checkpoint.write_folder(run.adapter_dir, lambda folder: (folder / "x").write_text("x") and None, step=3)
     answer = mole("runs", "export", "demo", "out")
     assert answer.code == 0
-    assert str(Path("out").absolute()) in answer.out
+    assert f"mole runs import {Path('out').absolute()}" in answer.out
     refused(mole("runs", "export", "demo", "out"), "exists already")
 
 
@@ -496,6 +496,10 @@ def test_train_chat_eval_and_export_in_a_row(
 
     assert mole("runs", "export", "demo", "out").code == 0
     assert mole("chat", "out/adapter", "--prompt", "say yes", "--max-new-tokens", "4").out == plain.out
+    taken = mole("runs", "import", "out", "--name", "back")
+    assert taken == (0, "Imported the run back. Chat: mole chat back\n", "")
+    assert mole("chat", "back", "--prompt", "say yes", "--max-new-tokens", "4").out == plain.out
+    refused(mole("runs", "import", "out"), "There is a run called 'demo' already; choose another name")
     again = mole("train", "--config", str(run.config_path), "--steps", "1", "--detach")
     assert (again.code, again.out) == (0, "demo-2\n")
     runs.stop(runs.get("demo-2"))

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import unicodedata
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from hypothesis import strategies as st
 from mole import runs
 from mole.config import RunConfig
 from mole.core import checkpoint, locks
-from mole.core.errors import BusyError, CheckpointError, RunError
+from mole.core.errors import BusyError, RunError
 from mole.runs import queue
 from mole.runs.run import Run
 
@@ -390,33 +389,6 @@ def test_a_run_in_use_is_not_deleted(home: Path) -> None:
     with run.lock(), pytest.raises(RunError, match="demo is running; stop it first"):
         runs.delete(run)
     assert run.config_path.exists()
-
-
-def test_export_copies_adapter_settings_and_events(home: Path, tmp_path: Path) -> None:
-    run = runs.create(config(name="demo"))
-    with pytest.raises(RunError, match="no adapter yet"):
-        runs.export(run, tmp_path / "out")
-    give_adapter(run)
-    names = {"adapter/adapter_config.json", "adapter/manifest.json", "run.yaml", "events.jsonl"}
-
-    folder = runs.export(run, tmp_path / "out")
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == names
-    checkpoint.verify(folder / "adapter")
-    archive = runs.export(run, tmp_path / "out.zip")
-    assert set(zipfile.ZipFile(archive).namelist()) == names
-
-
-def test_export_overwrites_nothing_and_leaves_nothing_half_done(home: Path, tmp_path: Path) -> None:
-    run = runs.create(config(name="demo"))
-    give_adapter(run)
-    (tmp_path / "taken").mkdir()
-    for dest, reason in (("taken", "exists already"), ("no/where", "is not a folder")):
-        with pytest.raises(RunError, match=reason):
-            runs.export(run, tmp_path / dest)
-    (run.adapter_dir / "adapter_config.json").write_text("{ }")
-    with pytest.raises(CheckpointError):
-        runs.export(run, tmp_path / "out.zip")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mole-home", "taken"]
 
 
 # The queue
