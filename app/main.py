@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before Gradio is imported: the command does what c
 from app import settings
 from app.guard import AccessRules, Guard, Login, hostname
 from app.page import build_page
+from app.services import visitors
 from app.ui import theme
 from mole import runs
 from mole.cli.auth import is_loopback
@@ -72,6 +73,7 @@ def launch(host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | No
     later = threading.Timer(STARTING_SECONDS + 1, runs.wake_queued)  # those that were too fresh to judge
     later.daemon = True
     later.start()
+    visitors.start_sweeping()
     threading.Thread(target=end_without_home, args=(page,), daemon=True).start()
     page.block_thread()
     if is_home_gone():

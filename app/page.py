@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app import guard, settings
-from app.services import endpoints
+from app.services import endpoints, visitors
 from app.services.chat_targets import chat_targets
 from app.services.engine import ENGINE
 from app.services.listing import LISTING
@@ -20,6 +20,7 @@ from app.ui.panels.compare import (
     show_comparison,
 )
 from app.ui.panels.live import ACTIVE_STATES, pause_live, show_live
+from app.ui.panels.own_runs import build_own_runs
 from app.ui.tabs.atlas import AtlasTab, build_atlas_tab, pause_atlas_tab, show_atlas_tab
 from app.ui.tabs.chat import ChatTab, build_chat_tab, refresh_targets
 from app.ui.tabs.runs import RunsTab, build_runs_tab, show_runs_tab, skip_runs_tab
@@ -55,6 +56,8 @@ class PageParts:
     comparison: ComparisonPanel
     chat: ChatTab
     atlas: AtlasTab
+    own: Any
+    """Holds the names of the visitor's runs."""
     ready: gr.State
     """The tab in the address; empty until it is read, and before that no tab has anything to show."""
 
@@ -63,7 +66,7 @@ class PageParts:
         """The inputs of `enter_tab`."""
         live_names = [self.train.live.name, self.runs.live.name]
         shown = [self.atlas.form.target, self.atlas.first, self.atlas.second]
-        return [self.ready, *live_names, self.runs.compared, self.chat.target, self.chat.touched, *shown]
+        return [self.ready, self.own, *live_names, self.runs.compared, self.chat.target, self.chat.touched, *shown]
 
     @property
     def shown(self) -> list[Any]:
@@ -79,6 +82,7 @@ class PageParts:
         self,
         tab: str,
         ready: str,
+        own: Any,
         train_run: str,
         runs_run: str,
         compared: list[str],
@@ -97,11 +101,11 @@ class PageParts:
         else:
             in_train = [*pause_live(), *self.train.pause()]
         if tab == "runs":
-            in_runs = [*show_live(runs_run), *show_runs_tab(runs_run, compared), gr.Timer(active=True)]
+            in_runs = [*show_live(runs_run), *show_runs_tab(runs_run, compared, own), gr.Timer(active=True)]
             in_runs += show_comparison(compared)
         else:
             in_runs = [*pause_live(), *skip_runs_tab(), gr.Timer(active=False), *pause_comparison()]
-        in_chat = refresh_targets(target, touched) if tab == "chat" else gr.skip()
+        in_chat = refresh_targets(target, touched, own) if tab == "chat" else gr.skip()
         in_atlas = show_atlas_tab(*atlases) if tab == "atlas" else pause_atlas_tab()
         return [*in_train, runs_run, *in_runs, in_chat, *in_atlas]
 
@@ -144,21 +148,22 @@ def is_skipped(value: Any) -> bool:
 
 def build_page() -> gr.Blocks:
     """The whole page."""
-    with Page(title=settings.TITLE, analytics_enabled=False, delete_cache=settings.DELETE_CACHE) as page:
+    with Page(title=settings.TITLE, analytics_enabled=False, delete_cache=settings.delete_cache()) as page:
         gr.HTML(HEADER, apply_default_css=False)
         tour()
+        own = build_own_runs()
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Train", id="train") as train_tab:
-                train = build_train_tab()
+                train = build_train_tab(own)
             with gr.Tab("Runs", id="runs") as runs_tab:
-                listing = build_runs_tab()
+                listing = build_runs_tab(own)
                 with gr.Column(elem_classes="card"):
                     comparison = build_comparison(listing.compared)
             with gr.Tab("Chat", id="chat") as chat_tab:
-                chat = build_chat_tab()
+                chat = build_chat_tab(own)
             with gr.Tab("Atlas", id="atlas") as atlas_tab:
                 atlas = build_atlas_tab()
-        parts = PageParts(tabs, train, listing, comparison, chat, atlas, gr.State(""))
+        parts = PageParts(tabs, train, listing, comparison, chat, atlas, own, gr.State(""))
         wire_tabs(page, parts, (train_tab, runs_tab, chat_tab, atlas_tab))
         wire_links(parts)
         endpoints.register_endpoints()
@@ -178,15 +183,16 @@ def wire_tabs(page: gr.Blocks, parts: PageParts, each: tuple[gr.Tab, ...]) -> No
         tab.select(enter(name), parts.given, parts.shown, queue=False, **QUIET)
         tab.select(None, None, None, js=KEEP_TAB_IN_ADDRESS, **QUIET)
     names = [parts.train.live.name, parts.runs.live.name]
-    arrived = page.load(read_address, None, [*names, parts.runs.compared, parts.tabs, parts.ready], **QUIET)
+    arrived = page.load(read_address, parts.own, [*names, parts.runs.compared, parts.tabs, parts.ready], **QUIET)
     arrived.then(None, None, None, js=MARK_ARRIVED, **QUIET)
     arrived.then(enter_first, parts.given, parts.shown, **QUIET)
 
 
-def read_address(request: gr.Request) -> tuple[str, str, list[str], Any, str]:
+def read_address(own: Any, request: gr.Request) -> tuple[str, str, list[str], Any, str]:
     """The run (for Train and for Runs), the compared runs and the tab in the page's address.
 
-    Without a run, the newest active one; without a tab Train, or Chat on a Space, where nothing can be trained.
+    Without a run, the newest of the visitor's runs, of which `own` has the names, or the newest active one; without a
+    tab Train, or Chat on a Space.
     """
     query = dict(request.query_params)
     name, tab = str(query.get("run", "")), str(query.get("tab", ""))
@@ -195,7 +201,8 @@ def read_address(request: gr.Request) -> tuple[str, str, list[str], Any, str]:
     try:
         runs.get(name)
     except RunError:
-        name = LISTING.newest(*ACTIVE_STATES)
+        mine = visitors.own_runs(own)
+        name = mine[-1].name if mine else LISTING.newest(*ACTIVE_STATES)
     return name, name, existing_runs(str(query.get("compare", ""))), gr.Tabs(selected=tab), tab
 
 
@@ -204,8 +211,8 @@ def wire_links(parts: PageParts) -> None:
     train, listing, chat = parts.train, parts.runs, parts.chat
     to_chat = [parts.tabs, chat.target, chat.touched]
     for live in (train.live, listing.live):
-        live.chat.click(chat_with, live.name, to_chat, **QUIET)
-    listing.open_checkpoint.click(chat_with, listing.checkpoint, to_chat, **QUIET)
+        live.chat.click(chat_with, [live.name, parts.own], to_chat, **QUIET)
+    listing.open_checkpoint.click(chat_with, [listing.checkpoint, parts.own], to_chat, **QUIET)
 
     def retry(name: str) -> list[Any]:
         values = run_or_warn(lambda: train.fill_from(name))
@@ -215,6 +222,6 @@ def wire_links(parts: PageParts) -> None:
     listing.retry.click(retry, listing.live.name, [parts.tabs, *train.form.inputs], **QUIET)
 
 
-def chat_with(target: str) -> tuple[Any, Any, bool]:
+def chat_with(target: str, own: Any = ()) -> tuple[Any, Any, bool]:
     """The Chat tab with this target chosen: `tabs`, `target` and `touched`."""
-    return gr.Tabs(selected="chat"), gr.Dropdown(choices=chat_targets(), value=target), True
+    return gr.Tabs(selected="chat"), gr.Dropdown(choices=chat_targets(own), value=target), True

@@ -17,6 +17,7 @@ from mole import runs
 from mole.config import RunConfig
 from mole.core import checkpoint, limits
 from mole.core.errors import ConfigError, DataError, InputError, ModelError, RunError
+from mole.core.gpus import on_zerogpu
 from mole.core.paths import local_path, make_folder
 from mole.data import FILE_SUFFIXES
 
@@ -25,6 +26,8 @@ TITLE = "MoLE Studio"
 CLAIM = "Train a mixture of LoRA experts, and see which experts handle each token."
 DELETE_CACHE = (24 * 3600, 24 * 3600)
 """Gradio deletes its own copies of uploads after a day; those in `$MOLE_HOME/uploads` stay."""
+VISITOR_SECONDS = 3600
+"""What a visitor of a Space with ZeroGPU trained or uploaded is deleted so long after it ended or was uploaded."""
 
 
 def space_id() -> str:
@@ -73,15 +76,23 @@ def keep_upload(path: str) -> Path:
     try:
         inner = Path(source.stem).suffix.lower() if source.suffix.lower() == ".gz" else ""
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem.removesuffix(inner)).strip(".-")[:60] or "data"
-        name = f"{stem}-{checkpoint.sha256(source)[:8]}{inner}{source.suffix.lower()}"
-        kept = runs.home() / "uploads" / name
+        digits = 32 if space_id() else 8  # visitors must not guess the names of each other's files
+        name = f"{stem}-{checkpoint.sha256(source)[:digits]}{inner}{source.suffix.lower()}"
+        kept = uploads_folder() / name
         make_folder(kept.parent)
-        if not kept.exists():
+        if kept.exists():
+            os.utime(kept)  # it is deleted an hour after the last upload, where that is the rule
+        else:
             check_uploads(kept.parent)
             checkpoint.write_file(kept, lambda aside: shutil.copyfile(source, aside))
     except OSError as error:
         raise DataError(f"The upload {source.name} cannot be kept: {error}.", field="data.path") from None
     return kept
+
+
+def uploads_folder() -> Path:
+    """Where uploads are kept."""
+    return runs.home() / "uploads"
 
 
 def check_uploads(folder: Path) -> None:
@@ -121,7 +132,7 @@ def is_public(path: str) -> bool:
     """Whether a visitor of a Space may read a data file; elsewhere all files belong to the user."""
     if not space_id():
         return True
-    folders = [asset("data"), runs.home() / "uploads"]
+    folders = [asset("data"), uploads_folder()]
     found = local_path(path).resolve()
     return any(folder is not None and found.is_relative_to(folder.resolve()) for folder in folders)
 
@@ -153,10 +164,23 @@ def quickly() -> Iterator[None]:
             gc.freeze()
 
 
+def visitors_train() -> bool:
+    """Whether visitors may train short runs: on a Space with ZeroGPU, each on a quota of their own."""
+    return bool(space_id()) and on_zerogpu()
+
+
 def forbid_on_space() -> None:
-    """Raise `RunError` on a Space, where visitors must not start, stop or delete training runs."""
-    if space_id():
-        raise RunError(f"Training is switched off on this Space. {how_to_duplicate()}")
+    """Raise `RunError` on a Space, where visitors must not start, stop or delete runs that are not theirs."""
+    if not space_id():
+        return
+    if visitors_train():
+        raise RunError(f"Only short training by the button in Train is possible on this Space. {how_to_duplicate()}")
+    raise RunError(f"Training is switched off on this Space. {how_to_duplicate()}")
+
+
+def delete_cache() -> tuple[int, int]:
+    """How often Gradio deletes its copies of uploads and downloads, and how old they are then; in seconds."""
+    return (600, VISITOR_SECONDS) if visitors_train() else DELETE_CACHE
 
 
 def how_to_duplicate() -> str:

@@ -141,7 +141,7 @@ class Listing:
             self._begin(folder)
         change, left, seen = self._change + 1, READ_IN_ALL, set()
         try:
-            names = os.listdir(folder)
+            names = runs.folder_names()
         except OSError:
             names = []
         for name in names:

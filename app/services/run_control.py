@@ -1,4 +1,4 @@
-"""What the page and programs may do to runs; nothing of it is allowed on a Space. All raise `MoleError`."""
+"""What the page and programs may do to runs; on a Space only to the visitor's own. All raise `MoleError`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from app import settings
+from app.services import visitors
 from mole import runs
 from mole.config import RunConfig, coerce
 from mole.preflight.data_process import check_inputs
@@ -27,9 +28,15 @@ def start_new_run(config: Callable[[], RunConfig]) -> Run:
     return run
 
 
+def check_may_change(name: str) -> None:
+    """Raise `RunError` on a Space, but for a visitor's run: who knows its name may stop and delete it."""
+    if not visitors.is_visitors(name):
+        settings.forbid_on_space()
+
+
 def stop_training(name: str) -> None:
     """Ask a run to save and stop; a queued one leaves the queue."""
-    settings.forbid_on_space()
+    check_may_change(name)
     runs.stop(runs.get(name))
 
 
@@ -50,7 +57,7 @@ def continue_training(name: str, steps: Any, schedule: str = "restart") -> Run:
 
 def delete_for_good(name: str) -> None:
     """Delete a run with its checkpoints and its adapter."""
-    settings.forbid_on_space()
+    check_may_change(name)
     runs.delete(runs.get(name))
 
 

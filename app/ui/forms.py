@@ -135,11 +135,11 @@ class RunForm:
         self.accordions[str(component.elem_id)] = accordions_around(component)
         return component
 
-    def add_name(self) -> Component:
+    def add_name(self, info: str = "Leave empty to generate one.") -> Component:
         """The run's name, which belongs to no section."""
         self.shared["name"] = gr.Textbox(
             label="Run name",
-            info="Leave empty to generate one.",
+            info=info,
             placeholder="my-first-mixture",
             elem_id=element_id("name"),
         )

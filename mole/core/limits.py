@@ -71,6 +71,8 @@ MESSAGE = 100_000
 """Characters of a message, and of a system prompt."""
 CHATS = 8
 """Replies that may wait for the model; further ones wait in the server's queue."""
+VISITORS = 16
+"""Visitors whose training waits for a GPU or has one; further ones wait in the server's queue."""
 LINE = 64
 """Requests in the server's queue for each handler; further ones are refused."""
 SESSIONS = 500

@@ -25,7 +25,16 @@ from mole.runs.queue import (
     wake_queued,
 )
 from mole.runs.run import STATES, Run
-from mole.runs.store import absolute, create, delete, get, list_runs
+from mole.runs.store import (
+    absolute,
+    create,
+    delete,
+    folder_names,
+    get,
+    is_unlisted,
+    list_runs,
+    unlisted_name,
+)
 from mole.runs.targets import load_target, locate
 
 __all__ = [
@@ -45,9 +54,11 @@ __all__ = [
     "device_user",
     "enqueue",
     "export",
+    "folder_names",
     "get",
     "home",
     "import_run",
+    "is_unlisted",
     "list_runs",
     "load_target",
     "locate",
@@ -58,6 +69,7 @@ __all__ = [
     "spawn",
     "start",
     "stop",
+    "unlisted_name",
     "waiting_runs",
     "wake_queued",
 ]

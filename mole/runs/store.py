@@ -19,6 +19,19 @@ from mole.core.names import MAX_BYTES, check_name
 from mole.core.paths import home, make_folder, restrict, runs_dir
 from mole.runs.run import Run, creation_facts
 
+UNLISTED = re.compile(r"visitor-[0-9a-f]{32}")
+"""Names of runs that no list shows. They cannot be guessed: whoever knows one was told it."""
+
+
+def unlisted_name() -> str:
+    """A new name for a run that no list shows."""
+    return f"visitor-{secrets.token_hex(16)}"
+
+
+def is_unlisted(name: str) -> bool:
+    """Whether no list shows the run of this name; `get` finds it."""
+    return UNLISTED.fullmatch(name) is not None
+
 
 @writing()
 def create(config: RunConfig, *, number: bool = False, fill: Callable[[Run], None] | None = None, **facts: Any) -> Run:
@@ -123,12 +136,18 @@ def is_run(path: Path) -> bool:
     return files.is_folder(path) and (files.is_file(path / "run.yaml") or not os.access(path, os.X_OK))
 
 
-def list_runs() -> list[Run]:
-    """All runs, the oldest first."""
-    folder, found = runs_dir(), []
-    if not folder.is_dir():
+def folder_names(unlisted: bool = False) -> list[str]:
+    """The names in the folder of runs: those that lists may show, or only the unlisted ones."""
+    try:
+        return [name for name in os.listdir(runs_dir()) if is_unlisted(name) == unlisted]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    for name in os.listdir(folder):
+
+
+def list_runs(unlisted: bool = False) -> list[Run]:
+    """All runs that lists show, the oldest first; or only the unlisted ones."""
+    folder, found = runs_dir(), []
+    for name in folder_names(unlisted):
         try:
             run = Run(check_name(name), folder / name)
             if is_run(run.path):

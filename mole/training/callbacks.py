@@ -56,6 +56,13 @@ class EventLog(TrainerCallback):
         self.last_loss: float | None = None
         self.steps_of_this_process = 0
         self.lowest_loss, self.highest_loss = math.inf, -math.inf
+        self.until = math.inf
+        """When a lent device is given back, by `time.monotonic`; see `mole.training.lent`."""
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether the device is lent."""
+        return self.until < math.inf
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = self.last_log = time.monotonic()
@@ -64,7 +71,7 @@ class EventLog(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc=self.trainer.run.name)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the loss and the request to stop. Raises `TrainingError` when the loss is not finite."""
+        """Check the loss, the request to stop and the time. Raises `TrainingError` when the loss is not finite."""
         self.tokens += int(self.trainer.batch_tokens)
         loss = float(self.trainer.losses["loss"])  # waits for the device: the step has really ended
         if not math.isfinite(loss):
@@ -74,8 +81,10 @@ class EventLog(TrainerCallback):
         self.lowest_loss, self.highest_loss = min(self.lowest_loss, loss), max(self.highest_loss, loss)
         if self.bar is not None:
             self.bar.update()
-        if self.trainer.run.stop_requested() and state.global_step < state.max_steps:
-            control.should_training_stop = control.should_save = True
+        ends = self.trainer.run.stop_requested() or time.monotonic() >= self.until
+        if ends and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            control.should_save = not self.is_lent  # there the adapter is written instead of a checkpoint
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "learning_rate" not in logs:  # the summary that Trainer logs at the end

@@ -31,6 +31,7 @@ from mole.models.moved import check_base
 from mole.runs.initial import begin_with
 from mole.runs.run import Run
 from mole.training.callbacks import DIVERGENCE_ADVICE, EventLog
+from mole.training.lent import LentDevice, ended_early
 from mole.training.model_card import model_card
 from mole.training.notices import data_notices, signs_of_nothing_learnt, start_notices
 from mole.training.resume import as_begun, check_resumable, first_date, run_identity
@@ -47,7 +48,7 @@ log = logging.getLogger("mole")
 AnyTrainer = TypeVar("AnyTrainer", bound="MoleTrainer")
 
 
-def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
+def train(run: Run, *, resume: bool = False, progress: bool = False, lent: LentDevice | None = None) -> None:
     """Train a run to its end, or until a stop is requested; progress is written to the run's events.
 
     The caller holds the locks of the run and the device.
@@ -56,13 +57,14 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
         run: the run; checkpoints and finally the adapter are written to its folder.
         resume: continue from the newest valid checkpoint; start from the beginning if there is none.
         progress: show a progress bar on the terminal.
+        lent: the device, where it is not the one that the settings name and is given back at some time.
 
     Raises:
         InputError: model, data or a setting cannot be used.
         CheckpointError: settings, data or base model differ from those of the checkpoint.
         TrainingError: the loss is not finite.
     """
-    config = run.config
+    config = run.config if lent is None else lent.placed(run.config)
     check_base(config.model.name, f"If it has moved: mole runs resume {run.name} --base PATH.")
     base = load_base(on_its_gpu(config.model))
     data = within_positions(config, base.model.config).data
@@ -75,6 +77,8 @@ def train(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     if before is not None:
         check_resumable(before, identity)
     trainer = build_trainer(MoleTrainer, run, config, base, datasets, identity, progress)
+    if lent is not None:
+        trainer.log_callback.until = lent.until
     begun = begin_with(trainer.peft_model, config, identity["base"]) if source is None else []
     trainer.log_start(source, begun)
     try:
@@ -227,20 +231,23 @@ class MoleTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(source / TRAINER_STATE))
 
     def finish(self) -> None:
-        """Evaluate, write the adapter and the `finished` event; only the `stopped` event before the last step."""
-        step = self.state.global_step
-        if step < self.total_steps():
+        """Evaluate, write the adapter and the `finished` event; only the `stopped` event before the last step.
+
+        On a lent device a run that ends before its last step is finished too, but not evaluated.
+        """
+        step, total = self.state.global_step, self.total_steps()
+        if step < total and not self.log_callback.is_lent:
             self.run.append_event("stopped", step)
             return
         metrics = self.log_callback.summary()
-        if self.data.eval is not None and len(self.data.eval):
+        if step == total and self.data.eval is not None and len(self.data.eval):
             metrics.update(self.evaluate())
         checkpoint.write_folder(self.run.adapter_dir, self.write_adapter, step=step, meta=self.identity)
         self.run.append_event(
             "finished",
             step,
             metrics=metrics,
-            notices=self.tell(signs_of_nothing_learnt(self.peft_model, self.log_callback)),
+            notices=self.tell(ended_early(step, total) + signs_of_nothing_learnt(self.peft_model, self.log_callback)),
         )
 
     def write_adapter(self, folder: Path) -> None:

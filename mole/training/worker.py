@@ -23,6 +23,7 @@ from mole.core.redaction import redacted
 from mole.core.text import explain, print_error
 from mole.runs.job import device_turn
 from mole.runs.run import WAITING, Run
+from mole.training.lent import LentDevice
 
 log = logging.getLogger("mole")
 
@@ -36,10 +37,8 @@ def perform(run: Run, *, resume: bool = False, progress: bool = False) -> None:
     """
     files.check_tree(run.path)
     with run.lock(), logging_to(run), stopping_on_signals(run, progress):
-        last = run.last_event
-        if last["type"] not in WAITING:  # another process started for it was faster
-            raise RunError(f"The run {run.name} is {run.state_unheld(last)} and does not wait to be trained.")
-        try:
+        check_waits(run)
+        with failure_recorded(run):
             device, _ = runs.place_in_queue(run)
             report = print_error if progress else log.info
             with device_turn(device, run.stop_requested, report, lambda: runs.acquire_device(device, run)) as held:
@@ -54,14 +53,45 @@ def perform(run: Run, *, resume: bool = False, progress: bool = False) -> None:
 
                 train(run, resume=resume, progress=progress)
                 log.info("%s at step %d", run.last_event["type"], run.step)
-        except MoleError as error:
-            record_failure(run, error)
-            raise
-        except Exception as error:
-            message, advice = record_failure(run, error)
-            raise TrainingError(f"{message} {advice}") from error
-        finally:
-            run.clear_stop()
+
+
+def perform_on(lent: LentDevice, run: Run) -> None:
+    """Train a waiting run in this process at once, on a lent device that nobody else uses; errors as `perform`.
+
+    It ends with its adapter, however early: no later process continues it.
+    """
+    files.check_tree(run.path)
+    with run.lock(), logging_to(run):
+        check_waits(run)
+        with failure_recorded(run):
+            log.info("starting on %s, process %d", lent.device, os.getpid())
+            run.append_event("starting", run.step, pid=os.getpid(), device=lent.device)
+            from mole.training.trainer import train
+
+            train(run, lent=lent)
+            log.info("%s at step %d", run.last_event["type"], run.step)
+
+
+def check_waits(run: Run) -> None:
+    """Raise `RunError` unless the run, which this process holds, waits to be trained."""
+    last = run.last_event
+    if last["type"] not in WAITING:  # another process started for it was faster
+        raise RunError(f"The run {run.name} is {run.state_unheld(last)} and does not wait to be trained.")
+
+
+@contextmanager
+def failure_recorded(run: Run) -> Iterator[None]:
+    """A block whose errors are written to the run's events and log, and raised as `MoleError`."""
+    try:
+        yield
+    except MoleError as error:
+        record_failure(run, error)
+        raise
+    except Exception as error:
+        message, advice = record_failure(run, error)
+        raise TrainingError(f"{message} {advice}") from error
+    finally:
+        run.clear_stop()
 
 
 def record_failure(run: Run, error: Exception) -> tuple[str, str]:

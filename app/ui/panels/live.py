@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
-from app.services import live_updates
+from app.services import live_updates, visitors
 from app.services.run_control import resume_training, stop_training
 from app.ui.panels.continuing import ContinuePanel, build_continue, on_continue
 from app.ui.wiring import QUIET, run_or_warn
@@ -103,7 +103,7 @@ def refresh_live(name: str, seen: LiveShown) -> list[Any]:
     except RunError:
         run = None
     if run is None:
-        return [{"status": None}, LiveShown(), gr.Timer(active=False), *run_buttons("")]
+        return [{"status": None}, LiveShown(), gr.Timer(active=False), *run_buttons("", "")]
     value, cursor = live_updates.run_update(run, seen.cursor)
     state = value["status"]["state"]
     if value["reading"] is not None:
@@ -111,15 +111,15 @@ def refresh_live(name: str, seen: LiveShown) -> list[Any]:
     else:
         interval = LIVE_POLL_SECONDS if state in ACTIVE_STATES or cursor != seen.cursor else 0.0
     timer = gr.skip() if interval == seen.interval else gr.Timer(interval or LIVE_POLL_SECONDS, active=interval > 0)
-    buttons = [gr.skip()] * OFFERED if state == seen.state else run_buttons(state)
+    buttons = [gr.skip()] * OFFERED if state == seen.state else run_buttons(name, state)
     return [value, LiveShown(cursor, state, interval), timer, *buttons]
 
 
-def run_buttons(state: str) -> list[Any]:
+def run_buttons(name: str, state: str) -> list[Any]:
     """Stop, Resume, Chat and Continue for a run in this state, and the form of Continue, closed."""
     locked = bool(settings.space_id())
     return [
-        gr.Button(visible=state in ACTIVE_STATES and not locked),
+        gr.Button(visible=state in ACTIVE_STATES and (not locked or visitors.is_visitors(name))),
         gr.Button(visible=state in ("stopped", "interrupted", "failed", "imported") and not locked),
         gr.Button(visible=state == "finished"),
         gr.Button(visible=state == "finished" and not locked),

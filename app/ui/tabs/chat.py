@@ -77,8 +77,8 @@ class ChatTab:
         return [*self.chatbots, *self.views, self.status, self.records]
 
 
-def build_chat_tab() -> ChatTab:
-    """Create the tab's components and handlers in the current layout block."""
+def build_chat_tab(own: Any) -> ChatTab:
+    """Create the tab's components and handlers in the current layout block; `own` holds the visitor's runs."""
     with gr.Row(elem_classes="two-columns"):
         with gr.Column(scale=11, min_width=320, elem_classes="card"):
             with gr.Row(elem_classes="chat-targets"):
@@ -117,7 +117,7 @@ def build_chat_tab() -> ChatTab:
         view, gr.State({}),
     )  # fmt: skip
     wire_messages(tab)
-    wire_choices(tab)
+    wire_choices(tab, own)
     return tab
 
 
@@ -206,26 +206,26 @@ def wire_messages(tab: ChatTab) -> None:
     tab.options.free.click(unload_models, None, tab.status, **QUIET)
 
 
-def wire_choices(tab: ChatTab) -> None:
+def wire_choices(tab: ChatTab, own: Any) -> None:
     """What depends on the chosen targets: the overrides, the columns, where to compute."""
     tab.target.input(lambda: True, None, tab.touched, queue=False, **QUIET)
     on_change([tab.target], panel.show_steering, tab.target, tab.steering.shown, queue=False)
-    on_change([tab.target], comparable, None, tab.compare, queue=False)
-    tab.compare.focus(comparable, None, tab.compare, queue=False, **QUIET)
+    on_change([tab.target], comparable, own, tab.compare, queue=False)
+    tab.compare.focus(comparable, own, tab.compare, queue=False, **QUIET)
     parts = [part for column in tab.columns for part in (column.column, column.title, column.routing)]
     on_change([tab.target, tab.compare], arrange_columns, [tab.target, tab.compare], [tab.card, *parts], queue=False)
     on_change([tab.target], show_device_hint, tab.target, [tab.notice, tab.where])
     tab.message.focus(show_device_hint, tab.target, [tab.notice, tab.where], **QUIET)
 
 
-def comparable() -> Any:
+def comparable(own: Any) -> Any:
     """The models to compare with, as of now."""
-    return gr.Dropdown(choices=chat_targets())
+    return gr.Dropdown(choices=chat_targets(own))
 
 
-def refresh_targets(chosen: str, touched: bool) -> Any:
+def refresh_targets(chosen: str, touched: bool, own: Any = ()) -> Any:
     """The targets as of now; the choice stays if the person made it, else it becomes the first target."""
-    choices = chat_targets()
+    choices = chat_targets(own)
     values = [value for _, value in choices]
     keep = touched and (chosen in values or not settings.space_id())
     return gr.Dropdown(choices=choices, value=chosen if keep else values[0])

@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from app import settings
+from app.services import visitors
 from app.services.listing import LISTING, ListCursor, file_stamp
 from app.services.run_control import delete_for_good, import_archive
 from app.ui.panels.evaluation import EvaluationPanel, build_evaluation, evaluation_data, refresh_evaluations
@@ -37,6 +38,8 @@ class RunsShown:
     chosen: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     log: tuple[Any, ...] = ()
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The rows of the visitor's runs, by name."""
 
 
 @dataclass
@@ -73,11 +76,13 @@ class RunsTab:
     timer: gr.Timer
     actions: RunActions
     evaluation: EvaluationPanel
+    own: Any
+    """Holds the names of the visitor's runs."""
 
     @property
     def given(self) -> list[Any]:
         """The inputs of `refresh_runs`."""
-        return [self.live.name, self.known, self.checkpoint, self.evaluation.seen]
+        return [self.live.name, self.known, self.checkpoint, self.evaluation.seen, self.own]
 
     @property
     def shown(self) -> list[Any]:
@@ -101,8 +106,8 @@ class RunsTab:
         return self.actions.open_checkpoint
 
 
-def build_runs_tab() -> RunsTab:
-    """Create the tab's components and handlers in the current layout block."""
+def build_runs_tab(own: Any) -> RunsTab:
+    """Create the tab's components and handlers in the current layout block; `own` holds the visitor's runs."""
     timer = gr.Timer(LIST_POLL_SECONDS, active=False)
     with gr.Row(elem_classes="two-columns"):
         with gr.Column(scale=11, min_width=320, elem_classes="card"):
@@ -123,7 +128,7 @@ def build_runs_tab() -> RunsTab:
                 )
             with gr.Accordion("Settings (run.yaml)", open=False, elem_classes="accordion-card", elem_id="runs-config"):
                 actions.config.render()
-    tab = RunsTab(live, rows, log, gr.State(RunsShown()), gr.State([]), timer, actions, evaluation)
+    tab = RunsTab(live, rows, log, gr.State(RunsShown()), gr.State([]), timer, actions, evaluation, own)
     wire_list(tab)
     wire_actions(tab)
     imported = upload.upload(import_zip, upload, [live.name, actions.confirm], api_visibility="private")
@@ -201,9 +206,9 @@ def marked_runs(event: gr.EventData) -> list[str]:
     return [str(name) for name in event._data["compare"]]
 
 
-def show_runs_tab(name: str, marked: Sequence[str]) -> list[Any]:
+def show_runs_tab(name: str, marked: Sequence[str], own: Any = ()) -> list[Any]:
     """The whole tab for `shown`, when it becomes active, with these runs marked for comparison."""
-    listed, *rest = refresh_runs(name, RunsShown())
+    listed, *rest = refresh_runs(name, RunsShown(), own=own)
     return [{**listed, "marked": marked}, *rest]
 
 
@@ -212,24 +217,36 @@ def skip_runs_tab() -> list[Any]:
     return [gr.skip()] * (3 + OFFERED + 2)
 
 
-def refresh_runs(name: str, known: RunsShown, target: str | None = None, evaluated: Sequence[Any] = ()) -> list[Any]:
+def refresh_runs(
+    name: str, known: RunsShown, target: str | None = None, evaluated: Sequence[Any] = (), own: Any = ()
+) -> list[Any]:
     """What is new of the list and of the chosen run, for `shown`; what has not changed is not sent.
 
-    `target` is the checkpoint chosen on the page, `evaluated` the evaluations it shows.
+    `target` is the checkpoint chosen on the page, `evaluated` the evaluations it shows, `own` the names of the
+    visitor's runs.
     """
     other = name != known.chosen  # after an action of the person its result is shown at once
     delta, cursor = LISTING.since(known.cursor, at_once=other)
-    if delta is None and other:
+    mine = {row["name"]: row for row in visitors.own_rows(own)}
+    if delta is None and (other or mine != known.own):
         delta = {"reset": False, "rows": [], "gone": [], "now": time.time()}
+    if delta is not None:
+        delta = with_own(delta, mine, known.own)
     facts = run_facts(name)
     log = (name, *file_stamp(f"{runs.runs_dir()}/{name}/train.log")) if facts else ()
     return [
         {**delta, "chosen": name} if delta else gr.skip(),
         log_tail(name) if log != known.log else gr.skip(),
-        RunsShown(cursor, name, facts, log),
+        RunsShown(cursor, name, facts, log, mine),
         *(offer_actions(facts, target) if facts != known.facts or known.chosen is None else [gr.skip()] * OFFERED),
         *refresh_evaluations(name, evaluated),
     ]
+
+
+def with_own(delta: dict[str, Any], mine: dict[str, Any], sent: dict[str, Any]) -> dict[str, Any]:
+    """What changed of the list, with the visitor's runs, of which the page was sent `sent`."""
+    fresh = [row for name, row in mine.items() if delta["reset"] or row != sent.get(name)]
+    return {**delta, "rows": [*delta["rows"], *fresh], "gone": [*delta["gone"], *(sent.keys() - mine.keys())]}
 
 
 def run_facts(name: str) -> dict[str, Any]:
@@ -251,7 +268,8 @@ def offer_actions(facts: dict[str, Any], target: str | None) -> list[Any]:
         nothing_to_do = [gr.Button(visible=False)] * 3
         no_checkpoint = [gr.Row(visible=False), gr.Dropdown(choices=[], value=None)]
         return [*nothing_to_do, *no_checkpoint, "", gr.Accordion(visible=False), gr.skip()]
-    name, finished, locked = facts["name"], facts["state"] == "finished", bool(settings.space_id())
+    name, finished = facts["name"], facts["state"] == "finished"
+    locked = bool(settings.space_id()) and not visitors.is_visitors(name)
     targets = [("final", name)] if finished else []
     targets += [(f"step-{step}", f"{name}@{step}") for step in facts["steps"]]
     values = [value for _, value in targets]

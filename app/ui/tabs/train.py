@@ -9,10 +9,12 @@ from typing import Any
 import gradio as gr
 
 from app import settings
+from app.services import visitor_limits, visitors
 from app.services.run_control import start_new_run
-from app.ui.forms import RunForm, command_line
+from app.ui.forms import RunForm
 from app.ui.panels.grid import build_grid, wire_grid
 from app.ui.panels.live import LivePanel, build_live, show_live
+from app.ui.panels.own_hardware import build_commands, command_texts
 from app.ui.panels.preflight import PreflightPanel, build_preflight
 from app.ui.panels.presets import build_presets, wire_presets
 from app.ui.panels.preview import build_preview_panel, wire_preview
@@ -22,7 +24,9 @@ from app.ui.wiring import QUIET, on_change
 from app.views.problem import problem_value, problem_view
 from mole import runs
 from mole.config import ROUTERS, AdapterConfig
+from mole.core import limits
 from mole.core.errors import InputError, MoleError
+from mole.core.text import bytes_text
 from mole.runs.run import Run
 
 MAIN_SETTINGS = (
@@ -56,6 +60,7 @@ MORE_SETTINGS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }  # fmt: skip
 """The settings that are rarely changed, by groups."""
+VISITORS_NAME = "For the commands below; here a run gets a secret name."
 
 
 @dataclass
@@ -89,13 +94,11 @@ class TrainTab:
         return self.form.fill(dataclasses.replace(config, name=None))
 
 
-def build_train_tab() -> TrainTab:
-    """Create the tab's components and handlers in the current layout block."""
+def build_train_tab(own: Any) -> TrainTab:
+    """Create the tab's components and handlers in the current layout block; `own` holds the visitor's runs."""
     form = RunForm()
-    locked = bool(settings.space_id())
-    if locked:
-        text = f"**Training is switched off on this Space.** {settings.how_to_duplicate()} Chat works here."
-        gr.Markdown(text, elem_classes="notice", elem_id="space-notice")
+    if settings.space_id():
+        gr.Markdown(space_notice(), elem_classes="notice", elem_id="space-notice")
     with gr.Row(elem_classes="two-columns"):
         with gr.Column(scale=11, min_width=320):
             with card("Start from"):
@@ -111,7 +114,7 @@ def build_train_tab() -> TrainTab:
             with gr.Column(elem_classes="card"):
                 grid = build_grid()
         with gr.Column(scale=12, min_width=320, elem_classes="sticky"):
-            start = build_start(form, locked)
+            start = build_start(form)
             with gr.Column(elem_classes="card"):
                 preflight = build_preflight(form, start.note)
             with gr.Column(elem_classes="card"):
@@ -120,7 +123,7 @@ def build_train_tab() -> TrainTab:
     wire_router(form, summary)
     wire_presets(presets, form, start.note)
     wire_preview(preview, form, start.note)
-    show_started(wire_start(form, start, live), live, queue)
+    show_started(wire_start(form, start, live, own), live, queue)
     started = wire_grid(grid, form, lambda made: [queue_notice(made), made[0].name], [start.status, live.name])
     show_started(started, live, queue)
     return TrainTab(form, live, queue, preflight)
@@ -133,28 +136,33 @@ class StartPanel:
     button: gr.Button
     note: gr.HTML
     status: gr.Markdown
-    command: gr.Textbox
+    commands: list[Any]
+    """The outputs of `command_texts`."""
 
 
-def build_start(form: RunForm, locked: bool) -> StartPanel:
+def space_notice() -> str:
+    """What can be trained on this Space, and how else."""
+    if not settings.visitors_train():
+        return f"**Training is switched off on this Space.** {settings.how_to_duplicate()} Chat works here."
+    size = bytes_text(visitor_limits.DATA_BYTES)
+    return (
+        "**Short runs train here, on a GPU of ZeroGPU and your own quota:** the default model, the samples or an "
+        f"upload of up to {size}, and up to {visitor_limits.MOST_SECONDS:g} seconds. Only you see your run. It is "
+        f"deleted an hour after it ended, so export it in Runs. {settings.how_to_duplicate()}"
+    )
+
+
+def build_start(form: RunForm) -> StartPanel:
     """The run's name, the Start button and its messages."""
+    locked = bool(settings.space_id()) and not settings.visitors_train()
     with gr.Column(elem_classes="card"):
         with gr.Row(elem_classes="start-row"):
-            form.add_name()
+            form.add_name(VISITORS_NAME) if settings.visitors_train() else form.add_name()
             button = gr.Button("Start training", variant="primary", interactive=not locked, elem_id="start")
         note = problem_view(elem_id="problem")
         status = gr.Markdown(elem_classes="quiet", elem_id="start-status")
-        with gr.Accordion("As a command", open=False, elem_classes="accordion-card"):
-            command = gr.Textbox(
-                value=command_line(form.config([made.value for made in form.inputs])),
-                show_label=False,
-                max_lines=20,
-                interactive=False,
-                buttons=["copy"],
-                elem_classes="command",
-                elem_id="command",
-            )
-    return StartPanel(button, note, status, command)
+        commands = build_commands(form)
+    return StartPanel(button, note, status, commands)
 
 
 def card(title: str) -> gr.Column:
@@ -211,14 +219,14 @@ def wire_router(form: RunForm, summary: gr.Markdown) -> None:
     on_change([router], choose, router, [summary, *form.groups.values()], queue=False)
 
 
-def wire_start(form: RunForm, start: StartPanel, live: LivePanel) -> Any:
-    """Every change checks the settings and updates the command; Start also checks the files and starts the run."""
+def wire_start(form: RunForm, start: StartPanel, live: LivePanel, own: Any) -> Any:
+    """Every change checks the settings and updates the commands; Start also checks the files and starts the run."""
 
     def check(*values: Any) -> list[Any]:
         try:
-            return [problem_value(), command_line(form.config(values))]
+            return [problem_value(), *command_texts(form.config(values))]
         except InputError as error:
-            return [form.problem_of(values, error), gr.skip()]
+            return [form.problem_of(values, error), *[gr.skip()] * len(start.commands)]
 
     def begin(*values: Any) -> list[Any]:
         try:
@@ -227,7 +235,9 @@ def wire_start(form: RunForm, start: StartPanel, live: LivePanel) -> Any:
         except MoleError as error:
             return [form.problem_of(values, error, reveal=True), "", gr.skip()]
 
-    on_change(form.inputs, check, form.inputs, [start.note, start.command], queue=False)
+    on_change(form.inputs, check, form.inputs, [start.note, *start.commands], queue=False)
+    if settings.visitors_train():
+        return wire_visitor(form, start, live, own)
     return start.button.click(
         begin,
         form.inputs,
@@ -235,6 +245,40 @@ def wire_start(form: RunForm, start: StartPanel, live: LivePanel) -> Any:
         show_progress_on=start.button,
         api_visibility="private",
     )
+
+
+def wire_visitor(form: RunForm, start: StartPanel, live: LivePanel, own: Any) -> Any:
+    """Start creates a visitor's run, which the page then shows, and trains it in an event of its own until it ends."""
+    pending = gr.State(None)
+
+    def begin(names: Any, *values: Any) -> list[Any]:
+        try:
+            run, seconds = visitors.create_run(lambda: form.config(values), names)
+        except MoleError as error:
+            return [form.problem_of(values, error, reveal=True), "", gr.skip(), gr.skip(), None]
+        asked = visitors.call_seconds(run.name, seconds)
+        text = f"Waiting for a GPU, for up to {asked:.0f} seconds of your quota."
+        names = [*(names or []), run.name][-visitors.OWN_RUNS :]
+        return [problem_value(), text, run.name, names, (run.name, seconds)]
+
+    def train(asked: tuple[str, float] | None) -> list[Any]:
+        if asked is None:
+            return [gr.skip(), gr.skip()]
+        try:
+            visitors.train(*asked)
+        except MoleError as error:
+            return [problem_value(str(error)), ""]
+        return [gr.skip(), "Your run has ended. Within an hour, chat with it, or export it in Runs."]
+
+    started = start.button.click(
+        begin,
+        [own, *form.inputs],
+        [start.note, start.status, live.name, own, pending],
+        show_progress_on=start.button,
+        api_visibility="private",
+    )
+    started.then(train, pending, [start.note, start.status], concurrency_limit=limits.VISITORS, **QUIET)
+    return started
 
 
 def show_started(started: Any, live: LivePanel, queue: QueuePanel) -> None:

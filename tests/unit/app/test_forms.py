@@ -21,7 +21,7 @@ from mole.core.errors import InputError
 @pytest.fixture(scope="module")
 def form() -> forms.RunForm:
     with gr.Blocks(analytics_enabled=False):
-        return train.build_train_tab().form
+        return train.build_train_tab(gr.State([])).form
 
 
 def values_of(form: forms.RunForm, **changed: Any) -> list[Any]:
