@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Error, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Error, Page, Request, expect, sync_playwright
 
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -148,7 +148,7 @@ class Windows:
 
         page.on("console", lambda message: said(f"console {message.type}: {message.text}", message.type == "error"))
         page.on("pageerror", lambda error: said(f"error: {error}"))
-        page.on("request", lambda sent: is_elsewhere(sent.url) and said(f"left: {sent.url}"))
+        page.on("request", lambda sent: is_elsewhere(sent) and said(f"left: {sent.url}"))
         return page
 
     def check(self) -> None:
@@ -180,8 +180,9 @@ class Windows:
             context.close()
 
 
-def is_elsewhere(url: str) -> bool:
-    return not url.startswith(("http://127.0.0.1", "data:", "blob:"))
+def is_elsewhere(sent: Request) -> bool:
+    opened = sent.is_navigation_request() and sent.url.startswith("file:")  # a page that was saved
+    return not opened and not sent.url.startswith(("http://127.0.0.1", "data:", "blob:"))
 
 
 FAILED = pytest.StashKey[bool]()

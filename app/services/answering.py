@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -63,14 +64,20 @@ class UIUpdate:
     history: list[Any] | None = None
     view: dict[str, Any] | None = None
     status: str | None = None
-    records: dict[str, list[str]] | None = None
+    records: LastRecords | None = None
 
 
 @dataclass
 class LastRecords:
-    """The routing record of each target's last reply, as [id, its overrides in words]."""
+    """The routing records of the last replies.
+
+    Attributes:
+        by_target: that of each target's last reply, as [id, its overrides in words].
+        by_place: the id of that of each column's reply to the last message.
+    """
 
     by_target: dict[str, list[str]] = field(default_factory=dict)
+    by_place: dict[int, str] = field(default_factory=dict)
 
     def to_compare(self, column: ChatColumn) -> tuple[str | None, str]:
         """The record that a reply with overrides is compared with, and what its routing was; (None, "") for none."""
@@ -89,12 +96,13 @@ def chat_columns(target: str, compare: list[str], steering: Steering, histories:
     return columns
 
 
-def answer_columns(columns: list[ChatColumn], request: ReplyRequest, last: dict[str, list[str]]) -> Iterator[UIUpdate]:
+def answer_columns(columns: list[ChatColumn], request: ReplyRequest, last: LastRecords) -> Iterator[UIUpdate]:
     """Answer in one column after another; an error in one is shown, and the next column goes on.
 
-    `last` is `LastRecords.by_target` of the replies before.
+    `last` are the records of the replies before.
     """
-    records, results = LastRecords(dict(last)), list[str]()
+    records, results = LastRecords(dict(last.by_target)), list[str]()
+    yield UIUpdate(records=copy.deepcopy(records))
     for place, column in enumerate(columns):
         yield UIUpdate(place, history=history_of([*column.turns[:-1], pending_turn(column)]), view={"meta": None})
     for place, column in enumerate(columns):
@@ -104,7 +112,7 @@ def answer_columns(columns: list[ChatColumn], request: ReplyRequest, last: dict[
             for update in answer_column(place, column, request, records):
                 result = f"**{escaped(column.label)}** · {update.status}" if column.label else update.status
                 yield replace(update, status="\n\n".join([*results, result or ""]))
-            yield UIUpdate(place, records=dict(records.by_target))
+            yield UIUpdate(place, records=copy.deepcopy(records))
             results += [result or ""] if column.label else []
         except MoleError as error:
             whose = f"{escaped(column.label)}: " if column.label else ""
@@ -145,6 +153,7 @@ def answer_column(place: int, column: ChatColumn, request: ReplyRequest, records
         yield UIUpdate(place, history_of(turns), reply.record.since(sent), reply_status(reply, training))
         updated, sent = time.monotonic(), len(reply.record.tokens)
     if last is not None:
+        records.by_place[place] = last.record.meta["id"]
         records.by_target[column.target] = [last.record.meta["id"], turn.note.removeprefix(NOTE)]
 
 

@@ -43,7 +43,7 @@ def of_runs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     checkpoints: list[tuple[str, str]] = []
     for number, row in enumerate(rows):
         name, finished = row["name"], row["state"] == "finished"
-        label = f"Your run {name[8:14]}" if runs.is_unlisted(name) else name
+        label = run_label(name)
         if finished:
             adapters.append((f"{label} · {row['router']}", name))
         if number < RUNS_WITH_CHECKPOINTS:
@@ -56,7 +56,13 @@ def of_runs(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 def target_label(target: str) -> str:
     """A target in a few words."""
     labels = {value: label for label, value in chat_targets()}
-    return labels.get(target) or f"{Path(target.removeprefix('base:')).name}"
+    return labels.get(target) or run_label(Path(target.removeprefix("base:")).name)
+
+
+def run_label(name: str) -> str:
+    """A run's name, or `RUN@STEP`; that of a visitor's run is a secret, and only its beginning is told."""
+    run, at, step = name.partition("@")
+    return f"Your run {run[8:14]}{at}{step}" if runs.is_unlisted(run) else name
 
 
 def check_target(target: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import secrets
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
@@ -30,6 +32,13 @@ def on_change(changed: Sequence[Any], fn: Callable[..., Any], inputs: Any, outpu
 def click_on(elem_id: str) -> str:
     """A script that clicks on a hidden button."""
     return f'() => document.querySelector("#{elem_id}").click()'
+
+
+def export_folder() -> Path:
+    """A new folder among Gradio's downloads, which Gradio cleans up."""
+    folder = Path(gr.utils.get_upload_folder()) / "exports" / secrets.token_hex(8)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def run_or_warn(action: Callable[[], _T], title: str = "Not done") -> _T | None:

@@ -213,6 +213,9 @@ def add_chat(parts: Any) -> None:
     command.add_argument(
         "--trace", metavar="FILE.json", help="Write the routing of every token to a file; needs --prompt."
     )
+    command.add_argument(
+        "--replay", metavar="FILE.html", help="Write the conversation with its routing view to a page of its own."
+    )
 
 
 def add_base(command: Parser) -> None:

@@ -27,7 +27,7 @@ from mole.core.names import check_name
 from mole.core.paths import home, local_path, make_folder, runs_dir
 from mole.core.text import bytes_text, one_line
 from mole.runs.run import Run
-from mole.runs.store import names_to_try
+from mole.runs.store import is_unlisted, names_to_try
 
 NEEDED = ("run.yaml", "events.jsonl", f"adapter/{checkpoint.MANIFEST}")
 RECORDS = re.compile(r"(evaluations|atlas)/[1-9][0-9]{0,8}(\.atlas)?\.json")
@@ -232,7 +232,8 @@ def settle(aside: Path, name: str | None, number: bool) -> Run:
     made = Run(name or "imported", aside)
     checkpoint.verify(made.adapter_dir)
     config = RunConfig.load(made.config_path)
-    wanted = replace(config, name=check_name(name or config.name or ""))
+    given = name or (None if is_unlisted(config.name or "") else config.name)  # here a visitor's run is to be listed
+    wanted = replace(config, name=check_name(given) if given else None)
     for free in names_to_try(wanted, number):
         if os.path.lexists(target := runs_dir() / free):  # renaming would replace an empty folder
             continue

@@ -205,7 +205,7 @@ def test_what_is_asked_of_a_model(message: str, system: str, tokens: float, fiel
     assert caught.value.field == field and len(str(caught.value)) < 300
     question = answering.ReplyRequest({"max_new_tokens": tokens}, system)
     column = answering.ChatColumn("nobody", [Turn(message)])
-    (*_, last) = answering.answer_columns([column], question, {})
+    (*_, last) = answering.answer_columns([column], question, answering.LastRecords())
     assert "Not answered" in (last.status or "") and field in (last.status or "").replace("\\", "")
     with pytest.raises(Exception, match=field):
         endpoints.api_chat("nobody", message, max_new_tokens=tokens if tokens == tokens else 0, system=system)

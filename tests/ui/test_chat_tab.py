@@ -155,6 +155,29 @@ def test_a_message_is_changed_and_a_reply_is_written_anew(chat_studio: Studio, p
     expect(page.locator("#chatbot .user.message")).to_have_count(0)
 
 
+def test_the_conversation_is_saved_with_the_routing_of_its_reply(
+    chat_studio: Studio, page: Page, tmp_path: Path
+) -> None:
+    open_chat(chat_studio, page)
+    page.click("#chat-replay")
+    expect(page.locator(".toast-body")).to_contain_text("Send a message first")
+    ask(page, "one <b>")
+    ask(page, "two")
+    said, tokens = replies(page).last.inner_text(), page.locator("#routing-view .strip span").all_text_contents()
+    with page.expect_download() as download:
+        page.click("#chat-replay")
+    download.value.save_as(tmp_path / "replay.html")
+    page.get_by_role("button", name="Undo").last.click()
+    expect(page.locator("#message textarea")).to_have_value("two")
+    page.click("#chat-replay")
+    expect(page.locator(".toast-body").last).to_contain_text("Send a message first")
+    page.goto((tmp_path / "replay.html").as_uri())
+    expect(page.locator(".message.user")).to_have_text(["one <b>", "two"])
+    expect(page.locator(".message.reply").last).to_have_text(said)
+    expect(page.locator("h2")).to_have_text("tiny · dynmole")
+    assert page.locator(".strip span").all_text_contents() == tokens
+
+
 def test_a_reply_is_stopped_and_the_next_one_comes(
     chat_studio: Studio, page: Page, tmp_path: Path, tiny_folder: Path, tiny_model: Callable[..., Any]
 ) -> None:

@@ -15,6 +15,7 @@ OPENING = {
 """Names of functions and methods that open a file."""
 
 ALLOWED = {
+    "app/ui/panels/replay.py": "an export is written into a folder that was just made",
     "app/ui/tabs/atlas.py": "an export is written into a folder that was just made",
     "mole/core/files.py": "the openers themselves",
     "mole/core/child.py": "/proc",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,7 +12,7 @@ from app import settings
 from app.services.atlases import atlas_choices, exported, read_kept
 from app.services.chat_targets import run_targets
 from app.ui.panels.evaluation import evaluation_data
-from app.ui.wiring import QUIET, click_on, run_or_warn, toast_text
+from app.ui.wiring import QUIET, click_on, export_folder, run_or_warn, toast_text
 from app.views.atlas import atlas_value, atlas_view
 from app.views.jobs import job_list
 from app.views.problem import problem_value, problem_view
@@ -296,8 +294,6 @@ def export(keys: Sequence[str | None], suffix: str) -> str:
         text = exported(atlases, suffix)
     except MoleError as error:
         raise gr.Error(toast_text(str(error)), title="Not exported", print_exception=False) from None
-    folder = Path(gr.utils.get_upload_folder()) / "exports" / secrets.token_hex(8)
-    folder.mkdir(parents=True)
-    path = folder / f"atlas.{suffix}"
+    path = export_folder() / f"atlas.{suffix}"
     path.write_text(text, encoding="utf-8")
     return str(path)

@@ -11,13 +11,14 @@ import gradio as gr
 
 from app import settings
 from app.services import device_policy
-from app.services.answering import MAX_COLUMNS, ReplyRequest, UIUpdate, answer_columns, chat_columns
+from app.services.answering import MAX_COLUMNS, LastRecords, ReplyRequest, UIUpdate, answer_columns, chat_columns
 from app.services.chat_targets import DEFAULT_TARGET, chat_targets, target_label
 from app.services.conversation import Turn, history_of, message_text, turn_index, turns_of
 from app.services.engine import ACTIVE_REPLIES, ENGINE
 from app.services.steering_options import chosen_steering
 from app.ui.panels import steering as panel
 from app.ui.panels.chat_options import ChatOptions, build_chat_options, chosen_settings
+from app.ui.panels.replay import wire_replay
 from app.ui.panels.steering import SteeringPanel
 from app.ui.wiring import QUIET, on_change
 from app.views.routing import routing_view
@@ -61,7 +62,7 @@ class ChatTab:
     card: gr.Column
     view: gr.HTML
     records: gr.State
-    """The routing record of each target's last reply, as in `LastRecords.by_target`."""
+    """The `LastRecords` of the conversation."""
 
     @property
     def chatbots(self) -> list[gr.Chatbot]:
@@ -108,16 +109,18 @@ def build_chat_tab(own: Any) -> ChatTab:
             with gr.Row(elem_classes="buttons"):
                 stop = gr.Button("Stop", size="md", visible=False, elem_id="chat-stop")
                 again = gr.Button("New conversation", size="md", elem_id="chat-new")
+                replay = gr.Button("Save replay", size="md", elem_id="chat-replay")
             steering = panel.build_steering()
             options = build_chat_options()
         with gr.Column(scale=12, min_width=320, elem_classes=["card", "sticky"]) as card:
             view = routing_view(elem_id="routing-view")
     tab = ChatTab(
         target, gr.State(False), compare, columns, status, notice, where, message, stop, again, steering, options, card,
-        view, gr.State({}),
+        view, gr.State(LastRecords()),
     )  # fmt: skip
     wire_messages(tab)
     wire_choices(tab, own)
+    wire_replay(replay, tab.chatbots, [tab.target, tab.compare, tab.records, tab.options.system])
     return tab
 
 
@@ -200,7 +203,7 @@ def wire_messages(tab: ChatTab) -> None:
             queue=False,
             **QUIET,
         )
-    main.undo(undo_message, tab.chatbots, [tab.message, *tab.chatbots], queue=False, **QUIET)
+    main.undo(undo_message, tab.chatbots, [tab.message, *tab.chatbots, tab.records], queue=False, **QUIET)
     tab.stop.click(stop_reply, None, None, queue=False, **QUIET)
     tab.again.click(new_conversation, None, tab.replies, queue=False, **QUIET)
     tab.options.free.click(unload_models, None, tab.status, **QUIET)
@@ -288,14 +291,15 @@ def retry_message(history: list[Any], event: gr.RetryData, request: gr.Request) 
 
 
 def undo_message(event: gr.UndoData, *histories: list[Any]) -> list[Any]:
-    """Take the last message, with its answers, back into the box."""
+    """Take the last message, with its answers and their routing records, back into the box."""
     number = turn_index(histories[0], event.index)
-    return [turns_of(histories[0])[number].user, *(history_of(turns_of(history)[:number]) for history in histories)]
+    kept = [history_of(turns_of(history)[:number]) for history in histories]
+    return [turns_of(histories[0])[number].user, *kept, LastRecords()]
 
 
 def new_conversation() -> list[Any]:
     """An empty conversation, for `ChatTab.replies`."""
-    return [*[[]] * MAX_COLUMNS, *[NO_ROUTING] * (MAX_COLUMNS + 1), "", {}]
+    return [*[[]] * MAX_COLUMNS, *[NO_ROUTING] * (MAX_COLUMNS + 1), "", LastRecords()]
 
 
 def unload_models() -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -17,7 +15,7 @@ from app.services.listing import LISTING, ListCursor, file_stamp
 from app.services.run_control import delete_for_good, import_archive
 from app.ui.panels.evaluation import EvaluationPanel, build_evaluation, evaluation_data, refresh_evaluations
 from app.ui.panels.live import ACTIVE_STATES, LivePanel, build_live, show_live
-from app.ui.wiring import QUIET, click_on, run_or_warn, toast_text
+from app.ui.wiring import QUIET, click_on, export_folder, run_or_warn, toast_text
 from app.views.run_list import run_list
 from mole import runs
 from mole.core import checkpoint
@@ -321,9 +319,7 @@ def import_zip(path: str) -> tuple[Any, Any]:
 
 def export_zip(name: str) -> str:
     """A zip of the finished run in Gradio's folder of downloads, which Gradio cleans up."""
-    folder = Path(gr.utils.get_upload_folder()) / "exports" / secrets.token_hex(8)
-    folder.mkdir(parents=True)
     try:
-        return str(runs.export(runs.get(name), folder / f"{name}.zip"))
+        return str(runs.export(runs.get(name), export_folder() / f"{name}.zip"))
     except MoleError as error:
         raise gr.Error(toast_text(str(error)), title="Not exported", print_exception=False) from None

@@ -55,7 +55,7 @@ function timelineLanes() {
 // Of the chosen router, in its experts' colours; else the mean over all.
 function strongestLane(means) {
   const { router, meta } = view;
-  if (!router) return { name: "Weight of the strongest expert, mean over the layers", values: means.map((m) => m.strongest) };
+  if (!router) return { name: "Weight of the strongest expert", values: means.map((m) => m.strongest) };
   const found = means.map((_, i) => routerOf(meta.prompt + i));
   const known = (i) => found[i] && found[i].strongest >= 0;
   return {
@@ -71,7 +71,8 @@ function drawLane(context, style, lane, y, plot, toX) {
   context.textBaseline = "alphabetic";
   context.fillStyle = style.muted;
   context.textAlign = "left";
-  context.fillText(lane.name, plot.left, y + 11);
+  const tag = lane.line === null ? "" : `– – ${lane.lineName}`;
+  context.fillText(lane.name, plot.left, y + 11, plot.width - context.measureText(tag).width - 10); // narrower if it must
   context.textAlign = "right";
   context.fillText(number(lane.top), plot.left - 7, top + 6);
   context.fillText("0", plot.left - 7, bottom + 2);
@@ -104,5 +105,5 @@ function drawLane(context, style, lane, y, plot, toX) {
   context.setLineDash([]);
   context.fillStyle = style.muted;
   context.textAlign = "right";
-  context.fillText(`– – ${lane.lineName}`, plot.left + plot.width, y + 11);
+  context.fillText(tag, plot.left + plot.width, y + 11);
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mole import runs
 from mole.chat.settings import ChatSettings
-from mole.cli.console import check_writable, metric_text, write_json
+from mole.cli.console import check_writable, metric_text, save_text, write_json
 from mole.config import ModelConfig
 from mole.core.devices import physical_device, restrict_to
 from mole.core.errors import InputError
@@ -20,6 +20,7 @@ from mole.runs.job import device_turn
 from mole.runs.targets import device_of_target
 
 if TYPE_CHECKING:
+    from app.replay import ReplayRecorder
     from mole.models.loading import Loaded
 
 
@@ -30,6 +31,7 @@ def chat_command(options: argparse.Namespace) -> None:
     if options.trace and options.prompt is None:
         raise InputError("--trace needs --prompt: it writes the routing of one reply.", field="trace")
     check_writable(options.trace, "--trace")
+    check_writable(options.replay, "--replay")
     settings = ChatSettings(**{item.name: getattr(options, item.name) for item in dataclasses.fields(ChatSettings)})
     loaded = load_with_notice(options, chat_device(options))
     from mole.data.chat_templates import ChatTemplate
@@ -38,9 +40,11 @@ def chat_command(options: argparse.Namespace) -> None:
     messages = [{"role": "system", "content": options.system}] if options.system else []
     if messages and not ChatTemplate(loaded.tokenizer).takes_system:
         print("Note: The chat template takes no system message; it begins the first question.", file=sys.stderr)
+    replay = start_replay(options, loaded)
     if options.prompt is not None:
         messages.append({"role": "user", "content": options.prompt})
-        print_reply(loaded, messages, settings, options.trace)
+        print_reply(loaded, messages, settings, trace_file=options.trace, replay=replay)
+        save_replay(options, replay)
         return
     print(f"Chat with {options.target}; Ctrl-D exits, Ctrl-C stops a reply.", file=sys.stderr)
     while True:
@@ -51,18 +55,46 @@ def chat_command(options: argparse.Namespace) -> None:
             return
         if question.strip():
             messages.append({"role": "user", "content": question})
-            reply = print_reply(loaded, messages, settings)
+            reply = print_reply(loaded, messages, settings, replay=replay)
+            save_replay(options, replay)
             messages.append({"role": "assistant", "content": split_thought(reply)[1] or ""})
             prepare_kernels(loaded.model)
 
 
-def print_reply(loaded: Loaded, messages: list[dict[str, str]], settings: Any, trace_file: str | None = None) -> str:
-    """Stream a reply to the terminal, write its routing to `trace_file` if given, and return it."""
+def start_replay(options: argparse.Namespace, loaded: Loaded) -> ReplayRecorder | None:
+    """What records the conversation for `--replay`; None without it."""
+    if not options.replay:
+        return None
+    # The page shows the studio's own view: besides `mole studio`, the one thing here that the studio is needed for.
+    from app.replay import ReplayRecorder
+
+    return ReplayRecorder(options.target, loaded, options.system or "")
+
+
+def save_replay(options: argparse.Namespace, replay: ReplayRecorder | None) -> None:
+    """Write the conversation so far."""
+    if replay is not None:
+        save_text(options.replay, replay.page())
+
+
+def print_reply(
+    loaded: Loaded,
+    messages: list[dict[str, str]],
+    settings: Any,
+    *,
+    trace_file: str | None = None,
+    replay: ReplayRecorder | None = None,
+) -> str:
+    """Stream a reply to the terminal, write its routing to `trace_file` and add it to `replay`, and return it."""
     from mole.chat.generate import stream
 
     text, tokens = "", list[str]()
+    if replay is not None:
+        replay.begin(messages[-1]["content"])
     try:
-        for step in stream(loaded, messages, settings, record=trace_file is not None):
+        for step in stream(loaded, messages, settings, record=trace_file is not None or replay is not None):
+            if replay is not None:
+                replay.add(step)
             print(step.text[len(text) :], end="", flush=True)
             text = step.text
             tokens += [token for _, token in step.tokens]

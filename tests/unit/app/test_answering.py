@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from app.services.answering import ChatColumn, ReplyRequest, UIUpdate, answer_columns, chat_columns
+from app.services.answering import ChatColumn, LastRecords, ReplyRequest, UIUpdate, answer_columns, chat_columns
 from app.services.conversation import Turn, history_of, turns_of
 from mole.mixture.steering import Steering
 
+FIRST = LastRecords()
 SHORT = ReplyRequest({"max_new_tokens": 4})
 
 
@@ -28,16 +29,17 @@ def last_of(updates: list[UIUpdate], part: str, place: int = 0) -> Any:
 
 def test_a_steered_reply_is_held_against_the_last_one_of_the_same_model(tiny_adapter: Path) -> None:
     target = str(tiny_adapter)
-    trained = list(answer_columns([ChatColumn(target, [Turn("hello")])], SHORT, {}))
+    trained = list(answer_columns([ChatColumn(target, [Turn("hello")])], SHORT, FIRST))
     records = last_of(trained, "records")
-    assert records == {target: [last_of(trained, "view")["meta"]["id"], ""]}
+    identifier = last_of(trained, "view")["meta"]["id"]
+    assert records == LastRecords({target: [identifier, ""]}, {0: identifier})
     column = ChatColumn(target, [Turn("hello")], Steering({"top_p": 0.5}, frozenset({1})))
     steered = list(answer_columns([column], SHORT, records))
     meta = last_of(steered, "view")["meta"]
-    assert (meta["against"], meta["against_label"]) == (records[target][0], "as trained")
+    assert (meta["against"], meta["against_label"]) == (records.by_target[target][0], "as trained")
     (turn,) = turns_of(last_of(steered, "history"))
     assert turn.note == "Routing overrides: top p 0.75 → 0.5 · expert 2 muted"
-    assert last_of(steered, "records")[target] == [meta["id"], "top p 0.75 → 0.5 · expert 2 muted"]
+    assert last_of(steered, "records").by_target[target] == [meta["id"], "top p 0.75 → 0.5 · expert 2 muted"]
 
 
 def test_the_columns_share_the_message_and_only_the_first_is_steered(tiny_adapter: Path, tiny_folder: Path) -> None:
@@ -80,10 +82,12 @@ def test_a_thought_is_shown_before_the_answer_and_is_not_read_again(tiny_tokeniz
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}|{% endfor %}"
     target = reciting(tmp_path / "base", tokenizer, "2 + 2?|", "<think>\nIt is even.\n</think>\n\n4.")
     long = ReplyRequest({"max_new_tokens": 64})
-    (turn,) = turns_of(last_of(list(answer_columns([ChatColumn(target, [Turn("2 + 2?")])], long, {})), "history"))
+    (turn,) = turns_of(last_of(list(answer_columns([ChatColumn(target, [Turn("2 + 2?")])], long, FIRST)), "history"))
     assert (turn.thought, turn.answer) == ("It is even.", "4.")
     again = ChatColumn(target, [turn, Turn("And 3 + 3?")])
-    (first, *_) = [update.view for update in answer_columns([again], long, {}) if update.view and update.view["meta"]]
+    (first, *_) = [
+        update.view for update in answer_columns([again], long, FIRST) if update.view and update.view["meta"]
+    ]
     prompt = "2 + 2?|4.|And 3 + 3?|"
     assert first["meta"]["prompt"] == len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
@@ -95,7 +99,9 @@ def test_a_reply_that_ends_within_its_thought_says_so(tiny_folder: Path, tmp_pat
         "{{ messages[-1].content }}{% if enable_thinking and add_generation_prompt %}<think>\n{% endif %}"
     )
     column = ChatColumn(f"base:{folder}", [Turn("hello")])
-    updates = list(answer_columns([column], replace(SHORT, settings={**SHORT.settings, "enable_thinking": True}), {}))
+    updates = list(
+        answer_columns([column], replace(SHORT, settings={**SHORT.settings, "enable_thinking": True}), FIRST)
+    )
     (turn,) = turns_of(last_of(updates, "history"))
     assert turn.thought and turn.answer is None
     assert last_of(updates, "status").endswith("The reply ends within the model's thought: raise the maximum length.")
@@ -106,7 +112,7 @@ def test_what_goes_wrong_in_one_column_is_said_and_the_next_answers(tiny_adapter
         ChatColumn("nothing", [Turn("hi")], label="nothing"),
         ChatColumn(str(tiny_adapter), [Turn("hi")], label="tiny"),
     ]
-    updates = list(answer_columns(columns, SHORT, {}))
+    updates = list(answer_columns(columns, SHORT, FIRST))
     assert last_of(updates, "history", 1)[-1]["role"] == "assistant"
     status = [m.status for m in updates if m.status is not None][-1]
     assert "**nothing: Not answered.** There is no run and no adapter folder 'nothing'" in status

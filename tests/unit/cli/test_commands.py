@@ -473,6 +473,12 @@ def test_train_chat_eval_and_export_in_a_row(
     plain, traced = mole(*chat), mole(*chat, "--trace", "trace.json")
     assert plain.code == traced.code == 0, plain
     assert plain.out == traced.out and plain.err == ""
+    replayed = mole(*chat, "--replay", "replay.html")
+    assert (replayed.code, replayed.out) == (0, plain.out)
+    [value] = json.loads(Path("replay.html").read_text().partition('id="data">')[2].partition("</script>")[0])
+    assert (value["title"], value["turns"][0]["user"]) == ("demo", "say yes")
+    assert value["routing"]["tokens"] == json.loads(Path("trace.json").read_text())["tokens"]
+    refused(mole(*chat, "--replay", "no/where.html"), "--replay no/where.html cannot be written")
     assert mole(*chat, "--stop-string", plain.out[1:3]).out == plain.out[0] + "\n"
     refused(mole(*chat, "--enable-thinking"), "enable_thinking", "its chat template has no such choice")
     refused(mole(*chat, "--repetition-penalty", "0"), "repetition_penalty is 0", "greater than 0")

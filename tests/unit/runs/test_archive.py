@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,14 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_done(run: Run, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mole-home", "taken"]
     with pytest.raises(RunError, match="no adapter yet"):
         runs.export(runs.create(RunConfig.from_dict({"data": {"path": "x"}})), tmp_path / "out")
+
+
+def test_the_run_of_a_space_s_visitor_is_listed_where_it_is_imported(run: Run, tmp_path: Path) -> None:
+    made = runs.export(run, tmp_path / "mine")
+    config = RunConfig.load(made / "run.yaml")
+    (made / "run.yaml").write_text(replace(config, name=runs.unlisted_name()).to_yaml())
+    taken, _ = runs.import_run(made)
+    assert taken.name == "dynmole-smollm2-135m-1" and taken.name in [other.name for other in runs.list_runs()]
 
 
 # What others send
