@@ -35,7 +35,7 @@ def no_kernels() -> Iterator[None]:
 def in_a_thread(work: Work) -> list[Tensor]:
     """What `work` returns when another thread does it."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(work).result(timeout=60)
+        return thread.submit(work).result(timeout=600)
 
 
 @contextmanager
@@ -67,17 +67,17 @@ def hold_each_alone(first: Work, *second: Work, step: int = 1) -> None:
     """
     alone = first()
     with ThreadPoolExecutor(1) as other:
-        others_alone = [other.submit(part).result(timeout=60) for part in second]
+        others_alone = [other.submit(part).result(timeout=600) for part in second]
         line, seen = 1, 1
         while line <= seen:
             results: list[list[Tensor]] = []
 
             def begin(results: list[list[Tensor]] = results) -> None:
-                results.append(other.submit(second[0]).result(timeout=60))
+                results.append(other.submit(second[0]).result(timeout=600))
 
             with interrupted(line, begin) as lines:
                 found = [first()]
-            results += [other.submit(part).result(timeout=60) for part in second[len(results) :]]
+            results += [other.submit(part).result(timeout=600) for part in second[len(results) :]]
             for got, expected in zip([*found, *results], [alone, *others_alone], strict=True):
                 assert all(map(torch.equal, got, expected)), f"interrupted at line {line} of {lines[0]}"
             line, seen = line + step, lines[0]

@@ -25,7 +25,7 @@ from mole.cli import parser
 from mole.core.errors import InputError, MoleError
 
 TIMES = int(os.environ.get("MOLE_CASES", "1"))
-PATIENCE = 120
+PATIENCE = 600
 """Seconds after which a case hangs; it takes milliseconds, the largest ones a second."""
 LONGEST_LINE = 2_000
 

@@ -204,7 +204,7 @@ def test_the_page_comes_within_a_second_whatever_is_being_used(
             running = threads.submit(attack)
             slowest[name] = slowest_look(besieged)
             if name not in ("a preview", "a template"):
-                answers[name] = running.result(timeout=120)
+                answers[name] = running.result(timeout=600)
         commands = {process: " ".join(process.cmdline()) for process in studio.children(recursive=True)}
         processes = [process for process, line in commands.items() if "mole.training.worker" not in line]
         assert len(processes) >= 2, "both hang"

@@ -187,7 +187,7 @@ def test_the_page_is_one_file_that_loads_nothing_and_shows_texts_as_texts(
         assert "<b>tone" not in html and html.count("</script>") == 2 and "{{" not in html
         (tmp_path / "page.html").write_text(html, encoding="utf-8")
         command = [compute_driver_executable()[0], "-e", RENDER, str(tmp_path / "page.html")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=6000)
         assert done.returncode == 0, done.stderr
         assert "<b>tone" in done.stdout and "Co-activation" in done.stdout
         assert ("Side by side" in done.stdout) == (len(atlases) == 2)

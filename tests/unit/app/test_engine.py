@@ -276,7 +276,7 @@ from app.services.engine import ENGINE
 *_, last = ENGINE.reply({str(tiny_adapter)!r}, {HELLO!r}, {SHORT!r}, device="cpu")
 print(json.dumps([last.count, sorted({{name.partition(".")[0] for name in sys.modules}})]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=6000)
     assert done.returncode == 0, done.stderr[-2000:]
     count, modules = json.loads(done.stdout.splitlines()[-1])
     assert count == 6 and not {"torch", "transformers", "peft"} & set(modules)

@@ -392,7 +392,7 @@ def test_help_and_lists_do_not_wait_for_torch(home: Path) -> None:
         "import sys; from mole.cli import main; main(['runs', 'list', '--json']); main(['models', 'list']);"
         "sys.exit(bool({'torch', 'transformers', 'gradio'} & sys.modules.keys()))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, stdout=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=600, stdout=subprocess.DEVNULL).returncode == 0
 
 
 def test_a_library_that_warns_while_it_is_imported_prints_nothing_around_a_command() -> None:
@@ -405,13 +405,13 @@ import logging, peft, sys
 assert "bitsandbytes.backends.cpu.ops" in sys.modules
 logging.getLogger("bitsandbytes.backends.cpu.ops").warning("which other machines warn of")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=6000)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("module", ["mole", "mole.cli"])
 def test_the_command_can_be_run_as_a_module(module: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=6000)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mole {__version__}\n", "")
 
 
@@ -419,7 +419,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(home: Path) -> None:
     for number in range(3):
         runs.create(config(name=f"run-{number}"))
     command = f"{sys.executable} -m mole.cli runs list | true; echo ${{PIPESTATUS[0]}}"
-    answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=6000)
     assert (answer.stdout, answer.stderr) == ("0\n", "")
 
 

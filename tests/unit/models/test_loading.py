@@ -35,7 +35,7 @@ def on_cpu(name: str | Path) -> ModelConfig:
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh process; the hub's settings are read when its library is imported."""
     env = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=6000)
 
 
 def resolving(name: str, **environment: str) -> str:
@@ -277,7 +277,7 @@ def test_a_changed_gguf_file_is_converted_again(home: Path, tiny_gguf: Path, tmp
 def test_two_processes_converting_at_once_make_one_good_model(home: Path, tiny_gguf: Path) -> None:
     code = f"from mole import models; print(models.pull({str(tiny_gguf)!r}, progress=False))"
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    folders = {process.communicate(timeout=120)[0].strip() for process in both}
+    folders = {process.communicate(timeout=600)[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0] and len(folders) == 1
     assert [path.name for path in (home / "models").iterdir() if path.is_dir()] == [Path(folders.pop()).name]
 

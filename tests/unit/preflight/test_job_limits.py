@@ -56,7 +56,7 @@ def process(check: PreflightJob, work: str, kind: str) -> int:
     share = 1 if kind == "estimate" else os.cpu_count() or 1
     script = SCRIPT.format(work=work, key=check.key, share=share)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=False).returncode
+    return subprocess.run([sys.executable, "-c", script], env=environment, timeout=600, check=False).returncode
 
 
 @pytest.mark.parametrize("kind", ["estimate", "measurement"])
