@@ -120,6 +120,8 @@ def failure_details(run: Run, status: dict[str, Any]) -> dict[str, Any] | None:
     else:
         cause = run.exit_reason()
         advice = "Press Resume to continue from the last checkpoint. If it happens again, try a smaller batch."
+        if runs.is_unlisted(run.name):  # a visitor's run, whose GPU was taken away
+            advice = "Start it again with fewer steps."
     return {"cause": cause or "It failed without an error message.", "advice": advice or "", "log": log_end(run)}
 
 

@@ -117,8 +117,8 @@ def prepare(model: str) -> None:
     local_folder(resolve(model))
 
 
-def train(name: str, seconds: float) -> None:
-    """Train a visitor's run to its end, in the context of the visitor's request, whose quota pays for it.
+def train(name: str, seconds: float) -> str:
+    """Train a visitor's run to its end, in the context of the visitor's request, whose quota pays for it → its state.
 
     Raises `RunError` when there is no GPU to be had, which deletes the run, or it was taken away.
     """
@@ -134,6 +134,7 @@ def train(name: str, seconds: float) -> None:
         if not isinstance(error, gr.Error):
             log.exception("training a visitor's run")
         raise RunError(f"The run was interrupted, its GPU was taken away: {reason}") from None
+    return runs.get(name).state
 
 
 # ---------------------------------------------------------------------------------------------------------

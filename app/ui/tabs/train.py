@@ -265,9 +265,11 @@ def wire_visitor(form: RunForm, start: StartPanel, live: LivePanel, own: Any) ->
         if asked is None:
             return [gr.skip(), gr.skip()]
         try:
-            visitors.train(*asked)
+            state = visitors.train(*asked)
         except MoleError as error:
             return [problem_value(str(error)), ""]
+        if state != "finished":
+            return [gr.skip(), f"Your run has {state}." if state == "failed" else f"Your run was {state}."]
         return [gr.skip(), "Your run has ended. Within an hour, chat with it, or export it in Runs."]
 
     started = start.button.click(

@@ -17,6 +17,7 @@ from app import settings
 from app.services import endpoints, run_control, visitor_limits, visitors
 from app.services.chat_targets import chat_targets, check_target
 from app.services.listing import ListCursor, Listing
+from app.services.live_updates import LiveCursor, run_update
 from app.ui.tabs.runs import RunsShown, refresh_runs
 from mole import runs
 from mole.config import RunConfig, apply_overrides
@@ -243,6 +244,7 @@ def test_a_visitor_without_quota_is_told_in_one_line_and_no_run_is_left(
     with pytest.raises(RunError, match="interrupted, its GPU was taken away: [^\n]*$"):
         visitors.train(NAME, 30)
     assert run.state == "interrupted"
+    assert "Resume" not in str(run_update(run, LiveCursor()))  # which no visitor can press
 
 
 def raising(error: Exception) -> Callable[..., None]:
