@@ -27,8 +27,8 @@ HASH = re.compile(r"-[0-9a-f]{8,32}(?=\.)")
 NOTE = (
     "The first runs on your machine (git, Python 3.10 or later), the second as a job of your Hugging Face account, "
     "which costs a fraction of a dollar per hour (`pip install huggingface_hub`, `hf auth login`; other hardware: "
-    "`hf jobs hardware`; a model that asks for access: `--secrets HF_TOKEN`). When the job is over, fetch its adapter with "
-    "the `hf buckets sync` command it printed."
+    "`hf jobs hardware`; a model that asks for access: `--secrets HF_TOKEN`). When the job is over, fetch its adapter "
+    "with the `hf buckets sync` command it printed."
 )
 
 
