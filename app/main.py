@@ -20,12 +20,14 @@ if __name__ == "__main__":  # before Gradio is imported: the command does what c
 from app import settings
 from app.guard import AccessRules, Guard, Login, hostname
 from app.page import build_page
-from app.services import visitors
+from app.services import gpu_replies, visitors
+from app.services.chat_targets import DEFAULT_TARGET
 from app.ui import theme
 from mole import runs
 from mole.cli.auth import is_loopback
 from mole.core import limits
 from mole.core.errors import StorageError
+from mole.core.gpus import on_zerogpu
 from mole.core.paths import HOME_GONE, home, is_home_gone, make_folder
 from mole.runs.job import STARTING_SECONDS
 
@@ -41,6 +43,9 @@ def launch(host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | No
     host = "0.0.0.0" if on_space else host
     rules = AccessRules(local=is_loopback(host), names=settings.names(), anywhere=on_space)
     make_folder(home())
+    if on_zerogpu():
+        demo = settings.demo()
+        gpu_replies.load_models([*([str(demo)] if demo else []), DEFAULT_TARGET])
     page = build_page()
     # Handlers can be called through the queue only, where requests are counted.
     page.queue(max_size=limits.LINE, default_concurrency_limit=4, api_open=False)

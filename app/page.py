@@ -38,6 +38,7 @@ HEADER = (
     f'<div class="masthead"><h1>{settings.TITLE}</h1><p>{settings.CLAIM}</p>'
     '<button type="button" id="tour-again">Tour</button></div>'
 )
+NOT_KEPT = '<p class="quiet" id="not-kept">This Space has no storage: runs and uploads are gone when it restarts.</p>'
 MARK_ARRIVED = "() => { document.body.dataset.arrived = true; }"
 KEEP_TAB_IN_ADDRESS = """() => {
   if (!document.body.dataset.arrived) return;  // until then Gradio itself opens the first tab
@@ -150,6 +151,8 @@ def build_page() -> gr.Blocks:
     """The whole page."""
     with Page(title=settings.TITLE, analytics_enabled=False, delete_cache=settings.delete_cache()) as page:
         gr.HTML(HEADER, apply_default_css=False)
+        if not settings.home_is_kept():
+            gr.HTML(NOT_KEPT, apply_default_css=False)
         tour()
         own = build_own_runs()
         with gr.Tabs(elem_id="tabs") as tabs:

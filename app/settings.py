@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mole import runs
 from mole.config import RunConfig
 from mole.core import checkpoint, limits
@@ -24,6 +26,8 @@ from mole.data import FILE_SUFFIXES
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "MoLE Studio"
 CLAIM = "Train a mixture of LoRA experts, and see which experts handle each token."
+FLEETING = ("tmpfs", "ramfs", "overlay")
+"""File systems that are empty again when a container starts anew."""
 DELETE_CACHE = (24 * 3600, 24 * 3600)
 """Gradio deletes its own copies of uploads after a day; those in `$MOLE_HOME/uploads` stay."""
 VISITOR_SECONDS = 3600
@@ -33,6 +37,15 @@ VISITOR_SECONDS = 3600
 def space_id() -> str:
     """`owner/name` of the Hugging Face Space the studio runs on; empty elsewhere."""
     return os.environ.get("SPACE_ID", "")
+
+
+def home_is_kept() -> bool:
+    """Whether runs are still there when the studio's machine starts anew: on a Space, only those on mounted storage."""
+    if not space_id():
+        return True
+    place = runs.home().resolve()
+    mounted = {Path(disk.mountpoint) for disk in psutil.disk_partitions(all=True) if disk.fstype not in FLEETING}
+    return "MOLE_HOME" in os.environ and not mounted.isdisjoint([place, *place.parents[:-1]])
 
 
 def names() -> set[str]:

@@ -56,6 +56,7 @@ class DeviceApi:
 
     Attributes:
         gpus: so many calls have a GPU at a time; the others wait.
+        slower: so many times slower than a GPU is what stands in for it: calls may take that much longer.
         quota: seconds that a call may ask for; one above them is refused as a visitor's used-up quota.
         reuse: a worker that has ended its call takes the next one of the same function on its GPU.
         calls: those that got a GPU, in this order.
@@ -64,6 +65,7 @@ class DeviceApi:
     """
 
     gpus: int = 1
+    slower: float = 1.0
     quota: int = LONGEST
     reuse: bool = False
     calls: list[Call] = field(default_factory=list)
@@ -142,16 +144,22 @@ class DeviceApi:
             call.pid = before.pid
         elif before is not None:
             end(before.pid)
-        timer = threading.Timer(call.seconds, self._time_is_up, [token])
+        if idle:  # a new worker's time begins once it is there
+            self._start_clock(token)
+        return {"idle": idle, "nvidiaIndex": call.gpu, "nvidiaUUID": f"MIG-{call.gpu}", "allowToken": token}
+
+    def _start_clock(self, token: str) -> None:
+        """Begin the time that the call was given."""
+        timer = threading.Timer(self._tokens[token].seconds * self.slower, self._time_is_up, [token])
         timer.daemon = True
         timer.start()
-        return {"idle": idle, "nvidiaIndex": call.gpu, "nvidiaUUID": f"MIG-{call.gpu}", "allowToken": token}
 
     def answer_allow(self, handler: BaseHTTPRequestHandler, given: dict[str, str]) -> None:
         with self._changed:
             call = self._tokens.get(given["allowToken"])
             if call is not None:
                 call.pid = int(given["pid"])
+                self._start_clock(given["allowToken"])
         answer(handler, 404 if call is None else 200)
 
     def answer_release(self, handler: BaseHTTPRequestHandler, given: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from mole.config import ModelConfig, RunConfig
 from mole.core import locks
 from mole.core.devices import HEADROOM
 from mole.core.errors import MoleError
-from mole.core.gpus import free_on_gpu
+from mole.core.gpus import free_on_gpu, on_zerogpu
 from mole.core.text import bytes_text
 from mole.models import sizes
 
@@ -83,14 +83,14 @@ def run_on_device(device: str) -> str:
 
 
 def competing_run() -> str:
-    """The run that trains where replies would be computed; empty for none."""
-    return run_on_device(chat_device())
+    """The run that trains where replies would be computed; empty for none, and where each reply borrows a GPU."""
+    return "" if on_zerogpu() else run_on_device(chat_device())
 
 
 def device_status(target: str) -> DeviceStatus:
     """The device status for a reply of this target, now."""
     device = chat_device()
-    training = run_on_device(device)
+    training = competing_run()
     if not training or not device.startswith("cuda"):
         return DeviceStatus(device, training)
     try:

@@ -1,22 +1,25 @@
 """The chat's models in a process of their own: asked for replies, ended when it hangs or its memory is needed.
 
 One reply at a time: two streams on one base model would switch each other's adapter and record each other's routing.
+On a Space with ZeroGPU each reply has a process for itself (`app.services.gpu_replies`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from threading import Lock, Thread
-from typing import Any
+from typing import Any, Protocol
 
 from app.services import device_policy
+from app.services.gpu_replies import GpuCall
 from app.services.routing_stream import ROUTING_RECORDS, RoutingRecord
 from mole.chat.messages import STOP, Opened, Part, ReplyJob, Stage
 from mole.core.child import DONE, Child, ChildExited, Failed
 from mole.core.errors import ModelError
+from mole.core.gpus import on_zerogpu
 from mole.mixture.steering import AS_TRAINED, Steering
 
 WATCH_SECONDS = 1.0
@@ -57,10 +60,31 @@ class PartialReply:
     trace: dict[str, Any] | None
 
 
-class Engine:
-    """The process of the chat's models, and whose turn it is to use it; safe to call from any thread."""
+class Transport(Protocol):
+    """What brings a `ReplyJob` to the models and their messages back: a `Child`, or a `GpuCall`."""
 
-    def __init__(self) -> None:
+    def start(self) -> None:
+        """Be ready for a job soon."""
+
+    def send(self, message: Any) -> None:
+        """Send a job, or `STOP`. Raises `ChildExited`."""
+
+    def receive(self, seconds: float) -> Any:
+        """The next message, of which `DONE` or a `Failed` is the last; None for none in time. Raises `ChildExited`."""
+
+    def kill(self) -> None:
+        """Give up what is being done."""
+
+
+class Engine:
+    """The process of the chat's models, and whose turn it is to use it; safe to call from any thread.
+
+    Args:
+        connect: makes a transport for one reply, which then need not wait for others; without it they share a process.
+    """
+
+    def __init__(self, connect: Callable[[], Transport] | None = None) -> None:
+        self._connect = connect
         # Not an RLock: a reply is a generator, and the server runs its steps in different threads.
         self._in_use = Lock()
         self._child = Child("mole.chat.process")
@@ -70,7 +94,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Start the process, which imports what a first reply needs while the message is being typed."""
-        self._child.start()
+        if self._connect is None:
+            self._child.start()
 
     def unload(self) -> None:
         """Release the memory of all models, once the reply being generated is complete."""
@@ -106,14 +131,26 @@ class Engine:
         Raises `MoleError`: what is wrong with the target, the settings or the conversation, too little memory, or a
         model that does not come to an end.
         """
-        while not self._in_use.acquire(timeout=0.2):
-            if should_stop():
+        with self._turn(should_stop) as transport:
+            if transport is None:
                 return
-        try:
             self._gpu_insisted = device == "auto" and bool(device_policy.competing_run())
             job = ReplyJob(target, messages, settings, steering.to_dict(), device, with_trace)
-            with closing(self._messages(job, should_stop)) as received:  # before the next one's turn
+            with closing(self._messages(transport, job, should_stop)) as received:  # before the next one's turn
                 yield from self._parts(received, against)
+
+    @contextmanager
+    def _turn(self, should_stop: Callable[[], bool]) -> Iterator[Transport | None]:
+        """What the reply is sent through, once it is its turn; None when it is stopped before."""
+        if self._connect is not None:
+            yield self._connect()
+            return
+        while not self._in_use.acquire(timeout=0.2):
+            if should_stop():
+                yield None
+                return
+        try:
+            yield self._child
         finally:
             self._in_use.release()
 
@@ -126,7 +163,7 @@ class Engine:
                 yield message
             elif isinstance(message, Opened):
                 opened, record = message, ROUTING_RECORDS.new(**message.routing, against=against)
-                if opened.on_gpu:
+                if opened.on_gpu and self._connect is None:
                     self._watch_gpu()
             elif isinstance(message, Part) and opened is not None:
                 read += message.tokens
@@ -139,18 +176,20 @@ class Engine:
                     message.text, record, count, message.seconds, message.finished, opened.notice, message.trace
                 )
 
-    def _messages(self, job: ReplyJob, should_stop: Callable[[], bool]) -> Generator[Any, None, None]:
+    def _messages(
+        self, transport: Transport, job: ReplyJob, should_stop: Callable[[], bool]
+    ) -> Generator[Any, None, None]:
         """The process's messages about a reply. However this ends, the process is ready for the next one, or gone."""
         stage, stopping, ended, expired = Stage.STARTING, False, False, False
         try:
-            self._child.start()
-            self._child.send(job)
+            transport.start()
+            transport.send(job)
             heard = time.monotonic()
             while not ended:
                 if not stopping and should_stop():
-                    self._child.send(STOP)
+                    transport.send(STOP)
                     stopping, heard = True, time.monotonic()
-                message = self._child.receive(POLL_SECONDS)
+                message = transport.receive(POLL_SECONDS)
                 if message is None:
                     expired = time.monotonic() > heard + (STOP_LIMITS if stopping else LIMITS)[stage]
                     if expired and not stopping:
@@ -168,20 +207,7 @@ class Engine:
             raise ModelError(f"The model had to be given up: {error}. The next reply starts it again.") from None
         finally:
             if not ended:
-                self._end_reply(0 if expired else STOP_LIMITS[stage])
-
-    def _end_reply(self, patience: float) -> None:
-        """End the reply that is still generated, and the process if that takes more than `patience` seconds."""
-        end = time.monotonic() + patience
-        try:
-            self._child.send(STOP)
-            while time.monotonic() < end:
-                message = self._child.receive(POLL_SECONDS)
-                if message == DONE or isinstance(message, Failed):
-                    return
-        except ChildExited:
-            pass
-        self._child.kill()
+                end_reply(transport, 0 if expired else STOP_LIMITS[stage])
 
     def _watch_gpu(self) -> None:
         """Release the GPU's memory as soon as a run starts to train there, even while no one chats."""
@@ -199,7 +225,21 @@ class Engine:
                     self._in_use.release()
 
 
-ENGINE = Engine()
+def end_reply(transport: Transport, patience: float) -> None:
+    """End the reply that is still generated, and the process if that takes more than `patience` seconds."""
+    end = time.monotonic() + patience
+    try:
+        transport.send(STOP)
+        while time.monotonic() < end:
+            message = transport.receive(POLL_SECONDS)
+            if message == DONE or isinstance(message, Failed):
+                return
+    except ChildExited:
+        pass
+    transport.kill()
+
+
+ENGINE = Engine(GpuCall if on_zerogpu() else None)
 
 
 class ActiveReplies:

@@ -7,6 +7,7 @@ those weights on it. It ends with the call: what it loads or changes is gone, bu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -31,5 +32,8 @@ def gpu(duration: Callable[..., float]) -> Callable[[Function], Function]:
         return lambda function: function
     import spaces
 
-    decorator: Callable[[Function], Function] = spaces.GPU(duration=lambda *given: min(LONGEST, duration(*given)))
+    def seconds(*given: Any) -> int:
+        return min(LONGEST, math.ceil(duration(*given)))
+
+    decorator: Callable[[Function], Function] = spaces.GPU(duration=seconds)
     return decorator

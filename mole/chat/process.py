@@ -6,10 +6,9 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -35,13 +34,29 @@ ONE_EXPERT = "This adapter is plain LoRA: one expert per layer, always used, so 
 NO_ROUTER = "This adapter has no router, so there is no routing to show."
 
 
+class Receiver(Protocol):
+    """Who is sent a reply: the other end of a pipe."""
+
+    def send(self, message: Any, /) -> None:
+        """Take a message."""
+
+    def poll(self) -> bool:
+        """Whether the reply is to end."""
+
+
 class ReplyGenerator:
-    """Generates one reply after another, with the models in this process's memory."""
+    """Generates one reply after another, with the models in this process's memory.
 
-    def __init__(self) -> None:
+    Args:
+        own_process: whether it has this process for itself, and for a long time: then the memory for a conversation's
+            template is limited, and kernels are compiled.
+    """
+
+    def __init__(self, own_process: bool = True) -> None:
         self.cache = ModelCache()
+        self._own_process = own_process
 
-    def answer(self, job: ReplyJob, connection: Connection) -> None:
+    def answer(self, job: ReplyJob, connection: Receiver) -> None:
         """Generate a reply; sends its stages, an `Opened` and a `Part` for each step.
 
         Raises `MoleError`: what is wrong with the target, the settings or the conversation, or too little memory.
@@ -59,7 +74,7 @@ class ReplyGenerator:
             "a run that trains has ended."
         )
 
-    def _generate(self, job: ReplyJob, connection: Connection) -> None:
+    def _generate(self, job: ReplyJob, connection: Receiver) -> None:
         config, steering = ModelConfig(device=job.device), Steering.from_dict(job.steering)
         settings = ChatSettings.from_dict(job.settings)
         if not self.cache.holds(job.target, config):
@@ -68,14 +83,15 @@ class ReplyGenerator:
             steps = stream(
                 loaded, job.messages, settings,
                 should_stop=connection.poll,  # while a reply is generated, nothing but `STOP` is sent to us
-                steering=steering, encoding=encoding_stage(connection, loaded),
+                steering=steering, encoding=encoding_stage(connection, loaded, self._own_process),
             )  # fmt: skip
             send_parts(steps, loaded, steering, job.with_trace, connection)
-            prepare_kernels(loaded.model)
+            if self._own_process:
+                prepare_kernels(loaded.model)
 
 
 def send_parts(
-    steps: Iterator[Step], loaded: Loaded, steering: Steering, with_trace: bool, connection: Connection
+    steps: Iterator[Step], loaded: Loaded, steering: Steering, with_trace: bool, connection: Receiver
 ) -> None:
     """Send an `Opened`, and a `Part` for each step as it is generated."""
     texts, routing, started = list[str](), dict[str, Any](), 0.0
@@ -93,15 +109,15 @@ def send_parts(
 
 
 @contextmanager
-def encoding_stage(connection: Connection, loaded: Loaded) -> Iterator[None]:
-    """A block in which template and tokenizer turn the conversation into tokens, within `ENCODING_MEMORY`.
+def encoding_stage(connection: Receiver, loaded: Loaded, limited: bool = True) -> Iterator[None]:
+    """A block in which template and tokenizer turn the conversation into tokens, `limited` to `ENCODING_MEMORY`.
 
     For the first reply of an adapter the map of its routing is fitted after it: before the reply's routing overrides
     apply, so that a token has the same hue with and without them.
     """
     ids: list[int] = []
     connection.send(Stage.ENCODING)
-    with memory_limit(ENCODING_MEMORY):
+    with memory_limit(ENCODING_MEMORY) if limited else nullcontext():
         yield
         if not loaded.routing_mapped and loaded.router not in ("none", "lora"):
             ids = reference_ids(loaded)

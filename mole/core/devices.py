@@ -16,7 +16,7 @@ import psutil
 
 from mole.core.errors import ConfigError
 from mole.core.gpu_check import check_gpus, why_unusable
-from mole.core.gpus import borrows_gpus, is_restricted, lock_name, place_of, restrict_to_gpu
+from mole.core.gpus import is_restricted, lock_name, place_of, restrict_to_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,6 @@ def found_device(device: str) -> str:
     """What `auto` means on this machine: the first GPU that works, else `cpu`; other names stay. No torch."""
     if device != "auto":
         return device
-    if borrows_gpus():
-        return "cuda:0"
     places = check_gpus().places
     if places:
         return f"cuda:{places[0]}"

@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mole.core.gpus import VISIBLE, given, has_signs
+from mole.core.gpus import VISIBLE, borrows_gpus, given, has_signs
 from mole.core.paths import home
 from mole.core.processes import python_environment, read_record, write_record
 
@@ -36,6 +36,8 @@ class GpuCheck(NamedTuple):
 
 def check_gpus() -> GpuCheck:
     """Which of the visible GPUs PyTorch can compute on; nothing is tried where nothing says that there is one."""
+    if borrows_gpus():
+        return GpuCheck((0,), "")
     return _checked(given()) if has_signs() else GpuCheck((), "")
 
 

@@ -138,7 +138,9 @@ def borrows_gpus() -> bool:
 
 @functools.cache
 def system_gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs of the machine; empty where `nvidia-smi` is missing or fails."""
+    """The NVIDIA GPUs of the machine; empty where `nvidia-smi` is missing or fails, or a GPU is only borrowed."""
+    if borrows_gpus():
+        return ()
     try:
         rows = nvidia_smi("--query-gpu=index,uuid,name,memory.total")
         return tuple(Gpu(number, uuid, name, int(size) << 20) for number, uuid, name, size in rows)

@@ -14,6 +14,7 @@ from mole.config import ModelConfig
 from mole.core import files
 from mole.core.devices import pick_device, pick_dtype, restrict_to
 from mole.core.errors import ConfigError, ModelError
+from mole.core.gpus import borrows_gpus
 from mole.core.text import one_line
 from mole.models.adapter_files import AdapterFiles, our_type
 from mole.models.gguf import quiet
@@ -173,6 +174,8 @@ def placement(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     """
     # Trainer compares this name with its own, which has a number, to see whether the model is on several devices.
     place = f"cuda:{device.index or 0}" if device.type == "cuda" else str(device)
+    if config.quantization == "none" and borrows_gpus():
+        return {}  # `spaces` shows a GPU to this thread only, and transformers reads in several
     if config.quantization == "none":
         # On a GPU each weight goes there as it is read: the whole model need not fit into RAM.
         return {"device_map": {"": place}} if device.type == "cuda" else {}
@@ -257,7 +260,8 @@ def attach(base: Base, folder: Path, name: str | None = None, onto: Any = None, 
     from peft import PeftModel  # isort: skip
 
     files = AdapterFiles.read(folder)
-    device = str(base.device)
+    # A file is read by way of pinned memory, which starts CUDA; `spaces` cannot pretend that.
+    device = "cpu" if borrows_gpus() else str(base.device)
     try:
         config = files.peft_config()
         if config.peft_type != our_type():  # ours are resolved when they are added

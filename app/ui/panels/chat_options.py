@@ -12,6 +12,7 @@ from gradio.components import Component
 from app.ui.forms import help_of, label_of, setting_component
 from mole.chat.settings import ChatSettings
 from mole.core import limits
+from mole.core.gpus import on_zerogpu
 
 SETTINGS = {item.name: item for item in dataclasses.fields(ChatSettings)}
 STOP_HELP = r"Texts that end the reply, one a line; \n is a line break."
@@ -67,7 +68,7 @@ def build_chat_options() -> ChatOptions:
                 )  # fmt: skip
             add("enable_thinking")
         with gr.Row(elem_classes="buttons"):
-            free = gr.Button("Unload models", size="md", elem_id="chat-unload")
+            free = gr.Button("Unload models", size="md", visible=not on_zerogpu(), elem_id="chat-unload")
     return ChatOptions(system, made, free)
 
 
