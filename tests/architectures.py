@@ -5,11 +5,15 @@ model = build("jamba")                              # seeded, in eval mode
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 IMAGE_TOKEN = 500
 BODY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -173,3 +177,19 @@ def build(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return ARCHITECTURES[name]().eval()
+
+
+def with_room(folder: Path, copy: Path, model: Any = None) -> Path:
+    """A copy of a tiny model that takes 8192 tokens and never ends a reply: its end token's logit is always 0.
+
+    `model` is written there instead, with the folder's tokenizer.
+    """
+    shutil.copytree(folder, copy)
+    if model is not None:
+        model.save_pretrained(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    weights = load_file(copy / "model.safetensors")
+    weights["lm_head.weight"][config["eos_token_id"]] = 0
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy

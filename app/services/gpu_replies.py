@@ -75,6 +75,9 @@ class Yielded:
 @gpu(seconds_of)
 def generate(job: ReplyJob) -> Iterator[Any]:
     """The messages of `ReplyGenerator.answer`, and a `Failed` for an error."""
+    import torch
+
+    torch.set_num_threads(1)  # the threads that the forked process had are gone, and waiting for them would be for ever
     try:
         yield from iterate(lambda give: MODELS[0].answer(job, Yielded(give)), "reply")
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures import with_room
 from browsing import quiet
 from playwright.sync_api import Locator, Page, expect
-from safetensors.torch import load_file, save_file
 from serving import Studio, free_port, serve, studio_command
 
 from app.services.conversation import JOINER
@@ -44,22 +43,6 @@ def chat_studio(tmp_path_factory: pytest.TempPathFactory, tiny_adapter: Path, ti
     port = free_port()
     with serve(studio_command(port), port, home, OMP_NUM_THREADS="1") as running:
         yield running
-
-
-def with_room(folder: Path, copy: Path, model: Any = None) -> Path:
-    """A copy of a tiny model that takes 8192 tokens and never ends a reply: its end token's logit is always 0.
-
-    `model` is written there instead, with the folder's tokenizer.
-    """
-    shutil.copytree(folder, copy)
-    if model is not None:
-        model.save_pretrained(copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
-    weights = load_file(copy / "model.safetensors")
-    weights["lm_head.weight"][config["eos_token_id"]] = 0
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    return copy
 
 
 def open_chat(studio: Studio, page: Page, tokens: int = 6) -> None:
