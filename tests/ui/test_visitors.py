@@ -21,7 +21,7 @@ from mole import runs
 from mole.core import checkpoint
 from mole.models import EMBEDDED
 
-pytestmark = pytest.mark.ui
+pytestmark = [pytest.mark.ui, pytest.mark.soak]
 NAME = re.compile("visitor-[0-9a-f]{32}")
 
 

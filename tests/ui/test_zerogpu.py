@@ -28,7 +28,7 @@ from zerogpu import LONGEST, Call, DeviceApi, space, space_command
 from app.services.chat_targets import DEFAULT_TARGET
 from mole.core import limits
 
-pytestmark = pytest.mark.ui
+pytestmark = [pytest.mark.ui, pytest.mark.soak]
 
 VISITORS, GPUS, TOKENS = 20, 4, 12
 
